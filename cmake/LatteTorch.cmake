@@ -1,0 +1,24 @@
+# libtorch from the Python package, as the target latte_libtorch. Its paths come from torch.utils.cpp_extension: find_package(Torch) stops where torch was
+# built for CUDA and no CUDA toolkit is installed.
+execute_process(
+  COMMAND ${LATTE_PYTHON} -c
+          "import torch; from torch.utils import cpp_extension as c; print(';'.join(c.include_paths())); print(';'.join(c.library_paths())); print(torch.__version__); print(int(torch._C._GLIBCXX_USE_CXX11_ABI))"
+  OUTPUT_VARIABLE answer RESULT_VARIABLE failed ERROR_VARIABLE problem OUTPUT_STRIP_TRAILING_WHITESPACE)
+if(failed)
+  message(FATAL_ERROR "${LATTE_PYTHON} has no usable torch (pip install torch==2.13.0), or configure with -DLATTE_TORCH=OFF:\n${problem}")
+endif()
+string(REPLACE ";" "\\;" answer "${answer}")
+string(REPLACE "\n" ";" answer "${answer}")
+list(GET answer 0 LATTE_TORCH_INCLUDES)
+list(GET answer 1 LATTE_TORCH_LIBRARY_DIRS)
+list(GET answer 2 LATTE_TORCH_VERSION)
+list(GET answer 3 LATTE_TORCH_CXX11_ABI)
+message(STATUS "torch ${LATTE_TORCH_VERSION}")
+
+add_library(latte_libtorch INTERFACE)
+target_include_directories(latte_libtorch SYSTEM INTERFACE ${LATTE_TORCH_INCLUDES})
+target_compile_definitions(latte_libtorch INTERFACE _GLIBCXX_USE_CXX11_ABI=${LATTE_TORCH_CXX11_ABI})
+foreach(name torch torch_cpu c10)
+  find_library(LATTE_LIB_${name} ${name} PATHS ${LATTE_TORCH_LIBRARY_DIRS} NO_DEFAULT_PATH REQUIRED)
+  target_link_libraries(latte_libtorch INTERFACE ${LATTE_LIB_${name}})
+endforeach()
