@@ -1,0 +1,92 @@
+// Rows of any DType to and from float32. Included once per SIMD target.
+#if defined(LATTE_KERNELS_LOAD_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef LATTE_KERNELS_LOAD_INL_H_
+#undef LATTE_KERNELS_LOAD_INL_H_
+#else
+#define LATTE_KERNELS_LOAD_INL_H_
+#endif
+
+#include <cstddef>
+#include <cstdint>
+
+#include "hwy/highway.h"
+#include "kernels/types.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace latte::kernels::HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+// dst[0, n) = src[0, n) as float32, dst[n, padded) = pad. padded >= n is a multiple of the vector length, dst is aligned to it.
+template <class D>
+HWY_INLINE void LoadFloatRow(D d, const float* src, size_t n, float* dst, size_t padded, float pad) {
+  const size_t lanes = hn::Lanes(d);
+  size_t i = 0;
+  for (; i + lanes <= n; i += lanes) hn::Store(hn::LoadU(d, src + i), d, dst + i);
+  if (i < n) {
+    hn::Store(hn::LoadNOr(hn::Set(d, pad), d, src + i, n - i), d, dst + i);
+    i += lanes;
+  }
+  for (; i < padded; i += lanes) hn::Store(hn::Set(d, pad), d, dst + i);
+}
+
+template <class T16, class D>
+HWY_INLINE void LoadHalfRow(D d, const T16* src, size_t n, float* dst, size_t padded, float pad) {
+  const hn::Rebind<T16, D> d16;
+  const size_t lanes = hn::Lanes(d);
+  size_t i = 0;
+  for (; i + lanes <= n; i += lanes) hn::Store(hn::PromoteTo(d, hn::LoadU(d16, src + i)), d, dst + i);
+  if (i < n) {
+    const auto valid = hn::FirstN(d, n - i);
+    const auto v = hn::PromoteTo(d, hn::LoadN(d16, src + i, n - i));
+    hn::Store(hn::IfThenElse(valid, v, hn::Set(d, pad)), d, dst + i);
+    i += lanes;
+  }
+  for (; i < padded; i += lanes) hn::Store(hn::Set(d, pad), d, dst + i);
+}
+
+// Row that starts `offset` elements into `data`.
+template <class D>
+HWY_INLINE void LoadRow(D d, DType dtype, const void* data, int64_t offset, size_t n, float* dst, size_t padded,
+                        float pad = 0.0f) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return LoadFloatRow(d, static_cast<const float*>(data) + offset, n, dst, padded, pad);
+    case DType::kBFloat16:
+      return LoadHalfRow(d, static_cast<const hwy::bfloat16_t*>(data) + offset, n, dst, padded, pad);
+    case DType::kFloat16:
+      return LoadHalfRow(d, static_cast<const hwy::float16_t*>(data) + offset, n, dst, padded, pad);
+  }
+}
+
+template <class T16, class D>
+HWY_INLINE void StoreHalfRow(D d, const float* src, size_t n, T16* dst) {
+  const hn::Rebind<T16, D> d16;
+  const size_t lanes = hn::Lanes(d);
+  size_t i = 0;
+  for (; i + lanes <= n; i += lanes) hn::StoreU(hn::DemoteTo(d16, hn::LoadU(d, src + i)), d16, dst + i);
+  if (i < n) hn::StoreN(hn::DemoteTo(d16, hn::LoadN(d, src + i, n - i)), d16, dst + i, n - i);
+}
+
+// data[offset, offset + n) = src[0, n), rounded to nearest even.
+template <class D>
+HWY_INLINE void StoreRow(D d, DType dtype, const float* src, size_t n, void* data, int64_t offset) {
+  switch (dtype) {
+    case DType::kFloat32: {
+      float* dst = static_cast<float*>(data) + offset;
+      const size_t lanes = hn::Lanes(d);
+      size_t i = 0;
+      for (; i + lanes <= n; i += lanes) hn::StoreU(hn::LoadU(d, src + i), d, dst + i);
+      if (i < n) hn::StoreN(hn::LoadN(d, src + i, n - i), d, dst + i, n - i);
+      return;
+    }
+    case DType::kBFloat16:
+      return StoreHalfRow(d, src, n, static_cast<hwy::bfloat16_t*>(data) + offset);
+    case DType::kFloat16:
+      return StoreHalfRow(d, src, n, static_cast<hwy::float16_t*>(data) + offset);
+  }
+}
+
+}  // namespace latte::kernels::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif

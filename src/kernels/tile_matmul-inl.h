@@ -1,0 +1,147 @@
+// Products of the small matrices that live in a kernel's scratch memory (a chunk's tokens by its latents or head size), in
+// registers. General matrix products belong to a library; these never leave the cache and their calling cost would be most of a
+// library's. Included once per SIMD target.
+#if defined(LATTE_KERNELS_TILE_MATMUL_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef LATTE_KERNELS_TILE_MATMUL_INL_H_
+#undef LATTE_KERNELS_TILE_MATMUL_INL_H_
+#else
+#define LATTE_KERNELS_TILE_MATMUL_INL_H_
+#endif
+
+#include <cstddef>
+#include <utility>
+
+#include "hwy/highway.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace latte::kernels::HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+// A left operand of any layout: element (m, k) at data[m * row + k * column].
+struct Left {
+  const float* data;
+  size_t row;
+  size_t column;
+};
+
+// Rows and vectors of the block of sums held in registers: 12 of 16, or 24 of 32.
+constexpr size_t kBlockRows = 6;
+constexpr size_t kBlockVectors = HWY_TARGET <= HWY_AVX3 || HWY_ARCH_ARM_A64 ? 4 : 2;
+
+template <bool kAccumulate, class D, size_t... R, size_t... C>
+HWY_INLINE void MatMulBlock(D d, size_t K, Left a, const float* HWY_RESTRICT b, size_t b_row, float* HWY_RESTRICT c, size_t c_row,
+                            std::index_sequence<R...>, std::index_sequence<C...>) {
+  using V = hn::Vec<D>;
+  constexpr size_t kRows = sizeof...(R);
+  constexpr size_t kVectors = sizeof...(C);
+  const size_t lanes = hn::Lanes(d);
+  V sum[kRows][kVectors];
+  const auto load_sums = [&](auto r) HWY_ATTR {
+    if constexpr (kAccumulate) {
+      ((sum[r][C] = hn::LoadU(d, c + r * c_row + C * lanes)), ...);
+    } else {
+      ((sum[r][C] = hn::Zero(d)), ...);
+    }
+  };
+  (load_sums(std::integral_constant<size_t, R>()), ...);
+  const float* HWY_RESTRICT ak = a.data;
+  for (size_t k = 0; k < K; ++k) {
+    V bk[kVectors];
+    ((bk[C] = hn::LoadU(d, b + C * lanes)), ...);
+    const auto add_row = [&](auto r) HWY_ATTR {
+      const V ark = hn::Set(d, ak[r * a.row]);
+      ((sum[r][C] = hn::MulAdd(ark, bk[C], sum[r][C])), ...);
+    };
+    (add_row(std::integral_constant<size_t, R>()), ...);
+    ak += a.column;
+    b += b_row;
+  }
+  const auto store_sums = [&](auto r) HWY_ATTR { (hn::StoreU(sum[r][C], d, c + r * c_row + C * lanes), ...); };
+  (store_sums(std::integral_constant<size_t, R>()), ...);
+}
+
+template <bool kAccumulate, size_t kVectors, class D>
+HWY_INLINE void MatMulRows(D d, size_t rows, size_t K, Left a, const float* b, size_t b_row, float* c, size_t c_row) {
+  const std::make_index_sequence<kVectors> vectors;
+  switch (rows) {
+    case 1:
+      return MatMulBlock<kAccumulate>(d, K, a, b, b_row, c, c_row, std::make_index_sequence<1>(), vectors);
+    case 2:
+      return MatMulBlock<kAccumulate>(d, K, a, b, b_row, c, c_row, std::make_index_sequence<2>(), vectors);
+    case 3:
+      return MatMulBlock<kAccumulate>(d, K, a, b, b_row, c, c_row, std::make_index_sequence<3>(), vectors);
+    case 4:
+      return MatMulBlock<kAccumulate>(d, K, a, b, b_row, c, c_row, std::make_index_sequence<4>(), vectors);
+    case 5:
+      return MatMulBlock<kAccumulate>(d, K, a, b, b_row, c, c_row, std::make_index_sequence<5>(), vectors);
+    default:
+      return MatMulBlock<kAccumulate>(d, K, a, b, b_row, c, c_row, std::make_index_sequence<6>(), vectors);
+  }
+}
+
+// A panel of kVectors vectors of columns, all M rows, cut in blocks of nearly equal height.
+template <bool kAccumulate, size_t kVectors, class D>
+HWY_NOINLINE void MatMulPanel(D d, size_t M, size_t K, Left a, const float* b, size_t b_row, float* c, size_t c_row) {
+  size_t blocks = (M + kBlockRows - 1) / kBlockRows;
+  while (M > 0) {
+    const size_t rows = (M + blocks - 1) / blocks;
+    MatMulRows<kAccumulate, kVectors>(d, rows, K, a, b, b_row, c, c_row);
+    a.data += rows * a.row;
+    c += rows * c_row;
+    M -= rows;
+    --blocks;
+  }
+}
+
+// c[m, n] = Σ_k a(m, k) b[k, n], or += with kAccumulate, for m < M, k < K and n < N. N is a multiple of the vector length; rows
+// of b and c lie b_row and c_row elements apart. c overlaps neither a nor b.
+template <bool kAccumulate, class D>
+HWY_INLINE void MatMul(D d, size_t M, size_t N, size_t K, Left a, const float* b, size_t b_row, float* c, size_t c_row) {
+  const size_t lanes = hn::Lanes(d);
+  size_t vectors = N / lanes;
+  while (vectors >= kBlockVectors) {
+    MatMulPanel<kAccumulate, kBlockVectors>(d, M, K, a, b, b_row, c, c_row);
+    b += kBlockVectors * lanes;
+    c += kBlockVectors * lanes;
+    vectors -= kBlockVectors;
+  }
+  if constexpr (kBlockVectors > 2) {
+    if (vectors >= 2) {
+      MatMulPanel<kAccumulate, 2>(d, M, K, a, b, b_row, c, c_row);
+      b += 2 * lanes;
+      c += 2 * lanes;
+      vectors -= 2;
+    }
+  }
+  if (vectors == 1) MatMulPanel<kAccumulate, 1>(d, M, K, a, b, b_row, c, c_row);
+}
+
+// out[n, m] = in[m, n] for m < M and n < N, both multiples of 4; rows lie in_row and out_row elements apart.
+HWY_INLINE void Transpose(size_t M, size_t N, const float* HWY_RESTRICT in, size_t in_row, float* HWY_RESTRICT out,
+                          size_t out_row) {
+  const hn::FixedTag<float, 4> d4;
+  const hn::FixedTag<double, 2> d2;
+  for (size_t m = 0; m < M; m += 4) {
+    for (size_t n = 0; n < N; n += 4) {
+      const float* block = in + m * in_row + n;
+      const auto r0 = hn::LoadU(d4, block);
+      const auto r1 = hn::LoadU(d4, block + in_row);
+      const auto r2 = hn::LoadU(d4, block + 2 * in_row);
+      const auto r3 = hn::LoadU(d4, block + 3 * in_row);
+      const auto lo01 = hn::BitCast(d2, hn::InterleaveLower(d4, r0, r1));
+      const auto lo23 = hn::BitCast(d2, hn::InterleaveLower(d4, r2, r3));
+      const auto hi01 = hn::BitCast(d2, hn::InterleaveUpper(d4, r0, r1));
+      const auto hi23 = hn::BitCast(d2, hn::InterleaveUpper(d4, r2, r3));
+      float* column = out + n * out_row + m;
+      hn::StoreU(hn::BitCast(d4, hn::InterleaveLower(d2, lo01, lo23)), d4, column);
+      hn::StoreU(hn::BitCast(d4, hn::InterleaveUpper(d2, lo01, lo23)), d4, column + out_row);
+      hn::StoreU(hn::BitCast(d4, hn::InterleaveLower(d2, hi01, hi23)), d4, column + 2 * out_row);
+      hn::StoreU(hn::BitCast(d4, hn::InterleaveUpper(d2, hi01, hi23)), d4, column + 3 * out_row);
+    }
+  }
+}
+
+}  // namespace latte::kernels::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif
