@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Puts Highway's source into a folder, from the package registry alone.
 
-Debian 12 carries Highway 1.0.3, which lacks the bfloat16 dot targets; numpy's source package carries 1.3. pip insists on asking a source
-package's build backend for metadata before it hands the file over, which would configure all of numpy: a stand-in backend answers instead.
+Debian 12 carries Highway 1.0.3, which lacks the bfloat16 dot targets; numpy's source package carries 1.3. pip insists on asking a
+source package's build backend for metadata before it hands the file over, which would configure all of numpy: a stand-in backend
+answers instead.
 
     scripts/fetch_highway.py .deps/highway
 """
@@ -18,7 +19,7 @@ import tempfile
 NUMPY = "2.4.6"
 INSIDE = f"numpy-{NUMPY}/numpy/_core/src/highway/"
 
-BACKEND = f'''
+BACKEND = f"""
 import pathlib
 
 def prepare_metadata_for_build_wheel(folder, config_settings=None):
@@ -26,7 +27,7 @@ def prepare_metadata_for_build_wheel(folder, config_settings=None):
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\\nName: numpy\\nVersion: {NUMPY}\\n")
     return info.name
-'''
+"""
 
 
 def main() -> int:
