@@ -1,0 +1,47 @@
+# `cmake --install`: the programs, the libraries with their headers, and the package that find_package(latte) reads. A wheel
+# (SKBUILD) takes the operators' library alone, into the Python package.
+include(CMakePackageConfigHelpers)
+
+if(SKBUILD)
+  if(TARGET latte_ops)
+    # Python has loaded torch before; the path beside it serves whoever opens the library without.
+    set_target_properties(latte_ops PROPERTIES INSTALL_RPATH "$ORIGIN/../torch/lib")
+    install(TARGETS latte_ops LIBRARY DESTINATION latte)
+  endif()
+  return()
+endif()
+
+set(latte_config_dir ${CMAKE_INSTALL_LIBDIR}/cmake/latte)
+file(RELATIVE_PATH latte_lib_from_bin ${CMAKE_INSTALL_FULL_BINDIR} ${CMAKE_INSTALL_FULL_LIBDIR})
+
+# Highway is an implementation detail of the kernels: where it was built here, its archive goes along under a name of our own, so
+# that it can't be mistaken for the system's.
+set(LATTE_HAS_HIGHWAY_PACKAGE ${hwy_FOUND})
+if(NOT hwy_FOUND)
+  set_target_properties(hwy PROPERTIES OUTPUT_NAME latte_hwy EXPORT_NAME highway)
+  install(TARGETS hwy EXPORT latteTargets ARCHIVE DESTINATION ${CMAKE_INSTALL_LIBDIR} LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR})
+endif()
+
+foreach(rung kernels formats ops nn models)
+  if(TARGET latte_${rung})
+    # libtorch may lie anywhere: the path that the linker used stays in the library.
+    set_target_properties(latte_${rung} PROPERTIES EXPORT_NAME ${rung} INSTALL_RPATH $ORIGIN INSTALL_RPATH_USE_LINK_PATH ON)
+    add_library(latte::${rung} ALIAS latte_${rung})
+    install(TARGETS latte_${rung} EXPORT latteTargets ARCHIVE DESTINATION ${CMAKE_INSTALL_LIBDIR} LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR})
+    install(DIRECTORY ${PROJECT_SOURCE_DIR}/src/${rung} DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/latte
+            FILES_MATCHING PATTERN "*.h" PATTERN "*-inl.h" EXCLUDE)
+  endif()
+endforeach()
+
+foreach(program latte latte-torch)
+  if(TARGET ${program})
+    set_target_properties(${program} PROPERTIES INSTALL_RPATH $ORIGIN/${latte_lib_from_bin} INSTALL_RPATH_USE_LINK_PATH ON)
+    install(TARGETS ${program} RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR})
+  endif()
+endforeach()
+
+install(EXPORT latteTargets NAMESPACE latte:: DESTINATION ${latte_config_dir})
+configure_package_config_file(cmake/latteConfig.cmake.in ${PROJECT_BINARY_DIR}/latteConfig.cmake INSTALL_DESTINATION ${latte_config_dir})
+write_basic_package_version_file(${PROJECT_BINARY_DIR}/latteConfigVersion.cmake COMPATIBILITY SameMinorVersion)
+install(FILES ${PROJECT_BINARY_DIR}/latteConfig.cmake ${PROJECT_BINARY_DIR}/latteConfigVersion.cmake cmake/LatteTorch.cmake DESTINATION ${latte_config_dir})
+install(FILES LICENSE README.md DESTINATION ${CMAKE_INSTALL_DOCDIR})

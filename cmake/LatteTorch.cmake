@@ -1,5 +1,12 @@
 # libtorch from the Python package, as the target latte_libtorch. Its paths come from torch.utils.cpp_extension: find_package(Torch) stops where torch was
-# built for CUDA and no CUDA toolkit is installed.
+# built for CUDA and no CUDA toolkit is installed. An installed latte carries this file, to find libtorch on the machine that it is on.
+if(TARGET latte_libtorch)
+  return()
+endif()
+if(NOT LATTE_PYTHON)
+  find_package(Python3 REQUIRED COMPONENTS Interpreter)
+  set(LATTE_PYTHON ${Python3_EXECUTABLE})
+endif()
 execute_process(
   COMMAND ${LATTE_PYTHON} -c
           "import torch; from torch.utils import cpp_extension as c; print(';'.join(c.include_paths())); print(';'.join(c.library_paths())); print(torch.__version__); print(int(torch._C._GLIBCXX_USE_CXX11_ABI))"
@@ -15,7 +22,8 @@ list(GET answer 2 LATTE_TORCH_VERSION)
 list(GET answer 3 LATTE_TORCH_CXX11_ABI)
 message(STATUS "torch ${LATTE_TORCH_VERSION}")
 
-add_library(latte_libtorch INTERFACE)
+# Imported, so that an export names it and leaves its paths out.
+add_library(latte_libtorch INTERFACE IMPORTED GLOBAL)
 target_include_directories(latte_libtorch SYSTEM INTERFACE ${LATTE_TORCH_INCLUDES})
 target_compile_definitions(latte_libtorch INTERFACE _GLIBCXX_USE_CXX11_ABI=${LATTE_TORCH_CXX11_ABI})
 foreach(name torch torch_cpu c10)

@@ -29,7 +29,7 @@ TORCH = re.compile(r"(torch|ATen|c10|caffe2)/|torch\.h$")
 GGML = re.compile(r"(ggml|llama|gguf)([-_./]|$)")
 GGUF_AND_VOCABULARY = re.compile(r"(ggml|gguf|llama)\.h$")
 
-# A quoted string or a character is kept, a comment becomes a blank, so that neither hides or fakes an include. A raw string counts
+# A quoted string is kept and a comment becomes a blank, so that neither hides or fakes an include. A raw string counts
 # as text too.
 TEXT = re.compile(
     r'R"([^()\\\s]{0,16})\(.*?\)\1"|"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\'|//(?:\\\n|[^\n])*|/\*.*?\*/', re.DOTALL
