@@ -1,0 +1,569 @@
+"""Latent attention as modules that take torch.nn.MultiheadAttention's place in self-attention (arXiv 2402.17512).
+
+Shapes: B batch, T tokens, E embed_dim, H query heads, Hkv key-value heads (query head h reads key-value head h // (H // Hkv)), D
+= E / H, L latents a head. latte's C++ modules of the same names have the same parameters and meanings.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from latte._masks import is_causal_request, key_mask_from_padding
+from latte._probabilities import latent_probabilities, window_probabilities
+from latte._recurrent import CausalConv1d, RgLru
+from latte.functional import (
+    MacchiatoState,
+    bidirectional_attention,
+    causal_attention,
+    macchiato_attention,
+    vapor,
+    window_attention,
+)
+
+POSITIONS = ("none", "vapor", "conv", "rg_lru")
+DECAY_DIVISOR = 16.0  # log_decay = logsigmoid(decay_proj(x)) / 16: a fresh module forgets slowly, as gated linear attention does
+
+
+class AttentionState(NamedTuple):
+    """What an attention module carries from one stretch of a sequence to the next. Its size doesn't depend on how many tokens
+    were seen.
+
+    Attributes:
+        latents: of LatteAttention: [B, Hkv, L, D + 3].
+        macchiato: of MacchiatoAttention.
+        conv: with position="conv": the convolution's last inputs, [B, K - 1, E].
+        rg_lru: with position="rg_lru": [B, E].
+        position: tokens seen, padding included.
+    """
+
+    latents: Tensor | None = None
+    macchiato: MacchiatoState | None = None
+    conv: Tensor | None = None
+    rg_lru: Tensor | None = None
+    position: int = 0
+
+
+class _NoInProjection:
+    """Stands where MultiheadAttention has its in_proj_weight.
+
+    torch.nn.TransformerEncoder hands that tensor to torch.overrides.has_torch_function before its fast path and turns away from
+    the path when an argument overrides torch functions, which this does. None would do in a TransformerEncoder built around one
+    of these modules, but not in one that was built before the module was put in.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None) -> NoReturn:
+        raise TypeError(
+            "latte's attention modules have no in_proj_weight: MultiheadAttention's fast path does not compute latent attention"
+        )
+
+
+class _LatentAttention(nn.Module):
+    """What LatteAttention and MacchiatoAttention share: MultiheadAttention's habits, the latents' projections and positions."""
+
+    # What torch's Transformer modules read of self_attn: these three keep their fast paths, which compute softmax attention,
+    # from being taken.
+    _qkv_same_embed_dim = False
+    in_proj_weight = _NoInProjection()
+    in_proj_bias = None
+    # And MultiheadAttention's attributes of what isn't covered here.
+    bias_k = None
+    bias_v = None
+    add_zero_attn = False
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float,
+        bias: bool,
+        add_bias_kv: bool,
+        add_zero_attn: bool,
+        kdim: int | None,
+        vdim: int | None,
+        batch_first: bool,
+        device,
+        dtype,
+        *,
+        num_latents: int | None,
+        num_kv_heads: int | None,
+        position: str,
+        conv_width: int,
+        forget: bool,
+        gates: int,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        if embed_dim <= 0 or num_heads <= 0 or embed_dim % num_heads != 0:
+            raise ValueError(f"{name}: embed_dim must be a positive multiple of num_heads, got {embed_dim} and {num_heads}")
+        if add_bias_kv or add_zero_attn:
+            raise ValueError(
+                f"{name}: add_bias_kv and add_zero_attn append a token to the keys, which a latent's running sums don't cover"
+            )
+        for argument, value in (("kdim", kdim), ("vdim", vdim)):
+            if value is not None and value != embed_dim:
+                raise ValueError(
+                    f"{name}: {argument} is {value}, but this is self-attention: keys and values have embed_dim = {embed_dim}"
+                )
+        if not 0.0 <= dropout <= 1.0:
+            raise ValueError(f"{name}: dropout must lie between 0 and 1, got {dropout}")
+        head_dim = embed_dim // num_heads
+        num_latents = head_dim if num_latents is None else num_latents
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if num_latents <= 0:
+            raise ValueError(f"{name}: num_latents must be positive, got {num_latents}")
+        if num_kv_heads <= 0 or num_heads % num_kv_heads != 0:
+            raise ValueError(f"{name}: num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}")
+        if position not in POSITIONS:
+            raise ValueError(f"{name}: position must be one of {', '.join(POSITIONS)}, got {position!r}")
+        if position == "vapor" and head_dim % 2 != 0:
+            raise ValueError(f"{name}: position='vapor' rotates pairs, so embed_dim / num_heads must be even, got {head_dim}")
+        if position == "conv" and conv_width <= 0:
+            raise ValueError(f"{name}: conv_width must be positive, got {conv_width}")
+        self.embed_dim = self.kdim = self.vdim = embed_dim
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.num_latents = num_latents
+        self.num_kv_heads = num_kv_heads
+        self.dropout = dropout
+        self.batch_first = batch_first
+        self.position = position
+        self.forget = forget
+
+        factory = {"device": device, "dtype": dtype}
+        self.query_logits_proj = nn.Linear(embed_dim, num_heads * (num_latents + gates), bias=bias, **factory)
+        self.key_logits_proj = nn.Linear(embed_dim, num_kv_heads * num_latents, bias=bias, **factory)
+        self.value_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias=bias, **factory)
+        self.out_proj = nn.Linear(num_heads * head_dim, embed_dim, bias=bias, **factory)
+        if forget:
+            self.decay_proj = nn.Linear(embed_dim, num_kv_heads * num_latents, bias=bias, **factory)
+        if position == "conv":
+            self.conv = CausalConv1d(embed_dim, conv_width, **factory)
+        if position == "rg_lru":
+            self.rg_lru = RgLru(embed_dim, bias=bias, **factory)
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform weights and zero biases; the convolution and RG-LRU have their own rules."""
+        for child in self.children():
+            if isinstance(child, nn.Linear):
+                nn.init.xavier_uniform_(child.weight)
+                if child.bias is not None:
+                    nn.init.zeros_(child.bias)
+            else:
+                child.reset_parameters()
+
+    def extra_repr(self) -> str:
+        text = f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, num_latents={self.num_latents}"
+        if self.num_kv_heads != self.num_heads:
+            text += f", num_kv_heads={self.num_kv_heads}"
+        text += f", dropout={self.dropout}, batch_first={self.batch_first}"
+        if self.position != "none":
+            text += f", position={self.position!r}"
+        return text + (", forget=True" if self.forget else "")
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = False,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+        *,
+        state: AttentionState | None = None,
+        output_state: bool = False,
+    ) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, AttentionState]:
+        """Self-attention; arguments as of torch.nn.MultiheadAttention except where said.
+
+        Args:
+            query: [T, B, E], with batch_first [B, T, E], without a batch [T, E].
+            key: the same tensor as `query`, or None.
+            value: the same tensor as `query`, or None.
+            key_padding_mask: [B, T] ([T] without a batch): bool, True = padding, or floats with -inf at padding and 0 elsewhere.
+            need_weights: return p(s|t) too, by quadratic arithmetic, for looking at. MultiheadAttention's default is True.
+            attn_mask: None or the causal mask (bool or float, [T, T] or [B · H, T, T]), checked unless is_causal=True.
+            average_attn_weights: average those over the heads.
+            is_causal: causal attention, with or without `attn_mask`.
+            state: what came before these tokens, from an earlier call (causal only). A state is then returned as well.
+            output_state: return the state after the last token (causal only).
+
+        Returns:
+            (out, weights), or (out, weights, state) when `state` is given or `output_state` set. out has query's shape. weights
+            is None, or p(s|t): [B, T, T], not averaged [B, H, T, T]; without a batch there is no B. Dropout doesn't show in
+            weights, and with position="vapor" the values that they weigh are rotated by the distance t - s.
+
+        Raises:
+            ValueError: a wrong shape; cross-attention; an attn_mask that isn't the causal mask; a state, or forget=True, where
+                attention is bidirectional; need_weights with a state, whose past tokens' probabilities aren't known.
+            TypeError: a wrong dtype, a nested tensor.
+        """
+        name = type(self).__name__
+        if (key is not None and key is not query) or (value is not None and value is not query):
+            raise ValueError(f"{name} is self-attention: query, key and value must be one tensor; cross-attention is not covered")
+        if query.is_nested:
+            raise TypeError(f"{name} takes no nested tensor: pass a padded one with key_padding_mask")
+        if query.dim() not in (2, 3) or query.shape[-1] != self.embed_dim:
+            expected = f"[{'B, T' if self.batch_first else 'T, B'}, {self.embed_dim}] or [T, {self.embed_dim}]"
+            raise ValueError(f"{name}: query has shape {tuple(query.shape)}, expected {expected}")
+        batched = query.dim() == 3
+        if not batched:
+            x = query.unsqueeze(0)
+        else:
+            x = query if self.batch_first else query.transpose(0, 1)
+        batch, tokens = x.shape[:2]
+        key_mask = key_mask_from_padding(key_padding_mask, batch, tokens, batched)
+        causal = is_causal_request(attn_mask, is_causal, tokens)
+        output_state = output_state or state is not None
+        if output_state and not causal:
+            raise ValueError(f"{name}: a state belongs to causal attention: pass is_causal=True")
+        if state is not None and need_weights:
+            raise ValueError(f"{name}: need_weights needs the whole sequence, a state doesn't hold its past tokens")
+        if self.forget and not causal:
+            raise ValueError(f"{name}: forget=True belongs to causal attention: pass is_causal=True")
+
+        heads, weights, next_state = self._attend(x, key_mask, causal, need_weights, state, output_state)
+        heads = F.dropout(heads.flatten(-2), self.dropout, self.training)
+        out = self.out_proj(heads)
+        if not batched:
+            out = out.squeeze(0)
+        elif not self.batch_first:
+            out = out.transpose(0, 1)
+        if weights is not None:
+            weights = (weights.mean(1) if average_attn_weights else weights).to(out.dtype)
+            weights = weights if batched else weights.squeeze(0)
+        return (out, weights, next_state) if output_state else (out, weights)
+
+    def _attend(
+        self,
+        x: Tensor,
+        key_mask: Tensor | None,
+        causal: bool,
+        need_weights: bool,
+        state: AttentionState | None,
+        output_state: bool,
+    ) -> tuple[Tensor, Tensor | None, AttentionState | None]:
+        """x [B, T, E], key_mask bool [B, T] → the heads' output [B, T, H, D], weights [B, H, T, T] or None, the next state or
+        None.
+        """
+        raise NotImplementedError
+
+    def _logits(
+        self, x: Tensor, key_mask: Tensor | None, state: AttentionState | None, output_state: bool
+    ) -> tuple[Tensor, Tensor, AttentionState]:
+        """query_logits [B, T, H, L or L + 1], key_logits [B, T, Hkv, L], and the next state's position, conv and rg_lru."""
+        state = AttentionState() if state is None else state
+        after = AttentionState(position=state.position + x.shape[1])
+        if self.position == "conv":
+            x, memory = self.conv(x, key_mask, state.conv, output_state)
+            after = after._replace(conv=memory)
+        elif self.position == "rg_lru":
+            x, memory = self.rg_lru(x, key_mask, state.rg_lru, output_state)
+            after = after._replace(rg_lru=memory)
+        query_logits = self.query_logits_proj(x).unflatten(-1, (self.num_heads, -1))
+        key_logits = self.key_logits_proj(x).unflatten(-1, (self.num_kv_heads, -1))
+        return query_logits, key_logits, after
+
+    def _log_decay(self, x: Tensor) -> Tensor | None:
+        """[B, T, Hkv, L], or None where nothing is forgotten."""
+        if not self.forget:
+            return None
+        return F.logsigmoid(self.decay_proj(x)).unflatten(-1, (self.num_kv_heads, -1)) / DECAY_DIVISOR
+
+    def _positions(self, x: Tensor, state: AttentionState | None) -> Tensor:
+        """int64 [T]."""
+        first = 0 if state is None else state.position
+        return torch.arange(first, first + x.shape[1], device=x.device)
+
+    def _read_latents(
+        self,
+        query_logits: Tensor,
+        key_logits: Tensor,
+        values: Tensor,
+        *,
+        positions: Tensor,
+        causal: bool,
+        key_mask: Tensor | None,
+        log_decay: Tensor | None,
+        initial_state: Tensor | None,
+        output_state: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The latents' output [B, T, H, D], with VAPOR's rotations where chosen, and the latents' state or None."""
+        rotate = self.position == "vapor"
+        if rotate:
+            values = vapor(values, positions)
+        final_state = None
+        if causal:
+            out, final_state = causal_attention(
+                query_logits,
+                key_logits,
+                values,
+                log_decay=log_decay,
+                key_mask=key_mask,
+                initial_state=initial_state,
+                output_final_state=output_state,
+            )
+        else:
+            out = bidirectional_attention(query_logits, key_logits, values, key_mask=key_mask)
+        return vapor(out, positions, inverse=True) if rotate else out, final_state
+
+
+class LatteAttention(_LatentAttention):
+    """Latent attention in torch.nn.MultiheadAttention's place, linear in T: causal (arXiv 2402.17512, equation 10) or
+    bidirectional (equation 6).
+
+    Args:
+        embed_dim: E.
+        num_heads: H, which divides E.
+        dropout: acts on the heads' output before out_proj. MultiheadAttention's acts on the probabilities p(s|t), which are
+            never formed here.
+        bias: whether the projections have one.
+        add_bias_kv: False; for MultiheadAttention's signature.
+        add_zero_attn: False; likewise.
+        kdim: None or E; likewise.
+        vdim: None or E; likewise.
+        batch_first: [B, T, E] rather than [T, B, E].
+        device: of the parameters.
+        dtype: of the parameters.
+        num_latents: L, of each head; D unless given.
+        num_kv_heads: Hkv, which divides H; H unless given.
+        position: how latents know where a token stands. "none"; "vapor": values are rotated by their position and what latents
+            return is rotated back by the reader's, so D must be even; "conv": a causal convolution on the input of the query and
+            key logits; "rg_lru": Griffin's real-gated linear recurrence there. The last two look back only, in bidirectional
+            attention too.
+        conv_width: K of position="conv".
+        forget: latents forget: log_decay = logsigmoid(decay_proj(x)) / 16. Causal only.
+
+    Parameters: `query_logits_proj` Linear(E, H · L), `key_logits_proj` Linear(E, Hkv · L), `value_proj` Linear(E, Hkv · D),
+    `out_proj` Linear(H · D, E); `decay_proj` Linear(E, Hkv · L) with forget; `conv.weight` [E, K] and `conv.bias` [E], or
+    `rg_lru.recurrence_proj`, `rg_lru.input_proj` Linear(E, E) and `rg_lru.lambda` [E], with that position. Logits carry no 1/√D
+    scale.
+
+    Raises:
+        ValueError: an argument is out of range or not covered; the text says which and why.
+
+    Example:
+        >>> attention = LatteAttention(512, 8, batch_first=True)
+        >>> out, _ = attention(x, is_causal=True)  # x: [B, T, 512]
+        >>> prompt, _, state = attention(x[:, :100], is_causal=True, output_state=True)  # the same, a stretch at a time
+        >>> token, _, state = attention(x[:, 100:101], is_causal=True, state=state)
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device=None,
+        dtype=None,
+        *,
+        num_latents: int | None = None,
+        num_kv_heads: int | None = None,
+        position: str = "none",
+        conv_width: int = 4,
+        forget: bool = False,
+    ) -> None:
+        super().__init__(
+            embed_dim,
+            num_heads,
+            dropout,
+            bias,
+            add_bias_kv,
+            add_zero_attn,
+            kdim,
+            vdim,
+            batch_first,
+            device,
+            dtype,
+            num_latents=num_latents,
+            num_kv_heads=num_kv_heads,
+            position=position,
+            conv_width=conv_width,
+            forget=forget,
+            gates=0,
+        )
+        self.reset_parameters()
+
+    def _attend(self, x, key_mask, causal, need_weights, state, output_state):
+        query_logits, key_logits, after = self._logits(x, key_mask, state, output_state)
+        log_decay = self._log_decay(x)
+        out, latents = self._read_latents(
+            query_logits,
+            key_logits,
+            self.value_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim)),
+            positions=self._positions(x, state),
+            causal=causal,
+            key_mask=key_mask,
+            log_decay=log_decay,
+            initial_state=None if state is None else state.latents,
+            output_state=output_state,
+        )
+        weights = None
+        if need_weights:
+            shares = query_logits.double().softmax(-1)
+            weights = latent_probabilities(shares, key_logits, causal=causal, key_mask=key_mask, log_decay=log_decay)
+        return out, weights, after._replace(latents=latents) if output_state else None
+
+
+class MacchiatoAttention(_LatentAttention):
+    """Latte-Macchiato (arXiv 2402.17512, section 3.4) in torch.nn.MultiheadAttention's place: latents and a window of standard
+    attention.
+
+    Args: those of LatteAttention, and
+        window: W, how many tokens the window holds: the last W (causal), or those less than W away (bidirectional).
+        sinks: S first tokens that every token reads as well, causal only: 0 in a module that is used bidirectionally.
+        rope: rotate the window's queries and keys by their position (rotary embedding, rotate-half pairs); D must be even. A
+            sink that has left the window is scored as if the reader stood at position min(t, W + S - 1), so distances stay in
+            the trained range.
+        rope_base: the base of those rotations.
+
+    Parameters: those of LatteAttention; query_logits_proj is Linear(E, H · (L + 1)), laid out [H, L + 1] with the window's gate
+    at index 0; and `query_proj` Linear(E, H · D), `key_proj` Linear(E, Hkv · D). With position="vapor" the latents' values alone
+    are rotated, not the window's.
+
+    Raises:
+        ValueError: an argument is out of range or not covered; the text says which and why. forward: also sinks in bidirectional
+            attention.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device=None,
+        dtype=None,
+        *,
+        num_latents: int | None = None,
+        num_kv_heads: int | None = None,
+        position: str = "none",
+        conv_width: int = 4,
+        forget: bool = False,
+        window: int = 128,
+        sinks: int = 0,
+        rope: bool = True,
+        rope_base: float = 10000.0,
+    ) -> None:
+        super().__init__(
+            embed_dim,
+            num_heads,
+            dropout,
+            bias,
+            add_bias_kv,
+            add_zero_attn,
+            kdim,
+            vdim,
+            batch_first,
+            device,
+            dtype,
+            num_latents=num_latents,
+            num_kv_heads=num_kv_heads,
+            position=position,
+            conv_width=conv_width,
+            forget=forget,
+            gates=1,
+        )
+        if window < 1 or sinks < 0:
+            raise ValueError(f"MacchiatoAttention: window must be at least 1 and sinks at least 0, got {window} and {sinks}")
+        if rope and self.head_dim % 2 != 0:
+            raise ValueError(
+                f"MacchiatoAttention: rope=True rotates pairs, so embed_dim / num_heads must be even, got {self.head_dim}"
+            )
+        if not 0.0 < rope_base < float("inf"):
+            raise ValueError(f"MacchiatoAttention: rope_base must be positive, got {rope_base}")
+        self.window = window
+        self.sinks = sinks
+        self.rope = rope
+        self.rope_base = rope_base
+        self.query_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+        self.key_proj = nn.Linear(embed_dim, self.num_kv_heads * self.head_dim, bias=bias, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, window={self.window}, sinks={self.sinks}, rope={self.rope}"
+
+    def _window_inputs(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """query [B, T, H, D], key [B, T, Hkv, D], sink_query [B, T, H, D] or None; rotated where rotary embedding is on."""
+        query = self.query_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
+        key = self.key_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        if not self.rope:
+            return query, key, None
+        sink_query = None
+        if self.sinks > 0:
+            sink_query = vapor(query, positions.clamp(max=self.window + self.sinks - 1), self.rope_base)
+        return vapor(query, positions, self.rope_base), vapor(key, positions, self.rope_base), sink_query
+
+    def _attend(self, x, key_mask, causal, need_weights, state, output_state):
+        if self.sinks > 0 and not causal:
+            raise ValueError(
+                "MacchiatoAttention: sinks belong to causal attention: pass is_causal=True, or sinks=0 to the constructor"
+            )
+        query_logits, key_logits, after = self._logits(x, key_mask, state, output_state)
+        values = self.value_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        positions = self._positions(x, state)
+        query, key, sink_query = self._window_inputs(x, positions)
+        log_decay = self._log_decay(x)
+        before = None if state is None else state.macchiato
+        window = {"window": self.window, "sinks": self.sinks, "sink_query": sink_query, "causal": causal, "key_mask": key_mask}
+        if self.position == "vapor":
+            # The window reads plain values and the latents rotated ones, so they are two calls, mixed here by the softmax over L
+            # + 1 logits: p(0|t) = sigmoid(gate - logsumexp(the rest)).
+            local, final_state = window_attention(
+                query,
+                key,
+                values,
+                initial_state=None if before is None else before._replace(latents=before.latents[:, :, :0]),
+                output_final_state=output_state,
+                **window,
+            )
+            distant, latents = self._read_latents(
+                query_logits[..., 1:],
+                key_logits,
+                values,
+                positions=positions,
+                causal=causal,
+                key_mask=key_mask,
+                log_decay=log_decay,
+                initial_state=None if before is None else before.latents,
+                output_state=output_state,
+            )
+            wide = query_logits.double() if query_logits.dtype == torch.float64 else query_logits.float()
+            gate = wide[..., :1] - wide[..., 1:].logsumexp(-1, keepdim=True)
+            out = (gate.sigmoid() * local + (-gate).sigmoid() * distant).to(local.dtype)
+            if output_state:
+                final_state = final_state._replace(latents=latents)
+        else:
+            out, final_state = macchiato_attention(
+                query,
+                key,
+                values,
+                query_logits,
+                key_logits,
+                log_decay=log_decay,
+                initial_state=before,
+                output_final_state=output_state,
+                **window,
+            )
+        weights = None
+        if need_weights:
+            shares = query_logits.double().softmax(-1)
+            far = latent_probabilities(shares[..., 1:], key_logits, causal=causal, key_mask=key_mask, log_decay=log_decay)
+            weights = shares[..., 0].transpose(1, 2).unsqueeze(-1) * window_probabilities(query, key, **window) + far
+        return out, weights, after._replace(macchiato=final_state) if output_state else None
