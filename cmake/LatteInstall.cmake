@@ -2,12 +2,10 @@
 # (SKBUILD) takes the operators' library alone, into the Python package.
 include(CMakePackageConfigHelpers)
 
+if(TARGET latte_ops)
+  include(LattePython)
+endif()
 if(SKBUILD)
-  if(TARGET latte_ops)
-    # Python has loaded torch before; the path beside it serves whoever opens the library without.
-    set_target_properties(latte_ops PROPERTIES INSTALL_RPATH "$ORIGIN/../torch/lib")
-    install(TARGETS latte_ops LIBRARY DESTINATION latte)
-  endif()
   return()
 endif()
 

@@ -18,10 +18,10 @@ class ConversionWarning(UserWarning):
 def convert(model: nn.Module, attention: str = "latte", *, exclude: Collection[str] = (), **options) -> nn.Module:
     """Replaces every torch.nn.MultiheadAttention of `model` that does self-attention by latent attention, in place.
 
-    Kept: device, dtype, training mode, batch_first, dropout, head count, bias, requires_grad. Copied: the values' and the output's
-    projections and, for Macchiato, the queries' and keys', which the window goes on using. With num_kv_heads below the head count the
-    keys' and values' heads are averaged in groups. The latents' projections start afresh, so the model needs training. A module
-    that occurs at several places is replaced by one module at all of them.
+    Kept: device, dtype, training mode, batch_first, dropout, head count, bias, requires_grad. Copied: the values' and the
+    output's projections and, for Macchiato, the queries' and keys', which the window goes on using. With num_kv_heads below the
+    head count the keys' and values' heads are averaged in groups. The latents' projections start afresh, so the model needs
+    training. A module that occurs at several places is replaced by one module at all of them.
 
     Left as they are, and named in a ConversionWarning: cross-attention (torch.nn.TransformerDecoderLayer.multihead_attn; another
     model's has to be named in `exclude`, or its first call raises ValueError), kdim or vdim, add_bias_kv, add_zero_attn,
