@@ -42,7 +42,7 @@ struct LatentOutputs {
   MutableView out;               // [B, T, H, D], dtype
   float* final_state = nullptr;  // [N, Hkv, L, D + 3] or null. Bidirectional: always null
   // States at the start of every kSegmentTokens tokens (causal), or the state of the whole sequence (bidirectional), which the
-  // backward pass needs: LatentSavedSize() floats for each slice, or null in inference.
+  // backward pass needs: LatentSavedFloats() for all slices together, or null in inference.
   float* saved = nullptr;
 };
 
@@ -62,8 +62,8 @@ struct LatentGradients {
 
 // Slices to run: sequences * kv_heads.
 int64_t LatentSlices(const LatentArgs& args);
-// Floats that `saved` holds for one slice. With cu_seqlens every slice has room for T tokens' states.
-int64_t LatentSavedSize(const LatentArgs& args);
+// Floats that `saved` holds, all slices together: about L (D + 3) / kSegmentTokens a token and key-value head.
+int64_t LatentSavedFloats(const LatentArgs& args);
 
 void LatentForward(const LatentArgs& args, const LatentOutputs& outputs, int64_t slice);
 void LatentBackward(const LatentArgs& args, const LatentGradients& gradients, int64_t slice);

@@ -1,0 +1,443 @@
+// Backward pass of latent attention; contract in latent.h, derivation in docs/mathematics.md. Inside a stretch, with W = p / z, A
+// = tril(W eᵀ), y = A v + W S: everything is recomputed from the states that the forward pass kept, so that memory stays linear
+// and small.
+#include "kernels/latent.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/latent_backward.cc"
+#include "hwy/foreach_target.h"
+// clang-format off
+#include "hwy/highway.h"
+#include "kernels/latent_chunk-inl.h"
+// clang-format on
+#include <vector>
+
+HWY_BEFORE_NAMESPACE();
+namespace latte::kernels::HWY_NAMESPACE {
+
+// Scratch for the query heads' side of a chunk.
+struct QueryChunk {
+  QueryChunk(const Dims& dims, Scratch& scratch)
+      : probabilities(scratch.Take(kChunk * dims.latents_padded)),
+        shares(scratch.Take(kChunk * dims.latents_padded)),
+        grad_shares(scratch.Take(kChunk * dims.latents_padded)),
+        grad_out(scratch.Take(kChunk * dims.head_dim_padded)) {}
+  static size_t Floats(const Dims& dims) {
+    return 3 * Scratch::Rounded(kChunk * dims.latents_padded) + Scratch::Rounded(kChunk * dims.head_dim_padded);
+  }
+
+  float* probabilities;  // p [C, L]
+  float* shares;         // p / z [C, L]
+  float* grad_shares;    // [C, L]
+  float* grad_out;       // dy [C, D]
+  float gates[kChunk];   // p(0 | t)
+};
+
+void LoadGradOut(const LatentArgs& args, const Dims& dims, const Slice& slice, const LatentGradients& gradients, int64_t token,
+                 size_t count, int64_t head, float* grad_out) {
+  const F d;
+  for (size_t i = 0; i < count; ++i) {
+    LoadRow(d, args.dtype, gradients.grad_out.data, slice.Offset(gradients.grad_out, token + static_cast<int64_t>(i), head),
+            dims.head_dim, grad_out + i * dims.head_dim_padded, dims.head_dim_padded);
+  }
+}
+
+// Softmax backward of a token: `grad` [L] holds dp and becomes the gradient of the query logits, which is stored. With a window
+// also the gate's, and the gradient of the window's output.
+void StoreQueryGradient(const LatentArgs& args, const Dims& dims, const Slice& slice, const LatentGradients& gradients,
+                        int64_t token, int64_t head, const float* probabilities, float gate, const float* grad_out, float* grad) {
+  const F d;
+  const size_t lanes = hn::Lanes(d);
+  VF mean = hn::Zero(d);
+  for (size_t l = 0; l < dims.latents_padded; l += lanes) {
+    mean = hn::MulAdd(hn::Load(d, probabilities + l), hn::Load(d, grad + l), mean);
+  }
+  float expected = hn::ReduceSum(d, mean);
+  int64_t offset = slice.Offset(gradients.grad_query_logits, token, head);
+  if (args.window_out) {
+    const float* window = static_cast<const float*>(args.window_out.data) + slice.Offset(args.window_out, token, head);
+    float* grad_window =
+        static_cast<float*>(gradients.grad_window_out.data) + slice.Offset(gradients.grad_window_out, token, head);
+    VF sum = hn::Zero(d);
+    for (size_t j = 0; j < dims.head_dim; j += lanes) {
+      const size_t n = std::min(lanes, dims.head_dim - j);
+      const VF dy = hn::Load(d, grad_out + j);
+      sum = hn::MulAdd(dy, hn::LoadN(d, window + j, n), sum);
+      hn::StoreN(hn::Mul(dy, hn::Set(d, gate)), d, grad_window + j, n);
+    }
+    const float grad_gate = hn::ReduceSum(d, sum);
+    expected += gate * grad_gate;
+    const float grad_gate_logit = gate * (grad_gate - expected);
+    StoreRow(d, args.dtype, &grad_gate_logit, 1, gradients.grad_query_logits.data, offset);
+    ++offset;
+  }
+  const VF centre = hn::Set(d, expected);
+  for (size_t l = 0; l < dims.latents_padded; l += lanes) {
+    hn::Store(hn::Mul(hn::Load(d, probabilities + l), hn::Sub(hn::Load(d, grad + l), centre)), d, grad + l);
+  }
+  StoreRow(d, args.dtype, grad, dims.latents, gradients.grad_query_logits.data, offset);
+}
+
+// The gradient that flows backward through the state of one slice.
+struct StateGradient {
+  StateGradient(const Dims& dims, Scratch& scratch)
+      : sum(scratch.Take(dims.StateFloats())),
+        sum_transposed(scratch.Take(dims.StateFloats())),
+        normaliser(scratch.Take(dims.latents_padded)),
+        log_weight(dims.latents, 0.0) {}
+  static size_t Floats(const Dims& dims) {
+    return 2 * Scratch::Rounded(dims.StateFloats()) + Scratch::Rounded(dims.latents_padded);
+  }
+
+  float* sum;                      // dS [L, D]
+  float* sum_transposed;           // [D, L]
+  float* normaliser;               // dz [L]
+  std::vector<double> log_weight;  // of all weights so far together, [L]: what a decay's gradient is made of
+};
+
+void StoreKeyGradients(const LatentArgs& args, const Dims& dims, const Slice& slice, const LatentGradients& gradients,
+                       int64_t token, const float* grad_logits, const float* grad_values, const float* grad_decay,
+                       StateGradient& carried, float* decay_row) {
+  const F d;
+  const bool masked = slice.Masked(args.key_mask, token);
+  StoreRow(d, args.dtype, grad_logits, dims.latents, gradients.grad_key_logits.data,
+           slice.Offset(gradients.grad_key_logits, token, slice.kv_head));
+  if (masked) {
+    std::fill_n(decay_row, dims.head_dim_padded, 0.0f);
+    StoreRow(d, args.dtype, decay_row, dims.head_dim, gradients.grad_values.data,
+             slice.Offset(gradients.grad_values, token, slice.kv_head));
+  } else {
+    StoreRow(d, args.dtype, grad_values, dims.head_dim, gradients.grad_values.data,
+             slice.Offset(gradients.grad_values, token, slice.kv_head));
+  }
+  if (!args.log_decay) return;
+  // Outputs depend on ratios of weights alone: a decay at r moves every weight before r against those from r on, so its gradient
+  // is what remains of the total when the weights from r on are taken away.
+  for (size_t l = 0; l < dims.latents; ++l) {
+    carried.log_weight[l] -= static_cast<double>(grad_logits[l]);
+    decay_row[l] = masked ? 0.0f : static_cast<float>(carried.log_weight[l]) + (grad_decay != nullptr ? grad_decay[l] : 0.0f);
+  }
+  StoreRow(d, args.dtype, decay_row, dims.latents, gradients.grad_log_decay.data,
+           slice.Offset(gradients.grad_log_decay, token, slice.kv_head));
+}
+
+// A stretch of a segment, and the state before it.
+struct Stretch {
+  int64_t token;
+  size_t count;
+};
+
+class CausalBackward {
+ public:
+  CausalBackward(const LatentArgs& args, const LatentGradients& gradients, const Slice& slice)
+      : args_(args),
+        gradients_(gradients),
+        slice_(slice),
+        dims_(args),
+        scratch_(State::Floats(dims_) + Chunk::Floats(dims_) + QueryChunk::Floats(dims_) + StateGradient::Floats(dims_) +
+                 Scratch::Rounded(dims_.StateFloats()) + 2 * Scratch::Rounded(kChunk * kChunk) +
+                 2 * Scratch::Rounded(kChunk * dims_.latents_padded) + 2 * Scratch::Rounded(kChunk * dims_.head_dim_padded) +
+                 2 * Scratch::Rounded(std::max(dims_.latents_padded, dims_.head_dim_padded))),
+        state_(dims_, scratch_),
+        chunk_(dims_, scratch_),
+        query_(dims_, scratch_),
+        carried_(dims_, scratch_),
+        sum_transposed_(scratch_.Take(dims_.StateFloats())),
+        scores_(scratch_.Take(kChunk * kChunk)),
+        grad_scores_(scratch_.Take(kChunk * kChunk)),
+        grad_weights_(scratch_.Take(kChunk * dims_.latents_padded)),
+        grad_normalisers_(scratch_.Take(kChunk * dims_.latents_padded)),
+        values_transposed_(scratch_.Take(kChunk * dims_.head_dim_padded)),
+        grad_values_(scratch_.Take(kChunk * dims_.head_dim_padded)),
+        row_(scratch_.Take(std::max(dims_.latents_padded, dims_.head_dim_padded))),
+        grad_decay_(scratch_.Take(std::max(dims_.latents_padded, dims_.head_dim_padded))) {}
+
+  void Run() {
+    Start();
+    const int64_t segments = (slice_.sequence.length + kSegmentTokens - 1) / kSegmentTokens;
+    for (int64_t segment = segments - 1; segment >= 0; --segment) {
+      ReplaySegment(segment);
+      for (size_t i = stretches_.size(); i-- > 0;) {
+        std::copy_n(states_.data() + i * SnapshotFloats(), SnapshotFloats(), state_.sum);
+        StretchBackward(stretches_[i]);
+      }
+    }
+    Finish();
+  }
+
+ private:
+  // sum, normaliser, maximum and decay of a State lie behind each other in scratch memory.
+  size_t SnapshotFloats() const { return State::Floats(dims_); }
+
+  void Start() {
+    std::fill_n(carried_.sum, dims_.StateFloats(), 0.0f);
+    std::fill_n(carried_.normaliser, dims_.latents_padded, 0.0f);
+    std::fill_n(grad_decay_, dims_.latents_padded, 0.0f);
+    const float* grad = slice_.PackedState(gradients_.grad_final_state, dims_, args_.kv_heads);
+    if (grad == nullptr) return;
+    const float* final_state = slice_.PackedState(gradients_.final_state, dims_, args_.kv_heads);
+    const size_t packed_row = dims_.head_dim + kStateExtra;
+    for (size_t l = 0; l < dims_.latents; ++l) {
+      const float* row = grad + l * packed_row;
+      std::copy_n(row, dims_.head_dim, carried_.sum + l * dims_.head_dim_padded);
+      carried_.normaliser[l] = row[dims_.head_dim];
+      grad_decay_[l] = row[dims_.head_dim + 2];
+      if (final_state == nullptr) continue;
+      for (size_t j = 0; j <= dims_.head_dim; ++j) {
+        carried_.log_weight[l] += static_cast<double>(row[j]) * static_cast<double>(final_state[l * packed_row + j]);
+      }
+    }
+  }
+
+  void Finish() {
+    float* grad = slice_.PackedState(gradients_.grad_initial_state, dims_, args_.kv_heads);
+    if (grad == nullptr) return;
+    const float* initial = slice_.PackedState(args_.initial_state, dims_, args_.kv_heads);
+    const size_t packed_row = dims_.head_dim + kStateExtra;
+    for (size_t l = 0; l < dims_.latents; ++l) {
+      float* row = grad + l * packed_row;
+      std::copy_n(carried_.sum + l * dims_.head_dim_padded, dims_.head_dim, row);
+      row[dims_.head_dim] = carried_.normaliser[l];
+      double grad_maximum = 0.0;
+      for (size_t j = 0; j <= dims_.head_dim; ++j) {
+        grad_maximum +=
+            static_cast<double>(row[j]) * (initial == nullptr ? 0.0 : static_cast<double>(initial[l * packed_row + j]));
+      }
+      row[dims_.head_dim + 1] = static_cast<float>(grad_maximum);
+      row[dims_.head_dim + 2] = grad_decay_[l];
+    }
+  }
+
+  // Runs the state through a segment again and keeps it before each stretch.
+  void ReplaySegment(int64_t segment) {
+    const int64_t begin = segment * kSegmentTokens;
+    const int64_t end = std::min(slice_.sequence.length, begin + kSegmentTokens);
+    stretches_.clear();
+    states_.clear();
+    ReadState(dims_, gradients_.saved + SavedOffset(args_, dims_, slice_, segment), state_);
+    for (int64_t token = begin; token < end;) {
+      const int64_t chunk_end =
+          std::min(end, token / static_cast<int64_t>(kChunk) * static_cast<int64_t>(kChunk) + static_cast<int64_t>(kChunk));
+      const size_t left = static_cast<size_t>(chunk_end - token);
+      LoadChunk(args_, dims_, slice_, token, left, chunk_);
+      if (args_.log_decay) DecayState(dims_, chunk_.log_decay, state_);
+      const size_t count = MeasureStretch(args_, dims_, chunk_, left, state_.maximum);
+      stretches_.push_back({token, count});
+      states_.insert(states_.end(), state_.sum, state_.sum + SnapshotFloats());
+      token += static_cast<int64_t>(count);
+      if (token == end) break;
+      WeighStretch(dims_, chunk_, count, state_);
+      AddValues(args_, dims_, chunk_, count, state_);
+    }
+  }
+
+  void StretchBackward(const Stretch& stretch) {
+    const F d;
+    const size_t lanes = hn::Lanes(d);
+    const size_t row = dims_.latents_padded;
+    const size_t columns = dims_.head_dim_padded;
+    const size_t count = stretch.count;
+    LoadChunk(args_, dims_, slice_, stretch.token, count, chunk_);
+    MeasureStretch(args_, dims_, chunk_, count, state_.maximum);
+    WeighStretch(dims_, chunk_, count, state_);
+    TransposeWeights(dims_, chunk_, count);
+    const size_t rounded = RoundUp(count, std::max<size_t>(4, lanes));
+    std::fill(chunk_.values + count * columns, chunk_.values + rounded * columns, 0.0f);
+    Transpose(rounded, columns, chunk_.values, columns, values_transposed_, kChunk);
+    Transpose(RoundUp(dims_.latents, 4), columns, state_.sum, columns, sum_transposed_, row);
+    Transpose(RoundUp(dims_.latents, 4), columns, carried_.sum, columns, carried_.sum_transposed, row);
+
+    // What the state after the stretch asks of its keys and values.
+    MatMul<false>(d, count, columns, dims_.latents, Left{chunk_.weights, row, 1}, carried_.sum, columns, grad_values_, columns);
+    MatMul<false>(d, count, row, dims_.head_dim, Left{chunk_.values, columns, 1}, carried_.sum_transposed, row, grad_weights_,
+                  row);
+    std::fill_n(grad_normalisers_, count * row, 0.0f);
+    for (size_t g = 0; g < dims_.group; ++g) QueryBackward(stretch, slice_.first_head + static_cast<int64_t>(g));
+
+    // z[t] sums the weights up to t: a weight's gradient sums those of z from its token on.
+    for (size_t l = 0; l < row; l += lanes) {
+      VF sum = hn::Load(d, carried_.normaliser + l);
+      for (size_t i = count; i-- > 0;) {
+        float* grad = grad_weights_ + i * row + l;
+        sum = hn::Add(sum, hn::Load(d, grad_normalisers_ + i * row + l));
+        hn::Store(hn::Mul(hn::Add(hn::Load(d, grad), sum), hn::Load(d, chunk_.weights + i * row + l)), d, grad);
+      }
+      hn::Store(hn::Mul(sum, hn::Load(d, chunk_.carry + l)), d, carried_.normaliser + l);
+    }
+    for (size_t i = count; i-- > 0;) {
+      StoreKeyGradients(args_, dims_, slice_, gradients_, stretch.token + static_cast<int64_t>(i), grad_weights_ + i * row,
+                        grad_values_ + i * columns, grad_decay_, carried_, row_);
+    }
+    for (size_t l = 0; l < dims_.latents; ++l) {
+      const VF carry = hn::Set(d, chunk_.carry[l]);
+      float* sum = carried_.sum + l * columns;
+      for (size_t j = 0; j < columns; j += lanes) hn::Store(hn::Mul(hn::Load(d, sum + j), carry), d, sum + j);
+    }
+  }
+
+  void QueryBackward(const Stretch& stretch, int64_t head) {
+    const F d;
+    const size_t lanes = hn::Lanes(d);
+    const size_t row = dims_.latents_padded;
+    const size_t columns = dims_.head_dim_padded;
+    const size_t count = stretch.count;
+    LoadGradOut(args_, dims_, slice_, gradients_, stretch.token, count, head, query_.grad_out);
+    for (size_t i = 0; i < count; ++i) {
+      float* p = query_.probabilities + i * row;
+      query_.gates[i] = LoadProbabilities(args_, dims_, slice_, stretch.token + static_cast<int64_t>(i), head, p);
+      for (size_t l = 0; l < row; l += lanes) {
+        const VF share = hn::Mul(hn::Load(d, p + l), hn::Load(d, chunk_.inverse_normaliser + i * row + l));
+        hn::Store(share, d, query_.shares + i * row + l);
+      }
+    }
+    TriangularScores(count, dims_.latents, query_.shares, row, chunk_.weights_transposed, scores_);
+    TriangularScores(count, dims_.head_dim, query_.grad_out, columns, values_transposed_, grad_scores_);
+    AddUpperProduct(count, columns, scores_, query_.grad_out, grad_values_);
+    AddUpperProduct(count, row, grad_scores_, query_.shares, grad_weights_);
+    MatMul<false>(d, count, row, dims_.head_dim, Left{query_.grad_out, columns, 1}, sum_transposed_, row, query_.grad_shares,
+                  row);
+    AddLowerProduct(count, row, grad_scores_, chunk_.weights, query_.grad_shares);
+    MatMul<true>(d, dims_.latents, columns, count, Left{query_.shares, 1, row}, query_.grad_out, columns, carried_.sum, columns);
+
+    for (size_t i = 0; i < count; ++i) {
+      float* grad = query_.grad_shares + i * row;
+      for (size_t l = 0; l < row; l += lanes) {
+        const VF grad_p = hn::Mul(hn::Load(d, grad + l), hn::Load(d, chunk_.inverse_normaliser + i * row + l));
+        float* grad_z = grad_normalisers_ + i * row + l;
+        hn::Store(hn::NegMulAdd(grad_p, hn::Load(d, query_.shares + i * row + l), hn::Load(d, grad_z)), d, grad_z);
+        hn::Store(grad_p, d, grad + l);
+      }
+      StoreQueryGradient(args_, dims_, slice_, gradients_, stretch.token + static_cast<int64_t>(i), head,
+                         query_.probabilities + i * row, query_.gates[i], query_.grad_out + i * columns, grad);
+    }
+  }
+
+  const LatentArgs& args_;
+  const LatentGradients& gradients_;
+  const Slice& slice_;
+  const Dims dims_;
+  Scratch scratch_;
+  const State state_;
+  const Chunk chunk_;
+  QueryChunk query_;
+  StateGradient carried_;
+  float* sum_transposed_;     // Sᵀ [D, L]
+  float* scores_;             // A [C, C]
+  float* grad_scores_;        // [C, C]
+  float* grad_weights_;       // de [C, L]
+  float* grad_normalisers_;   // dz [C, L]
+  float* values_transposed_;  // vᵀ [D, C]
+  float* grad_values_;        // dv [C, D]
+  float* row_;
+  float* grad_decay_;  // of the final state's G [L]
+  std::vector<Stretch> stretches_;
+  std::vector<float> states_;
+};
+
+void BidirectionalBackward(const LatentArgs& args, const LatentGradients& gradients, const Slice& slice) {
+  const F d;
+  const size_t lanes = hn::Lanes(d);
+  const Dims dims(args);
+  const size_t row = dims.latents_padded;
+  const size_t columns = dims.head_dim_padded;
+  Scratch scratch(State::Floats(dims) + Chunk::Floats(dims) + QueryChunk::Floats(dims) + StateGradient::Floats(dims) +
+                  Scratch::Rounded(dims.StateFloats()) + Scratch::Rounded(kChunk * row) + Scratch::Rounded(kChunk * columns) +
+                  2 * Scratch::Rounded(std::max(row, columns)));
+  const State state(dims, scratch);
+  const Chunk chunk(dims, scratch);
+  QueryChunk query(dims, scratch);
+  StateGradient carried(dims, scratch);
+  float* average_transposed = scratch.Take(dims.StateFloats());
+  float* grad_weights = scratch.Take(kChunk * row);
+  float* grad_values = scratch.Take(kChunk * columns);
+  float* spare = scratch.Take(std::max(row, columns));
+  float* inverse = scratch.Take(std::max(row, columns));
+
+  ReadState(dims, slice.PackedState(gradients.saved, dims, args.kv_heads), state);
+  for (size_t l = 0; l < row; ++l) inverse[l] = state.normaliser[l] > 0.0f ? 1.0f / state.normaliser[l] : 0.0f;
+  for (size_t l = 0; l < dims.latents; ++l) {
+    const VF scale = hn::Set(d, inverse[l]);
+    float* sum = state.sum + l * columns;
+    for (size_t j = 0; j < columns; j += lanes) hn::Store(hn::Mul(hn::Load(d, sum + j), scale), d, sum + j);
+  }
+  Transpose(RoundUp(dims.latents, 4), columns, state.sum, columns, average_transposed, row);
+  std::fill_n(carried.sum, dims.StateFloats(), 0.0f);
+
+  const int64_t length = slice.sequence.length;
+  for (int64_t token = 0; token < length; token += static_cast<int64_t>(kChunk)) {
+    const size_t count = static_cast<size_t>(std::min<int64_t>(kChunk, length - token));
+    for (size_t g = 0; g < dims.group; ++g) {
+      const int64_t head = slice.first_head + static_cast<int64_t>(g);
+      LoadGradOut(args, dims, slice, gradients, token, count, head, query.grad_out);
+      for (size_t i = 0; i < count; ++i) {
+        query.gates[i] =
+            LoadProbabilities(args, dims, slice, token + static_cast<int64_t>(i), head, query.probabilities + i * row);
+      }
+      MatMul<true>(d, dims.latents, columns, count, Left{query.probabilities, 1, row}, query.grad_out, columns, carried.sum,
+                   columns);
+      MatMul<false>(d, count, row, dims.head_dim, Left{query.grad_out, columns, 1}, average_transposed, row, query.grad_shares,
+                    row);
+      for (size_t i = 0; i < count; ++i) {
+        StoreQueryGradient(args, dims, slice, gradients, token + static_cast<int64_t>(i), head, query.probabilities + i * row,
+                           query.gates[i], query.grad_out + i * columns, query.grad_shares + i * row);
+      }
+    }
+  }
+
+  std::fill_n(carried.normaliser, row, 0.0f);
+  for (size_t l = 0; l < dims.latents; ++l) {
+    const VF scale = hn::Set(d, inverse[l]);
+    float* grad = carried.sum + l * columns;
+    VF sum = hn::Zero(d);
+    for (size_t j = 0; j < columns; j += lanes) {
+      const VF scaled = hn::Mul(hn::Load(d, grad + j), scale);
+      sum = hn::MulAdd(scaled, hn::Load(d, state.sum + l * columns + j), sum);
+      hn::Store(scaled, d, grad + j);
+    }
+    carried.normaliser[l] = -hn::ReduceSum(d, sum);
+  }
+  Transpose(RoundUp(dims.latents, 4), columns, carried.sum, columns, carried.sum_transposed, row);
+  for (int64_t token = 0; token < length; token += static_cast<int64_t>(kChunk)) {
+    const size_t count = static_cast<size_t>(std::min<int64_t>(kChunk, length - token));
+    LoadChunk(args, dims, slice, token, count, chunk);
+    for (size_t i = 0; i < count; ++i) {
+      for (size_t l = 0; l < row; l += lanes) {
+        const VF maximum = hn::Load(d, state.maximum + l);
+        const VF reference = hn::IfThenZeroElse(hn::Eq(maximum, hn::Set(d, kNegativeInfinity)), maximum);
+        hn::Store(Exp(d, hn::Sub(hn::Load(d, chunk.logits + i * row + l), reference)), d, chunk.weights + i * row + l);
+      }
+    }
+    MatMul<false>(d, count, columns, dims.latents, Left{chunk.weights, row, 1}, carried.sum, columns, grad_values, columns);
+    MatMul<false>(d, count, row, dims.head_dim, Left{chunk.values, columns, 1}, carried.sum_transposed, row, grad_weights, row);
+    for (size_t i = 0; i < count; ++i) {
+      for (size_t l = 0; l < row; l += lanes) {
+        float* grad = grad_weights + i * row + l;
+        const VF total = hn::Add(hn::Load(d, grad), hn::Load(d, carried.normaliser + l));
+        hn::Store(hn::Mul(total, hn::Load(d, chunk.weights + i * row + l)), d, grad);
+      }
+      StoreKeyGradients(args, dims, slice, gradients, token + static_cast<int64_t>(i), grad_weights + i * row,
+                        grad_values + i * columns, nullptr, carried, spare);
+    }
+  }
+}
+
+void Backward(const LatentArgs& args, const LatentGradients& gradients, int64_t index) {
+  const Slice slice(args, index);
+  if (!args.causal) return BidirectionalBackward(args, gradients, slice);
+  CausalBackward(args, gradients, slice).Run();
+}
+
+}  // namespace latte::kernels::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace latte::kernels {
+
+HWY_EXPORT(Backward);
+
+void LatentBackward(const LatentArgs& args, const LatentGradients& gradients, int64_t slice) {
+  HWY_DYNAMIC_DISPATCH(Backward)(args, gradients, slice);
+}
+
+}  // namespace latte::kernels
+#endif

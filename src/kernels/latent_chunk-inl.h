@@ -1,0 +1,378 @@
+// What the forward and backward passes of latent attention share: a chunk's keys and values in scratch memory, and the running
+// state. Included once per SIMD target.
+#if defined(LATTE_KERNELS_LATENT_CHUNK_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef LATTE_KERNELS_LATENT_CHUNK_INL_H_
+#undef LATTE_KERNELS_LATENT_CHUNK_INL_H_
+#else
+#define LATTE_KERNELS_LATENT_CHUNK_INL_H_
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "hwy/highway.h"
+#include "kernels/latent.h"
+#include "kernels/load-inl.h"
+#include "kernels/math-inl.h"
+#include "kernels/scratch.h"
+#include "kernels/tile_matmul-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace latte::kernels::HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+using F = hn::ScalableTag<float>;
+using VF = hn::Vec<F>;
+
+constexpr float kNegativeInfinity = -std::numeric_limits<float>::infinity();
+// Tokens a chunk: the work that grows with the chunk (scores inside it) balances the work per chunk (reading and writing the
+// state).
+constexpr size_t kChunk = 32;
+// Rows of the triangular products computed at a time: what lies above the diagonal is skipped in these steps.
+constexpr size_t kStrip = 8;
+// How far a latent's maximum (or its decay) may move within a stretch: weights stay above exp(-60), far from the smallest float,
+// and those that vanish against a maximum of their own time (17 lower) still do not underflow.
+constexpr float kMaxDrift = 60.0f;
+
+static_assert(kSegmentTokens % kChunk == 0);
+
+inline size_t RoundUp(size_t n, size_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+struct Dims {
+  explicit Dims(const LatentArgs& args)
+      : latents(static_cast<size_t>(args.latents)),
+        head_dim(static_cast<size_t>(args.head_dim)),
+        group(static_cast<size_t>(args.heads / args.kv_heads)),
+        latents_padded(RoundUp(latents, std::max<size_t>(4, hn::Lanes(F())))),
+        head_dim_padded(RoundUp(head_dim, std::max<size_t>(4, hn::Lanes(F())))) {}
+  size_t latents, head_dim, group, latents_padded, head_dim_padded;
+
+  // Rows of an [L, D] matrix are padded to whole blocks of 4, for Transpose.
+  size_t StateFloats() const { return latents_padded * head_dim_padded; }
+};
+
+// A key-value head's state, its rows padded to whole vectors (zeros) and to whole vectors of latents (m = -inf).
+struct State {
+  State(const Dims& dims, Scratch& scratch)
+      : sum(scratch.Take(dims.StateFloats())),
+        normaliser(scratch.Take(dims.latents_padded)),
+        maximum(scratch.Take(dims.latents_padded)),
+        decay(scratch.Take(dims.latents_padded)) {}
+  static size_t Floats(const Dims& dims) {
+    return Scratch::Rounded(dims.StateFloats()) + 3 * Scratch::Rounded(dims.latents_padded);
+  }
+
+  float* sum;         // [L, D]
+  float* normaliser;  // [L]
+  float* maximum;     // [L]
+  float* decay;       // [L]
+};
+
+HWY_INLINE void ClearState(const Dims& dims, const State& state) {
+  std::fill_n(state.sum, dims.StateFloats(), 0.0f);
+  std::fill_n(state.normaliser, dims.latents_padded, 0.0f);
+  std::fill_n(state.maximum, dims.latents_padded, kNegativeInfinity);
+  std::fill_n(state.decay, dims.latents_padded, 0.0f);
+}
+
+// From and to the packed form [L, D + 3]; null stands for a state that has seen nothing.
+HWY_INLINE void ReadState(const Dims& dims, const float* packed, const State& state) {
+  ClearState(dims, state);
+  if (packed == nullptr) return;
+  for (size_t l = 0; l < dims.latents; ++l) {
+    const float* row = packed + l * (dims.head_dim + kStateExtra);
+    std::copy_n(row, dims.head_dim, state.sum + l * dims.head_dim_padded);
+    state.normaliser[l] = row[dims.head_dim];
+    state.maximum[l] = row[dims.head_dim + 1];
+    state.decay[l] = row[dims.head_dim + 2];
+  }
+}
+
+HWY_INLINE void WriteState(const Dims& dims, const State& state, float* packed) {
+  for (size_t l = 0; l < dims.latents; ++l) {
+    float* row = packed + l * (dims.head_dim + kStateExtra);
+    std::copy_n(state.sum + l * dims.head_dim_padded, dims.head_dim, row);
+    row[dims.head_dim] = state.normaliser[l];
+    row[dims.head_dim + 1] = state.maximum[l];
+    row[dims.head_dim + 2] = state.decay[l];
+  }
+}
+
+// Where a slice's data lies.
+struct Slice {
+  Slice(const LatentArgs& args, int64_t index)
+      : sequence_index(index / args.kv_heads),
+        kv_head(index % args.kv_heads),
+        first_head(kv_head * (args.heads / args.kv_heads)),
+        sequence(SequenceAt(sequence_index, args.time, args.cu_seqlens)) {}
+  int64_t sequence_index, kv_head, first_head;
+  Sequence sequence;
+
+  int64_t Offset(const View& view, int64_t token, int64_t head) const {
+    return sequence.batch * view.batch_stride + (sequence.begin + token) * view.time_stride + head * view.head_stride;
+  }
+  int64_t Offset(const MutableView& view, int64_t token, int64_t head) const {
+    return sequence.batch * view.batch_stride + (sequence.begin + token) * view.time_stride + head * view.head_stride;
+  }
+  bool Masked(const MaskView& mask, int64_t token) const {
+    return mask && !mask.data[sequence.batch * mask.batch_stride + (sequence.begin + token) * mask.time_stride];
+  }
+  float* PackedState(float* states, const Dims& dims, int64_t kv_heads) const {
+    return states == nullptr ? nullptr
+                             : states + (sequence_index * kv_heads + kv_head) *
+                                            static_cast<int64_t>(dims.latents * (dims.head_dim + kStateExtra));
+  }
+  const float* PackedState(const float* states, const Dims& dims, int64_t kv_heads) const {
+    return PackedState(const_cast<float*>(states), dims, kv_heads);
+  }
+};
+
+// Where the forward pass keeps the state that precedes a segment of kSegmentTokens tokens.
+inline int64_t SavedSlots(const LatentArgs& args) {
+  const int64_t segments = (args.time + kSegmentTokens - 1) / kSegmentTokens;
+  return args.cu_seqlens == nullptr ? args.sequences * segments : args.time / kSegmentTokens + args.sequences;
+}
+
+inline size_t SavedOffset(const LatentArgs& args, const Dims& dims, const Slice& slice, int64_t segment) {
+  const int64_t first = args.cu_seqlens == nullptr ? slice.sequence_index * ((args.time + kSegmentTokens - 1) / kSegmentTokens)
+                                                   : slice.sequence.begin / kSegmentTokens + slice.sequence_index;
+  return static_cast<size_t>(slice.kv_head * SavedSlots(args) + first + segment) * dims.latents * (dims.head_dim + kStateExtra);
+}
+
+// The keys and values of up to kChunk tokens, and the weights made of them.
+struct Chunk {
+  Chunk(const Dims& dims, Scratch& scratch)
+      : logits(scratch.Take(kChunk * dims.latents_padded)),
+        log_decay(scratch.Take(kChunk * dims.latents_padded)),
+        values(scratch.Take(kChunk * dims.head_dim_padded)),
+        reference(scratch.Take(dims.latents_padded)),
+        total_decay(scratch.Take(dims.latents_padded)),
+        carry(scratch.Take(dims.latents_padded)),
+        weights(scratch.Take(kChunk * dims.latents_padded)),
+        weights_transposed(scratch.Take(kChunk * dims.latents_padded)),
+        inverse_normaliser(scratch.Take(kChunk * dims.latents_padded)) {}
+  static size_t Floats(const Dims& dims) {
+    return 5 * Scratch::Rounded(kChunk * dims.latents_padded) + Scratch::Rounded(kChunk * dims.head_dim_padded) +
+           3 * Scratch::Rounded(dims.latents_padded);
+  }
+
+  float* logits;              // k [C, L]; -inf where masked and in the padding
+  float* log_decay;           // g [C, L], 0 where masked
+  float* values;              // v [C, D]; 0 where masked
+  float* reference;           // [L]: the largest logit of the stretch or of the state before it, finite
+  float* total_decay;         // [L]: decay from the stretch's first token to its last, the first's own left out
+  float* carry;               // [L]: exp(m_before - reference), what the earlier state is worth
+  float* weights;             // e = exp(k - reference) [C, L]
+  float* weights_transposed;  // [L, C]
+  float* inverse_normaliser;  // 1 / z [C, L], 0 where a latent has seen nothing
+};
+
+// Loads tokens [token, token + count).
+HWY_INLINE void LoadChunk(const LatentArgs& args, const Dims& dims, const Slice& slice, int64_t token, size_t count,
+                          const Chunk& chunk) {
+  const F d;
+  for (size_t i = 0; i < count; ++i) {
+    const int64_t t = token + static_cast<int64_t>(i);
+    float* logits = chunk.logits + i * dims.latents_padded;
+    float* values = chunk.values + i * dims.head_dim_padded;
+    float* log_decay = chunk.log_decay + i * dims.latents_padded;
+    if (slice.Masked(args.key_mask, t)) {
+      std::fill_n(logits, dims.latents_padded, kNegativeInfinity);
+      std::fill_n(values, dims.head_dim_padded, 0.0f);
+      if (args.log_decay) std::fill_n(log_decay, dims.latents_padded, 0.0f);
+      continue;
+    }
+    LoadRow(d, args.dtype, args.key_logits.data, slice.Offset(args.key_logits, t, slice.kv_head), dims.latents, logits,
+            dims.latents_padded, kNegativeInfinity);
+    LoadRow(d, args.dtype, args.values.data, slice.Offset(args.values, t, slice.kv_head), dims.head_dim, values,
+            dims.head_dim_padded);
+    if (args.log_decay) {
+      LoadRow(d, args.dtype, args.log_decay.data, slice.Offset(args.log_decay, t, slice.kv_head), dims.latents, log_decay,
+              dims.latents_padded);
+    }
+  }
+}
+
+// How many of the chunk's tokens [0, count), with `maximum` before them, can share one reference; at least one. With a decay,
+// turns their logits into k - Σ g (the first token's own decay has been given to `maximum`) and sets total_decay.
+HWY_INLINE size_t MeasureStretch(const LatentArgs& args, const Dims& dims, const Chunk& chunk, size_t count,
+                                 const float* maximum) {
+  const F d;
+  const size_t lanes = hn::Lanes(d);
+  const size_t row = dims.latents_padded;
+  const VF drift = hn::Set(d, kMaxDrift);
+  const VF none = hn::Set(d, kNegativeInfinity);
+  size_t length = count;
+  for (size_t l = 0; l < row; l += lanes) {
+    VF high = hn::Max(hn::Load(d, maximum + l), hn::Load(d, chunk.logits + l));
+    VF low = high;  // the first maximum that is not -inf: the lowest a token of the stretch compares with
+    VF sum = hn::Zero(d);
+    for (size_t i = 1; i < length; ++i) {
+      VF logit = hn::Load(d, chunk.logits + i * row + l);
+      if (args.log_decay) {
+        sum = hn::Add(sum, hn::Load(d, chunk.log_decay + i * row + l));
+        logit = hn::Sub(logit, sum);
+      }
+      const VF raised = hn::Max(high, logit);
+      low = hn::IfThenElse(hn::Eq(low, none), raised, low);
+      const auto far = hn::Or(hn::Gt(hn::Sub(raised, low), drift), hn::Lt(sum, hn::Neg(drift)));
+      if (HWY_UNLIKELY(!hn::AllFalse(d, far))) {
+        length = i;
+        break;
+      }
+      high = raised;
+    }
+  }
+  if (args.log_decay) {
+    for (size_t l = 0; l < row; l += lanes) {
+      VF sum = hn::Zero(d);
+      for (size_t i = 1; i < length; ++i) {
+        float* logit = chunk.logits + i * row + l;
+        sum = hn::Add(sum, hn::Load(d, chunk.log_decay + i * row + l));
+        hn::Store(hn::Sub(hn::Load(d, logit), sum), d, logit);
+      }
+      hn::Store(sum, d, chunk.total_decay + l);
+    }
+  }
+  return length;
+}
+
+// Gives the decay of the stretch's first token to the state: that is exact however strong it is.
+HWY_INLINE void DecayState(const Dims& dims, const float* log_decay, const State& state) {
+  for (size_t l = 0; l < dims.latents; ++l) {
+    state.maximum[l] += log_decay[l];
+    state.decay[l] += log_decay[l];
+  }
+}
+
+// Sets the stretch's reference, carry, weights and inverse normalisers, moves the state to the reference and adds the weights to
+// its normaliser. The state's maximum is left at the reference (or -inf) and its sum lacks the stretch's values: AddValues.
+HWY_INLINE void WeighStretch(const Dims& dims, const Chunk& chunk, size_t count, const State& state) {
+  const F d;
+  const size_t lanes = hn::Lanes(d);
+  const size_t row = dims.latents_padded;
+  const VF none = hn::Set(d, kNegativeInfinity);
+  const VF one = hn::Set(d, 1.0f);
+  auto moved = hn::MaskFalse(d);
+  for (size_t l = 0; l < row; l += lanes) {
+    const VF before = hn::Load(d, state.maximum + l);
+    VF high = before;
+    for (size_t i = 0; i < count; ++i) high = hn::Max(high, hn::Load(d, chunk.logits + i * row + l));
+    const VF reference = hn::IfThenZeroElse(hn::Eq(high, none), high);
+    const VF carry = Exp(d, hn::Sub(before, reference));
+    hn::Store(high, d, state.maximum + l);
+    hn::Store(reference, d, chunk.reference + l);
+    hn::Store(carry, d, chunk.carry + l);
+    moved = hn::Or(moved, hn::Ne(carry, one));
+    VF z = hn::Mul(hn::Load(d, state.normaliser + l), carry);
+    for (size_t i = 0; i < count; ++i) {
+      const VF weight = Exp(d, hn::Sub(hn::Load(d, chunk.logits + i * row + l), reference));
+      z = hn::Add(z, weight);
+      hn::Store(weight, d, chunk.weights + i * row + l);
+      hn::Store(hn::IfThenElseZero(hn::Gt(z, hn::Zero(d)), hn::Div(one, z)), d, chunk.inverse_normaliser + i * row + l);
+    }
+    hn::Store(z, d, state.normaliser + l);
+  }
+  if (hn::AllFalse(d, moved)) return;
+  for (size_t l = 0; l < dims.latents; ++l) {
+    const VF carry = hn::Set(d, chunk.carry[l]);
+    float* sum = state.sum + l * dims.head_dim_padded;
+    for (size_t i = 0; i < dims.head_dim_padded; i += lanes) hn::Store(hn::Mul(hn::Load(d, sum + i), carry), d, sum + i);
+  }
+}
+
+// [C, L] weights as [L, C].
+HWY_INLINE void TransposeWeights(const Dims& dims, const Chunk& chunk, size_t count) {
+  const size_t rounded = RoundUp(count, std::max<size_t>(4, hn::Lanes(F())));
+  std::fill(chunk.weights + count * dims.latents_padded, chunk.weights + rounded * dims.latents_padded, 0.0f);
+  Transpose(rounded, dims.latents_padded, chunk.weights, dims.latents_padded, chunk.weights_transposed, kChunk);
+}
+
+// S += eᵀ v, and the decay of the stretch after its first token.
+HWY_INLINE void AddValues(const LatentArgs& args, const Dims& dims, const Chunk& chunk, size_t count, const State& state) {
+  const F d;
+  MatMul<true>(d, dims.latents, dims.head_dim_padded, count, Left{chunk.weights, 1, dims.latents_padded}, chunk.values,
+               dims.head_dim_padded, state.sum, dims.head_dim_padded);
+  if (!args.log_decay) return;
+  for (size_t l = 0; l < dims.latents; ++l) {
+    state.maximum[l] += chunk.total_decay[l];
+    state.decay[l] += chunk.total_decay[l];
+  }
+}
+
+// Probabilities p(l | t) of one token: `row` [L] gets the softmax over the latents and, with a window, the gate, whose
+// probability is returned (0 without). All logits -inf: all zero.
+HWY_INLINE float LoadProbabilities(const LatentArgs& args, const Dims& dims, const Slice& slice, int64_t token, int64_t head,
+                                   float* row) {
+  const F d;
+  const size_t lanes = hn::Lanes(d);
+  int64_t offset = slice.Offset(args.query_logits, token, head);
+  float gate = kNegativeInfinity;
+  if (args.window_out) {
+    HWY_ALIGN float first[hn::MaxLanes(F())];
+    LoadRow(d, args.dtype, args.query_logits.data, offset, 1, first, lanes);
+    gate = first[0];
+    ++offset;
+  }
+  LoadRow(d, args.dtype, args.query_logits.data, offset, dims.latents, row, dims.latents_padded, kNegativeInfinity);
+  VF high = hn::Set(d, gate);
+  for (size_t l = 0; l < dims.latents_padded; l += lanes) high = hn::Max(high, hn::Load(d, row + l));
+  const float maximum = hn::ReduceMax(d, high);
+  if (maximum == kNegativeInfinity) {
+    std::fill_n(row, dims.latents_padded, 0.0f);
+    return 0.0f;
+  }
+  const VF reference = hn::Set(d, maximum);
+  VF total = hn::Zero(d);
+  for (size_t l = 0; l < dims.latents_padded; l += lanes) {
+    const VF weight = Exp(d, hn::Sub(hn::Load(d, row + l), reference));
+    total = hn::Add(total, weight);
+    hn::Store(weight, d, row + l);
+  }
+  const float gate_weight = args.window_out ? std::exp(gate - maximum) : 0.0f;
+  const float scale = 1.0f / (hn::ReduceSum(d, total) + gate_weight);
+  const VF scales = hn::Set(d, scale);
+  for (size_t l = 0; l < dims.latents_padded; l += lanes) hn::Store(hn::Mul(hn::Load(d, row + l), scales), d, row + l);
+  return gate_weight * scale;
+}
+
+// scores[t, s] = Σ_l left[t, l] transposed[l, s] for s <= t < count, 0 for s > t within the strip that t lies in. Rows lie kChunk
+// apart in both.
+HWY_INLINE void TriangularScores(size_t count, size_t inner, const float* left, size_t left_row, const float* transposed,
+                                 float* scores) {
+  const F d;
+  const size_t lanes = hn::Lanes(d);
+  for (size_t first = 0; first < count; first += kStrip) {
+    const size_t rows = std::min(kStrip, count - first);
+    const size_t end = first + rows;
+    MatMul<false>(d, rows, RoundUp(end, lanes), inner, Left{left + first * left_row, left_row, 1}, transposed, kChunk,
+                  scores + first * kChunk, kChunk);
+    for (size_t t = first; t < end; ++t) std::fill(scores + t * kChunk + t + 1, scores + t * kChunk + end, 0.0f);
+  }
+}
+
+// out[t, :] += Σ_{s <= t} scores[t, s] right[s, :].
+HWY_INLINE void AddLowerProduct(size_t count, size_t columns, const float* scores, const float* right, float* out) {
+  const F d;
+  for (size_t first = 0; first < count; first += kStrip) {
+    const size_t rows = std::min(kStrip, count - first);
+    MatMul<true>(d, rows, columns, first + rows, Left{scores + first * kChunk, kChunk, 1}, right, columns, out + first * columns,
+                 columns);
+  }
+}
+
+// out[s, :] += Σ_{t >= s} scores[t, s] right[t, :].
+HWY_INLINE void AddUpperProduct(size_t count, size_t columns, const float* scores, const float* right, float* out) {
+  const F d;
+  for (size_t first = 0; first < count; first += kStrip) {
+    const size_t rows = std::min(kStrip, count - first);
+    MatMul<true>(d, rows, columns, count - first, Left{scores + first * kChunk + first, 1, kChunk}, right + first * columns,
+                 columns, out + first * columns, columns);
+  }
+}
+
+}  // namespace latte::kernels::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif

@@ -1,0 +1,263 @@
+// Forward pass and decoding step of latent attention; contract in latent.h, method in docs/mathematics.md.
+#include "kernels/latent.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/latent_forward.cc"
+#include "hwy/foreach_target.h"
+// clang-format off
+#include "hwy/highway.h"
+#include "kernels/latent_chunk-inl.h"
+// clang-format on
+
+HWY_BEFORE_NAMESPACE();
+namespace latte::kernels::HWY_NAMESPACE {
+
+// Adds the window's share and stores `rows` tokens of output.
+void StoreOutput(const LatentArgs& args, const Dims& dims, const Slice& slice, const LatentOutputs& outputs, int64_t token,
+                 size_t rows, int64_t head, const float* gates, float* out) {
+  const F d;
+  const size_t lanes = hn::Lanes(d);
+  for (size_t i = 0; i < rows; ++i) {
+    float* row = out + i * dims.head_dim_padded;
+    const int64_t t = token + static_cast<int64_t>(i);
+    if (args.window_out) {
+      const float* window = static_cast<const float*>(args.window_out.data) + slice.Offset(args.window_out, t, head);
+      const VF gate = hn::Set(d, gates[i]);
+      for (size_t j = 0; j < dims.head_dim; j += lanes) {
+        const VF share = hn::LoadN(d, window + j, dims.head_dim - j);
+        hn::Store(hn::MulAdd(gate, share, hn::Load(d, row + j)), d, row + j);
+      }
+    }
+    StoreRow(d, args.dtype, row, dims.head_dim, outputs.out.data, slice.Offset(outputs.out, t, head));
+  }
+}
+
+void CausalForward(const LatentArgs& args, const LatentOutputs& outputs, const Slice& slice) {
+  const F d;
+  const size_t lanes = hn::Lanes(d);
+  const Dims dims(args);
+  const size_t row = dims.latents_padded;
+  Scratch scratch(State::Floats(dims) + Chunk::Floats(dims) + Scratch::Rounded(kChunk * row) + Scratch::Rounded(kChunk * kChunk) +
+                  Scratch::Rounded(kChunk * dims.head_dim_padded));
+  const State state(dims, scratch);
+  const Chunk chunk(dims, scratch);
+  float* shares = scratch.Take(kChunk * row);  // p / z [C, L]
+  float* scores = scratch.Take(kChunk * kChunk);
+  float* out = scratch.Take(kChunk * dims.head_dim_padded);
+  float gates[kChunk];
+
+  ReadState(dims, slice.PackedState(args.initial_state, dims, args.kv_heads), state);
+  for (int64_t token = 0; token < slice.sequence.length;) {
+    if (outputs.saved != nullptr && token % kSegmentTokens == 0) {
+      WriteState(dims, state, outputs.saved + SavedOffset(args, dims, slice, token / kSegmentTokens));
+    }
+    // Chunks start at multiples of kChunk, so that segments do too; stretches of a chunk are loaded one by one.
+    const int64_t chunk_end =
+        std::min(slice.sequence.length,
+                 token / static_cast<int64_t>(kChunk) * static_cast<int64_t>(kChunk) + static_cast<int64_t>(kChunk));
+    const size_t left = static_cast<size_t>(chunk_end - token);
+    LoadChunk(args, dims, slice, token, left, chunk);
+    if (args.log_decay) DecayState(dims, chunk.log_decay, state);
+    const size_t count = MeasureStretch(args, dims, chunk, left, state.maximum);
+    WeighStretch(dims, chunk, count, state);
+    TransposeWeights(dims, chunk, count);
+    for (size_t g = 0; g < dims.group; ++g) {
+      const int64_t head = slice.first_head + static_cast<int64_t>(g);
+      for (size_t i = 0; i < count; ++i) {
+        float* share = shares + i * row;
+        gates[i] = LoadProbabilities(args, dims, slice, token + static_cast<int64_t>(i), head, share);
+        const float* inverse = chunk.inverse_normaliser + i * row;
+        for (size_t l = 0; l < row; l += lanes) {
+          hn::Store(hn::Mul(hn::Load(d, share + l), hn::Load(d, inverse + l)), d, share + l);
+        }
+      }
+      MatMul<false>(d, count, dims.head_dim_padded, dims.latents, Left{shares, row, 1}, state.sum, dims.head_dim_padded, out,
+                    dims.head_dim_padded);
+      TriangularScores(count, dims.latents, shares, row, chunk.weights_transposed, scores);
+      AddLowerProduct(count, dims.head_dim_padded, scores, chunk.values, out);
+      StoreOutput(args, dims, slice, outputs, token, count, head, gates, out);
+    }
+    AddValues(args, dims, chunk, count, state);
+    token += static_cast<int64_t>(count);
+  }
+  if (outputs.final_state != nullptr) {
+    WriteState(dims, state, slice.PackedState(outputs.final_state, dims, args.kv_heads));
+  }
+}
+
+void BidirectionalForward(const LatentArgs& args, const LatentOutputs& outputs, const Slice& slice) {
+  const F d;
+  const size_t lanes = hn::Lanes(d);
+  const Dims dims(args);
+  const size_t row = dims.latents_padded;
+  Scratch scratch(State::Floats(dims) + Chunk::Floats(dims) + Scratch::Rounded(kChunk * row) +
+                  Scratch::Rounded(kChunk * dims.head_dim_padded));
+  const State state(dims, scratch);
+  const Chunk chunk(dims, scratch);
+  float* shares = scratch.Take(kChunk * row);
+  float* out = scratch.Take(kChunk * dims.head_dim_padded);
+  float gates[kChunk];
+
+  ClearState(dims, state);
+  const int64_t length = slice.sequence.length;
+  for (int64_t token = 0; token < length; token += static_cast<int64_t>(kChunk)) {
+    const size_t count = static_cast<size_t>(std::min<int64_t>(kChunk, length - token));
+    LoadChunk(args, dims, slice, token, count, chunk);
+    WeighStretch(dims, chunk, count, state);
+    AddValues(args, dims, chunk, count, state);
+  }
+  if (outputs.saved != nullptr) WriteState(dims, state, slice.PackedState(outputs.saved, dims, args.kv_heads));
+
+  for (size_t l = 0; l < dims.latents; ++l) {  // averages: S / z
+    const VF inverse = hn::Set(d, state.normaliser[l] > 0.0f ? 1.0f / state.normaliser[l] : 0.0f);
+    float* sum = state.sum + l * dims.head_dim_padded;
+    for (size_t j = 0; j < dims.head_dim_padded; j += lanes) hn::Store(hn::Mul(hn::Load(d, sum + j), inverse), d, sum + j);
+  }
+  for (int64_t token = 0; token < length; token += static_cast<int64_t>(kChunk)) {
+    const size_t count = static_cast<size_t>(std::min<int64_t>(kChunk, length - token));
+    for (size_t g = 0; g < dims.group; ++g) {
+      const int64_t head = slice.first_head + static_cast<int64_t>(g);
+      for (size_t i = 0; i < count; ++i) {
+        gates[i] = LoadProbabilities(args, dims, slice, token + static_cast<int64_t>(i), head, shares + i * row);
+      }
+      MatMul<false>(d, count, dims.head_dim_padded, dims.latents, Left{shares, row, 1}, state.sum, dims.head_dim_padded, out,
+                    dims.head_dim_padded);
+      StoreOutput(args, dims, slice, outputs, token, count, head, gates, out);
+    }
+  }
+}
+
+void Forward(const LatentArgs& args, const LatentOutputs& outputs, int64_t index) {
+  const Slice slice(args, index);
+  return args.causal ? CausalForward(args, outputs, slice) : BidirectionalForward(args, outputs, slice);
+}
+
+// One token: decays and rescales the state, adds the token's value, and reads the latents for each query head.
+void Step(const LatentArgs& args, const LatentOutputs& outputs, float* packed, int64_t index) {
+  const F d;
+  const size_t lanes = hn::Lanes(d);
+  const Dims dims(args);
+  const Slice slice(args, index);
+  const size_t row = dims.latents_padded;
+  Scratch scratch(3 * Scratch::Rounded(row) + 2 * Scratch::Rounded(dims.head_dim_padded));
+  float* logits = scratch.Take(row);
+  float* decay = scratch.Take(row);
+  float* share = scratch.Take(row);
+  float* values = scratch.Take(dims.head_dim_padded);
+  float* out = scratch.Take(dims.head_dim_padded);
+
+  const bool masked = slice.Masked(args.key_mask, 0);
+  std::fill_n(decay, row, 0.0f);
+  if (masked) {
+    std::fill_n(logits, row, kNegativeInfinity);
+    std::fill_n(values, dims.head_dim_padded, 0.0f);
+  } else {
+    LoadRow(d, args.dtype, args.key_logits.data, slice.Offset(args.key_logits, 0, slice.kv_head), dims.latents, logits, row,
+            kNegativeInfinity);
+    LoadRow(d, args.dtype, args.values.data, slice.Offset(args.values, 0, slice.kv_head), dims.head_dim, values,
+            dims.head_dim_padded);
+    if (args.log_decay) {
+      LoadRow(d, args.dtype, args.log_decay.data, slice.Offset(args.log_decay, 0, slice.kv_head), dims.latents, decay, row);
+    }
+  }
+  // The per-latent numbers sit at a stride in the packed state: gather, work in vectors, put back.
+  const size_t packed_row = dims.head_dim + kStateExtra;
+  HWY_ALIGN float carry[hn::MaxLanes(F())];
+  HWY_ALIGN float weight[hn::MaxLanes(F())];
+  HWY_ALIGN float maximum[hn::MaxLanes(F())];
+  for (size_t l = 0; l < dims.latents; l += lanes) {
+    const size_t rows = std::min(lanes, dims.latents - l);
+    for (size_t r = 0; r < lanes; ++r)
+      maximum[r] = r < rows ? packed[(l + r) * packed_row + dims.head_dim + 1] : kNegativeInfinity;
+    const VF before = hn::Add(hn::Load(d, maximum), hn::Load(d, decay + l));
+    const VF high = hn::Max(before, hn::Load(d, logits + l));
+    const VF reference = hn::IfThenZeroElse(hn::Eq(high, hn::Set(d, kNegativeInfinity)), high);
+    hn::Store(Exp(d, hn::Sub(before, reference)), d, carry);
+    hn::Store(Exp(d, hn::Sub(hn::Load(d, logits + l), reference)), d, weight);
+    hn::Store(high, d, maximum);
+    for (size_t r = 0; r < rows; ++r) {
+      float* state = packed + (l + r) * packed_row;
+      const VF keep = hn::Set(d, carry[r]);
+      const VF add = hn::Set(d, weight[r]);
+      size_t j = 0;
+      for (; j + lanes <= dims.head_dim; j += lanes) {
+        const VF sum = hn::MulAdd(add, hn::Load(d, values + j), hn::Mul(keep, hn::LoadU(d, state + j)));
+        hn::StoreU(sum, d, state + j);
+      }
+      for (; j < dims.head_dim; ++j) state[j] = state[j] * carry[r] + weight[r] * values[j];
+      state[dims.head_dim] = state[dims.head_dim] * carry[r] + weight[r];
+      state[dims.head_dim + 1] = maximum[r];
+      state[dims.head_dim + 2] += decay[l + r];
+    }
+  }
+  for (size_t g = 0; g < dims.group; ++g) {
+    const int64_t head = slice.first_head + static_cast<int64_t>(g);
+    const float gate = LoadProbabilities(args, dims, slice, 0, head, share);
+    for (size_t l = 0; l < dims.latents; ++l) {
+      const float z = packed[l * packed_row + dims.head_dim];
+      share[l] = z > 0.0f ? share[l] / z : 0.0f;
+    }
+    size_t j = 0;
+    for (; j + lanes <= dims.head_dim; j += lanes) {
+      VF total = hn::Zero(d);
+      VF other = hn::Zero(d);
+      size_t l = 0;
+      for (; l + 2 <= dims.latents; l += 2) {
+        total = hn::MulAdd(hn::Set(d, share[l]), hn::LoadU(d, packed + l * packed_row + j), total);
+        other = hn::MulAdd(hn::Set(d, share[l + 1]), hn::LoadU(d, packed + (l + 1) * packed_row + j), other);
+      }
+      if (l < dims.latents) total = hn::MulAdd(hn::Set(d, share[l]), hn::LoadU(d, packed + l * packed_row + j), total);
+      hn::Store(hn::Add(total, other), d, out + j);
+    }
+    for (; j < dims.head_dim_padded; ++j) {
+      out[j] = 0.0f;
+      for (size_t l = 0; l < dims.latents && j < dims.head_dim; ++l) out[j] += share[l] * packed[l * packed_row + j];
+    }
+    StoreOutput(args, dims, slice, outputs, 0, 1, head, &gate, out);
+  }
+}
+
+}  // namespace latte::kernels::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace latte::kernels {
+
+HWY_EXPORT(Forward);
+HWY_EXPORT(Step);
+
+int64_t LatentSlices(const LatentArgs& args) { return args.sequences * args.kv_heads; }
+
+int64_t LatentSavedFloats(const LatentArgs& args) {
+  const int64_t state = args.latents * (args.head_dim + kStateExtra);
+  if (!args.causal) return args.sequences * args.kv_heads * state;
+  const int64_t segments = (args.time + kSegmentTokens - 1) / kSegmentTokens;
+  const int64_t slots = args.cu_seqlens == nullptr ? args.sequences * segments : args.time / kSegmentTokens + args.sequences;
+  return args.kv_heads * slots * state;
+}
+
+void LatentForward(const LatentArgs& args, const LatentOutputs& outputs, int64_t slice) {
+  HWY_DYNAMIC_DISPATCH(Forward)(args, outputs, slice);
+}
+
+void LatentStep(const LatentArgs& args, const LatentOutputs& outputs, float* state, int64_t slice) {
+  HWY_DYNAMIC_DISPATCH(Step)(args, outputs, state, slice);
+}
+
+void MergeStates(int64_t latents, int64_t head_dim, const float* left, const float* right, float* out) {
+  for (int64_t l = 0; l < latents;
+       ++l, left += head_dim + kStateExtra, right += head_dim + kStateExtra, out += head_dim + kStateExtra) {
+    const float left_maximum = left[head_dim + 1] + right[head_dim + 2];
+    const float maximum = std::max(left_maximum, right[head_dim + 1]);
+    const float decay = left[head_dim + 2] + right[head_dim + 2];
+    const float reference = std::isinf(maximum) ? 0.0f : maximum;
+    const float keep = std::exp(left_maximum - reference);
+    const float add = std::exp(right[head_dim + 1] - reference);
+    for (int64_t j = 0; j <= head_dim; ++j) out[j] = keep * left[j] + add * right[j];
+    out[head_dim + 1] = maximum;
+    out[head_dim + 2] = decay;
+  }
+}
+
+}  // namespace latte::kernels
+#endif
