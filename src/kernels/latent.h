@@ -65,8 +65,10 @@ int64_t LatentSlices(const LatentArgs& args);
 // Floats that `saved` holds, all slices together: about L (D + 3) / kSegmentTokens a token and key-value head.
 int64_t LatentSavedFloats(const LatentArgs& args);
 
-void LatentForward(const LatentArgs& args, const LatentOutputs& outputs, int64_t slice);
-void LatentBackward(const LatentArgs& args, const LatentGradients& gradients, int64_t slice);
+// Run the slices [first, last). A thread does best with neighbouring slices in one call: heads of one sequence share memory
+// pages.
+void LatentForward(const LatentArgs& args, const LatentOutputs& outputs, int64_t first, int64_t last);
+void LatentBackward(const LatentArgs& args, const LatentGradients& gradients, int64_t first, int64_t last);
 
 // One token (T = 1) of one slice, which updates `state` [L, D + 3] in place. `args.initial_state` is not read.
 void LatentStep(const LatentArgs& args, const LatentOutputs& outputs, float* state, int64_t slice);

@@ -82,29 +82,32 @@ void StoreQueryGradient(const LatentArgs& args, const Dims& dims, const Slice& s
 struct StateGradient {
   StateGradient(const Dims& dims, Scratch& scratch)
       : sum(scratch.Take(dims.StateFloats())),
-        sum_transposed(scratch.Take(dims.StateFloats())),
         normaliser(scratch.Take(dims.latents_padded)),
-        log_weight(dims.latents, 0.0) {}
+        decay(scratch.Take(dims.latents_padded)),
+        log_weight(dims.latents, 0.0) {
+    std::fill_n(sum, dims.StateFloats(), 0.0f);
+    std::fill_n(normaliser, dims.latents_padded, 0.0f);
+    std::fill_n(decay, dims.latents_padded, 0.0f);
+  }
   static size_t Floats(const Dims& dims) {
-    return 2 * Scratch::Rounded(dims.StateFloats()) + Scratch::Rounded(dims.latents_padded);
+    return Scratch::Rounded(dims.StateFloats()) + 2 * Scratch::Rounded(dims.latents_padded);
   }
 
   float* sum;                      // dS [L, D]
-  float* sum_transposed;           // [D, L]
   float* normaliser;               // dz [L]
+  float* decay;                    // dG [L]
   std::vector<double> log_weight;  // of all weights so far together, [L]: what a decay's gradient is made of
 };
 
 void StoreKeyGradients(const LatentArgs& args, const Dims& dims, const Slice& slice, const LatentGradients& gradients,
-                       int64_t token, const float* grad_logits, const float* grad_values, const float* grad_decay,
-                       StateGradient& carried, float* decay_row) {
+                       int64_t token, const float* grad_logits, const float* grad_values, StateGradient& carried, float* spare) {
   const F d;
   const bool masked = slice.Masked(args.key_mask, token);
   StoreRow(d, args.dtype, grad_logits, dims.latents, gradients.grad_key_logits.data,
            slice.Offset(gradients.grad_key_logits, token, slice.kv_head));
   if (masked) {
-    std::fill_n(decay_row, dims.head_dim_padded, 0.0f);
-    StoreRow(d, args.dtype, decay_row, dims.head_dim, gradients.grad_values.data,
+    std::fill_n(spare, dims.head_dim_padded, 0.0f);
+    StoreRow(d, args.dtype, spare, dims.head_dim, gradients.grad_values.data,
              slice.Offset(gradients.grad_values, token, slice.kv_head));
   } else {
     StoreRow(d, args.dtype, grad_values, dims.head_dim, gradients.grad_values.data,
@@ -115,9 +118,9 @@ void StoreKeyGradients(const LatentArgs& args, const Dims& dims, const Slice& sl
   // is what remains of the total when the weights from r on are taken away.
   for (size_t l = 0; l < dims.latents; ++l) {
     carried.log_weight[l] -= static_cast<double>(grad_logits[l]);
-    decay_row[l] = masked ? 0.0f : static_cast<float>(carried.log_weight[l]) + (grad_decay != nullptr ? grad_decay[l] : 0.0f);
+    spare[l] = masked ? 0.0f : static_cast<float>(carried.log_weight[l]) + carried.decay[l];
   }
-  StoreRow(d, args.dtype, decay_row, dims.latents, gradients.grad_log_decay.data,
+  StoreRow(d, args.dtype, spare, dims.latents, gradients.grad_log_decay.data,
            slice.Offset(gradients.grad_log_decay, token, slice.kv_head));
 }
 
@@ -127,99 +130,98 @@ struct Stretch {
   size_t count;
 };
 
+// The backward pass of several slices on one thread, causal.
 class CausalBackward {
  public:
-  CausalBackward(const LatentArgs& args, const LatentGradients& gradients, const Slice& slice)
+  CausalBackward(const LatentArgs& args, const LatentGradients& gradients, int64_t first, int64_t last)
       : args_(args),
         gradients_(gradients),
-        slice_(slice),
+        first_(first),
+        last_(last),
         dims_(args),
-        scratch_(State::Floats(dims_) + Chunk::Floats(dims_) + QueryChunk::Floats(dims_) + StateGradient::Floats(dims_) +
-                 Scratch::Rounded(dims_.StateFloats()) + 2 * Scratch::Rounded(kChunk * kChunk) +
-                 2 * Scratch::Rounded(kChunk * dims_.latents_padded) + 2 * Scratch::Rounded(kChunk * dims_.head_dim_padded) +
-                 2 * Scratch::Rounded(std::max(dims_.latents_padded, dims_.head_dim_padded))),
+        scratch_(State::Floats(dims_) + Chunk::Floats(dims_) + QueryChunk::Floats(dims_) +
+                 static_cast<size_t>(last - first) * StateGradient::Floats(dims_) + 2 * Scratch::Rounded(dims_.StateFloats()) +
+                 2 * Scratch::Rounded(kChunk * kChunk) + 2 * Scratch::Rounded(kChunk * dims_.latents_padded) +
+                 2 * Scratch::Rounded(kChunk * dims_.head_dim_padded) +
+                 Scratch::Rounded(std::max(dims_.latents_padded, dims_.head_dim_padded))),
         state_(dims_, scratch_),
         chunk_(dims_, scratch_),
         query_(dims_, scratch_),
-        carried_(dims_, scratch_),
         sum_transposed_(scratch_.Take(dims_.StateFloats())),
+        grad_sum_transposed_(scratch_.Take(dims_.StateFloats())),
         scores_(scratch_.Take(kChunk * kChunk)),
         grad_scores_(scratch_.Take(kChunk * kChunk)),
         grad_weights_(scratch_.Take(kChunk * dims_.latents_padded)),
         grad_normalisers_(scratch_.Take(kChunk * dims_.latents_padded)),
         values_transposed_(scratch_.Take(kChunk * dims_.head_dim_padded)),
         grad_values_(scratch_.Take(kChunk * dims_.head_dim_padded)),
-        row_(scratch_.Take(std::max(dims_.latents_padded, dims_.head_dim_padded))),
-        grad_decay_(scratch_.Take(std::max(dims_.latents_padded, dims_.head_dim_padded))) {}
+        row_(scratch_.Take(std::max(dims_.latents_padded, dims_.head_dim_padded))) {
+    carried_.reserve(static_cast<size_t>(last - first));
+    for (int64_t slice = first; slice < last; ++slice) carried_.push_back(Start(Slice(args, slice)));
+  }
 
   void Run() {
-    Start();
-    const int64_t segments = (slice_.sequence.length + kSegmentTokens - 1) / kSegmentTokens;
-    for (int64_t segment = segments - 1; segment >= 0; --segment) {
-      ReplaySegment(segment);
+    ForEachSegment(args_, first_, last_, true, [this](const Slice& slice, int64_t index, int64_t begin, int64_t end) HWY_ATTR {
+      ReplaySegment(slice, begin, end);
       for (size_t i = stretches_.size(); i-- > 0;) {
         std::copy_n(states_.data() + i * SnapshotFloats(), SnapshotFloats(), state_.sum);
-        StretchBackward(stretches_[i]);
+        StretchBackward(slice, stretches_[i], carried_[static_cast<size_t>(index)]);
       }
-    }
-    Finish();
+    });
+    for (int64_t slice = first_; slice < last_; ++slice)
+      Finish(Slice(args_, slice), carried_[static_cast<size_t>(slice - first_)]);
   }
 
  private:
   // sum, normaliser, maximum and decay of a State lie behind each other in scratch memory.
   size_t SnapshotFloats() const { return State::Floats(dims_); }
 
-  void Start() {
-    std::fill_n(carried_.sum, dims_.StateFloats(), 0.0f);
-    std::fill_n(carried_.normaliser, dims_.latents_padded, 0.0f);
-    std::fill_n(grad_decay_, dims_.latents_padded, 0.0f);
-    const float* grad = slice_.PackedState(gradients_.grad_final_state, dims_, args_.kv_heads);
-    if (grad == nullptr) return;
-    const float* final_state = slice_.PackedState(gradients_.final_state, dims_, args_.kv_heads);
+  StateGradient Start(const Slice& slice) {
+    StateGradient carried(dims_, scratch_);
+    const float* grad = slice.PackedState(gradients_.grad_final_state, dims_, args_.kv_heads);
+    if (grad == nullptr) return carried;
+    const float* final_state = slice.PackedState(gradients_.final_state, dims_, args_.kv_heads);
     const size_t packed_row = dims_.head_dim + kStateExtra;
     for (size_t l = 0; l < dims_.latents; ++l) {
       const float* row = grad + l * packed_row;
-      std::copy_n(row, dims_.head_dim, carried_.sum + l * dims_.head_dim_padded);
-      carried_.normaliser[l] = row[dims_.head_dim];
-      grad_decay_[l] = row[dims_.head_dim + 2];
+      std::copy_n(row, dims_.head_dim, carried.sum + l * dims_.head_dim_padded);
+      carried.normaliser[l] = row[dims_.head_dim];
+      carried.decay[l] = row[dims_.head_dim + 2];
       if (final_state == nullptr) continue;
       for (size_t j = 0; j <= dims_.head_dim; ++j) {
-        carried_.log_weight[l] += static_cast<double>(row[j]) * static_cast<double>(final_state[l * packed_row + j]);
+        carried.log_weight[l] += static_cast<double>(row[j]) * static_cast<double>(final_state[l * packed_row + j]);
       }
     }
+    return carried;
   }
 
-  void Finish() {
-    float* grad = slice_.PackedState(gradients_.grad_initial_state, dims_, args_.kv_heads);
+  void Finish(const Slice& slice, const StateGradient& carried) {
+    float* grad = slice.PackedState(gradients_.grad_initial_state, dims_, args_.kv_heads);
     if (grad == nullptr) return;
-    const float* initial = slice_.PackedState(args_.initial_state, dims_, args_.kv_heads);
+    const float* initial = slice.PackedState(args_.initial_state, dims_, args_.kv_heads);
     const size_t packed_row = dims_.head_dim + kStateExtra;
     for (size_t l = 0; l < dims_.latents; ++l) {
       float* row = grad + l * packed_row;
-      std::copy_n(carried_.sum + l * dims_.head_dim_padded, dims_.head_dim, row);
-      row[dims_.head_dim] = carried_.normaliser[l];
+      std::copy_n(carried.sum + l * dims_.head_dim_padded, dims_.head_dim, row);
+      row[dims_.head_dim] = carried.normaliser[l];
       double grad_maximum = 0.0;
-      for (size_t j = 0; j <= dims_.head_dim; ++j) {
-        grad_maximum +=
-            static_cast<double>(row[j]) * (initial == nullptr ? 0.0 : static_cast<double>(initial[l * packed_row + j]));
+      for (size_t j = 0; initial != nullptr && j <= dims_.head_dim; ++j) {
+        grad_maximum += static_cast<double>(row[j]) * static_cast<double>(initial[l * packed_row + j]);
       }
       row[dims_.head_dim + 1] = static_cast<float>(grad_maximum);
-      row[dims_.head_dim + 2] = grad_decay_[l];
+      row[dims_.head_dim + 2] = carried.decay[l];
     }
   }
 
   // Runs the state through a segment again and keeps it before each stretch.
-  void ReplaySegment(int64_t segment) {
-    const int64_t begin = segment * kSegmentTokens;
-    const int64_t end = std::min(slice_.sequence.length, begin + kSegmentTokens);
+  void ReplaySegment(const Slice& slice, int64_t begin, int64_t end) {
     stretches_.clear();
     states_.clear();
-    ReadState(dims_, gradients_.saved + SavedOffset(args_, dims_, slice_, segment), state_);
+    ReadState(dims_, gradients_.saved + SavedOffset(args_, dims_, slice, begin / kSegmentTokens), state_);
     for (int64_t token = begin; token < end;) {
-      const int64_t chunk_end =
-          std::min(end, token / static_cast<int64_t>(kChunk) * static_cast<int64_t>(kChunk) + static_cast<int64_t>(kChunk));
-      const size_t left = static_cast<size_t>(chunk_end - token);
-      LoadChunk(args_, dims_, slice_, token, left, chunk_);
+      const int64_t next_chunk = (token / static_cast<int64_t>(kChunk) + 1) * static_cast<int64_t>(kChunk);
+      const size_t left = static_cast<size_t>(std::min(end, next_chunk) - token);
+      LoadChunk(args_, dims_, slice, token, left, chunk_);
       if (args_.log_decay) DecayState(dims_, chunk_.log_decay, state_);
       const size_t count = MeasureStretch(args_, dims_, chunk_, left, state_.maximum);
       stretches_.push_back({token, count});
@@ -231,13 +233,13 @@ class CausalBackward {
     }
   }
 
-  void StretchBackward(const Stretch& stretch) {
+  void StretchBackward(const Slice& slice, const Stretch& stretch, StateGradient& carried) {
     const F d;
     const size_t lanes = hn::Lanes(d);
     const size_t row = dims_.latents_padded;
     const size_t columns = dims_.head_dim_padded;
     const size_t count = stretch.count;
-    LoadChunk(args_, dims_, slice_, stretch.token, count, chunk_);
+    LoadChunk(args_, dims_, slice, stretch.token, count, chunk_);
     MeasureStretch(args_, dims_, chunk_, count, state_.maximum);
     WeighStretch(dims_, chunk_, count, state_);
     TransposeWeights(dims_, chunk_, count);
@@ -245,46 +247,47 @@ class CausalBackward {
     std::fill(chunk_.values + count * columns, chunk_.values + rounded * columns, 0.0f);
     Transpose(rounded, columns, chunk_.values, columns, values_transposed_, kChunk);
     Transpose(RoundUp(dims_.latents, 4), columns, state_.sum, columns, sum_transposed_, row);
-    Transpose(RoundUp(dims_.latents, 4), columns, carried_.sum, columns, carried_.sum_transposed, row);
+    Transpose(RoundUp(dims_.latents, 4), columns, carried.sum, columns, grad_sum_transposed_, row);
 
     // What the state after the stretch asks of its keys and values.
-    MatMul<false>(d, count, columns, dims_.latents, Left{chunk_.weights, row, 1}, carried_.sum, columns, grad_values_, columns);
-    MatMul<false>(d, count, row, dims_.head_dim, Left{chunk_.values, columns, 1}, carried_.sum_transposed, row, grad_weights_,
-                  row);
+    MatMul<false>(d, count, columns, dims_.latents, Left{chunk_.weights, row, 1}, carried.sum, columns, grad_values_, columns);
+    MatMul<false>(d, count, row, dims_.head_dim, Left{chunk_.values, columns, 1}, grad_sum_transposed_, row, grad_weights_, row);
     std::fill_n(grad_normalisers_, count * row, 0.0f);
-    for (size_t g = 0; g < dims_.group; ++g) QueryBackward(stretch, slice_.first_head + static_cast<int64_t>(g));
+    for (size_t g = 0; g < dims_.group; ++g) {
+      QueryBackward(slice, stretch, slice.first_head + static_cast<int64_t>(g), carried);
+    }
 
     // z[t] sums the weights up to t: a weight's gradient sums those of z from its token on.
     for (size_t l = 0; l < row; l += lanes) {
-      VF sum = hn::Load(d, carried_.normaliser + l);
+      VF sum = hn::Load(d, carried.normaliser + l);
       for (size_t i = count; i-- > 0;) {
         float* grad = grad_weights_ + i * row + l;
         sum = hn::Add(sum, hn::Load(d, grad_normalisers_ + i * row + l));
         hn::Store(hn::Mul(hn::Add(hn::Load(d, grad), sum), hn::Load(d, chunk_.weights + i * row + l)), d, grad);
       }
-      hn::Store(hn::Mul(sum, hn::Load(d, chunk_.carry + l)), d, carried_.normaliser + l);
+      hn::Store(hn::Mul(sum, hn::Load(d, chunk_.carry + l)), d, carried.normaliser + l);
     }
     for (size_t i = count; i-- > 0;) {
-      StoreKeyGradients(args_, dims_, slice_, gradients_, stretch.token + static_cast<int64_t>(i), grad_weights_ + i * row,
-                        grad_values_ + i * columns, grad_decay_, carried_, row_);
+      StoreKeyGradients(args_, dims_, slice, gradients_, stretch.token + static_cast<int64_t>(i), grad_weights_ + i * row,
+                        grad_values_ + i * columns, carried, row_);
     }
     for (size_t l = 0; l < dims_.latents; ++l) {
       const VF carry = hn::Set(d, chunk_.carry[l]);
-      float* sum = carried_.sum + l * columns;
+      float* sum = carried.sum + l * columns;
       for (size_t j = 0; j < columns; j += lanes) hn::Store(hn::Mul(hn::Load(d, sum + j), carry), d, sum + j);
     }
   }
 
-  void QueryBackward(const Stretch& stretch, int64_t head) {
+  void QueryBackward(const Slice& slice, const Stretch& stretch, int64_t head, StateGradient& carried) {
     const F d;
     const size_t lanes = hn::Lanes(d);
     const size_t row = dims_.latents_padded;
     const size_t columns = dims_.head_dim_padded;
     const size_t count = stretch.count;
-    LoadGradOut(args_, dims_, slice_, gradients_, stretch.token, count, head, query_.grad_out);
+    LoadGradOut(args_, dims_, slice, gradients_, stretch.token, count, head, query_.grad_out);
     for (size_t i = 0; i < count; ++i) {
       float* p = query_.probabilities + i * row;
-      query_.gates[i] = LoadProbabilities(args_, dims_, slice_, stretch.token + static_cast<int64_t>(i), head, p);
+      query_.gates[i] = LoadProbabilities(args_, dims_, slice, stretch.token + static_cast<int64_t>(i), head, p);
       for (size_t l = 0; l < row; l += lanes) {
         const VF share = hn::Mul(hn::Load(d, p + l), hn::Load(d, chunk_.inverse_normaliser + i * row + l));
         hn::Store(share, d, query_.shares + i * row + l);
@@ -297,7 +300,7 @@ class CausalBackward {
     MatMul<false>(d, count, row, dims_.head_dim, Left{query_.grad_out, columns, 1}, sum_transposed_, row, query_.grad_shares,
                   row);
     AddLowerProduct(count, row, grad_scores_, chunk_.weights, query_.grad_shares);
-    MatMul<true>(d, dims_.latents, columns, count, Left{query_.shares, 1, row}, query_.grad_out, columns, carried_.sum, columns);
+    MatMul<true>(d, dims_.latents, columns, count, Left{query_.shares, 1, row}, query_.grad_out, columns, carried.sum, columns);
 
     for (size_t i = 0; i < count; ++i) {
       float* grad = query_.grad_shares + i * row;
@@ -307,31 +310,31 @@ class CausalBackward {
         hn::Store(hn::NegMulAdd(grad_p, hn::Load(d, query_.shares + i * row + l), hn::Load(d, grad_z)), d, grad_z);
         hn::Store(grad_p, d, grad + l);
       }
-      StoreQueryGradient(args_, dims_, slice_, gradients_, stretch.token + static_cast<int64_t>(i), head,
+      StoreQueryGradient(args_, dims_, slice, gradients_, stretch.token + static_cast<int64_t>(i), head,
                          query_.probabilities + i * row, query_.gates[i], query_.grad_out + i * columns, grad);
     }
   }
 
   const LatentArgs& args_;
   const LatentGradients& gradients_;
-  const Slice& slice_;
+  const int64_t first_, last_;
   const Dims dims_;
   Scratch scratch_;
   const State state_;
   const Chunk chunk_;
   QueryChunk query_;
-  StateGradient carried_;
-  float* sum_transposed_;     // Sᵀ [D, L]
-  float* scores_;             // A [C, C]
-  float* grad_scores_;        // [C, C]
-  float* grad_weights_;       // de [C, L]
-  float* grad_normalisers_;   // dz [C, L]
-  float* values_transposed_;  // vᵀ [D, C]
-  float* grad_values_;        // dv [C, D]
+  float* sum_transposed_;       // Sᵀ [D, L]
+  float* grad_sum_transposed_;  // dSᵀ [D, L]
+  float* scores_;               // A [C, C]
+  float* grad_scores_;          // [C, C]
+  float* grad_weights_;         // de [C, L]
+  float* grad_normalisers_;     // dz [C, L]
+  float* values_transposed_;    // vᵀ [D, C]
+  float* grad_values_;          // dv [C, D]
   float* row_;
-  float* grad_decay_;  // of the final state's G [L]
+  std::vector<StateGradient> carried_;  // one a slice
   std::vector<Stretch> stretches_;
-  std::vector<float> states_;
+  std::vector<float> states_;  // before each stretch
 };
 
 void BidirectionalBackward(const LatentArgs& args, const LatentGradients& gradients, const Slice& slice) {
@@ -341,13 +344,14 @@ void BidirectionalBackward(const LatentArgs& args, const LatentGradients& gradie
   const size_t row = dims.latents_padded;
   const size_t columns = dims.head_dim_padded;
   Scratch scratch(State::Floats(dims) + Chunk::Floats(dims) + QueryChunk::Floats(dims) + StateGradient::Floats(dims) +
-                  Scratch::Rounded(dims.StateFloats()) + Scratch::Rounded(kChunk * row) + Scratch::Rounded(kChunk * columns) +
+                  2 * Scratch::Rounded(dims.StateFloats()) + Scratch::Rounded(kChunk * row) + Scratch::Rounded(kChunk * columns) +
                   2 * Scratch::Rounded(std::max(row, columns)));
   const State state(dims, scratch);
   const Chunk chunk(dims, scratch);
   QueryChunk query(dims, scratch);
   StateGradient carried(dims, scratch);
   float* average_transposed = scratch.Take(dims.StateFloats());
+  float* grad_sum_transposed = scratch.Take(dims.StateFloats());
   float* grad_weights = scratch.Take(kChunk * row);
   float* grad_values = scratch.Take(kChunk * columns);
   float* spare = scratch.Take(std::max(row, columns));
@@ -361,7 +365,6 @@ void BidirectionalBackward(const LatentArgs& args, const LatentGradients& gradie
     for (size_t j = 0; j < columns; j += lanes) hn::Store(hn::Mul(hn::Load(d, sum + j), scale), d, sum + j);
   }
   Transpose(RoundUp(dims.latents, 4), columns, state.sum, columns, average_transposed, row);
-  std::fill_n(carried.sum, dims.StateFloats(), 0.0f);
 
   const int64_t length = slice.sequence.length;
   for (int64_t token = 0; token < length; token += static_cast<int64_t>(kChunk)) {
@@ -384,7 +387,6 @@ void BidirectionalBackward(const LatentArgs& args, const LatentGradients& gradie
     }
   }
 
-  std::fill_n(carried.normaliser, row, 0.0f);
   for (size_t l = 0; l < dims.latents; ++l) {
     const VF scale = hn::Set(d, inverse[l]);
     float* grad = carried.sum + l * columns;
@@ -396,7 +398,7 @@ void BidirectionalBackward(const LatentArgs& args, const LatentGradients& gradie
     }
     carried.normaliser[l] = -hn::ReduceSum(d, sum);
   }
-  Transpose(RoundUp(dims.latents, 4), columns, carried.sum, columns, carried.sum_transposed, row);
+  Transpose(RoundUp(dims.latents, 4), columns, carried.sum, columns, grad_sum_transposed, row);
   for (int64_t token = 0; token < length; token += static_cast<int64_t>(kChunk)) {
     const size_t count = static_cast<size_t>(std::min<int64_t>(kChunk, length - token));
     LoadChunk(args, dims, slice, token, count, chunk);
@@ -408,7 +410,7 @@ void BidirectionalBackward(const LatentArgs& args, const LatentGradients& gradie
       }
     }
     MatMul<false>(d, count, columns, dims.latents, Left{chunk.weights, row, 1}, carried.sum, columns, grad_values, columns);
-    MatMul<false>(d, count, row, dims.head_dim, Left{chunk.values, columns, 1}, carried.sum_transposed, row, grad_weights, row);
+    MatMul<false>(d, count, row, dims.head_dim, Left{chunk.values, columns, 1}, grad_sum_transposed, row, grad_weights, row);
     for (size_t i = 0; i < count; ++i) {
       for (size_t l = 0; l < row; l += lanes) {
         float* grad = grad_weights + i * row + l;
@@ -416,15 +418,14 @@ void BidirectionalBackward(const LatentArgs& args, const LatentGradients& gradie
         hn::Store(hn::Mul(total, hn::Load(d, chunk.weights + i * row + l)), d, grad);
       }
       StoreKeyGradients(args, dims, slice, gradients, token + static_cast<int64_t>(i), grad_weights + i * row,
-                        grad_values + i * columns, nullptr, carried, spare);
+                        grad_values + i * columns, carried, spare);
     }
   }
 }
 
-void Backward(const LatentArgs& args, const LatentGradients& gradients, int64_t index) {
-  const Slice slice(args, index);
-  if (!args.causal) return BidirectionalBackward(args, gradients, slice);
-  CausalBackward(args, gradients, slice).Run();
+void Backward(const LatentArgs& args, const LatentGradients& gradients, int64_t first, int64_t last) {
+  if (args.causal) return CausalBackward(args, gradients, first, last).Run();
+  for (int64_t slice = first; slice < last; ++slice) BidirectionalBackward(args, gradients, Slice(args, slice));
 }
 
 }  // namespace latte::kernels::HWY_NAMESPACE
@@ -435,8 +436,8 @@ namespace latte::kernels {
 
 HWY_EXPORT(Backward);
 
-void LatentBackward(const LatentArgs& args, const LatentGradients& gradients, int64_t slice) {
-  HWY_DYNAMIC_DISPATCH(Backward)(args, gradients, slice);
+void LatentBackward(const LatentArgs& args, const LatentGradients& gradients, int64_t first, int64_t last) {
+  HWY_DYNAMIC_DISPATCH(Backward)(args, gradients, first, last);
 }
 
 }  // namespace latte::kernels

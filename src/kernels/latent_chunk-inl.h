@@ -115,6 +115,14 @@ struct Slice {
   int64_t Offset(const MutableView& view, int64_t token, int64_t head) const {
     return sequence.batch * view.batch_stride + (sequence.begin + token) * view.time_stride + head * view.head_stride;
   }
+  // Prefetches the row of the token a chunk later, if there is one.
+  template <class AnyView>
+  void PrefetchNext(const AnyView& view, int64_t token, int64_t head, DType dtype, int64_t elements) const {
+    const int64_t next = token + static_cast<int64_t>(kChunk);
+    if (!view || next >= sequence.length) return;
+    PrefetchRow(static_cast<const char*>(view.data) + Offset(view, next, head) * SizeOf(dtype),
+                static_cast<size_t>(elements * SizeOf(dtype)));
+  }
   bool Masked(const MaskView& mask, int64_t token) const {
     return mask && !mask.data[sequence.batch * mask.batch_stride + (sequence.begin + token) * mask.time_stride];
   }
@@ -127,6 +135,25 @@ struct Slice {
     return PackedState(const_cast<float*>(states), dims, kv_heads);
   }
 };
+
+// Calls work(slice, i, begin, end) for the tokens [begin, end) of each segment of each slice first + i in [first, last). Slices
+// of one sequence take turns segment by segment: their rows share pages, which then are still known to the processor.
+template <class Work>
+HWY_INLINE void ForEachSegment(const LatentArgs& args, int64_t first, int64_t last, bool reversed, const Work& work) {
+  for (int64_t begin = first; begin < last;) {
+    const Slice front(args, begin);
+    const int64_t end = std::min(last, (front.sequence_index + 1) * args.kv_heads);
+    const int64_t segments = (front.sequence.length + kSegmentTokens - 1) / kSegmentTokens;
+    for (int64_t i = 0; i < segments; ++i) {
+      const int64_t segment = reversed ? segments - 1 - i : i;
+      const int64_t token = segment * kSegmentTokens;
+      for (int64_t index = begin; index < end; ++index) {
+        work(Slice(args, index), index - first, token, std::min(front.sequence.length, token + kSegmentTokens));
+      }
+    }
+    begin = end;
+  }
+}
 
 // Where the forward pass keeps the state that precedes a segment of kSegmentTokens tokens.
 inline int64_t SavedSlots(const LatentArgs& args) {
@@ -174,6 +201,9 @@ HWY_INLINE void LoadChunk(const LatentArgs& args, const Dims& dims, const Slice&
   const F d;
   for (size_t i = 0; i < count; ++i) {
     const int64_t t = token + static_cast<int64_t>(i);
+    slice.PrefetchNext(args.key_logits, t, slice.kv_head, args.dtype, args.latents);
+    slice.PrefetchNext(args.values, t, slice.kv_head, args.dtype, args.head_dim);
+    slice.PrefetchNext(args.log_decay, t, slice.kv_head, args.dtype, args.latents);
     float* logits = chunk.logits + i * dims.latents_padded;
     float* values = chunk.values + i * dims.head_dim_padded;
     float* log_decay = chunk.log_decay + i * dims.latents_padded;
@@ -308,9 +338,11 @@ HWY_INLINE float LoadProbabilities(const LatentArgs& args, const Dims& dims, con
   const F d;
   const size_t lanes = hn::Lanes(d);
   int64_t offset = slice.Offset(args.query_logits, token, head);
+  slice.PrefetchNext(args.query_logits, token, head, args.dtype, args.latents + (args.window_out ? 1 : 0));
+  slice.PrefetchNext(args.window_out, token, head, DType::kFloat32, args.head_dim);
   float gate = kNegativeInfinity;
   if (args.window_out) {
-    HWY_ALIGN float first[hn::MaxLanes(F())];
+    HWY_ALIGN float first[hn::MaxLanes(F())] = {};
     LoadRow(d, args.dtype, args.query_logits.data, offset, 1, first, lanes);
     gate = first[0];
     ++offset;

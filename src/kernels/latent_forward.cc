@@ -8,6 +8,7 @@
 #include "hwy/highway.h"
 #include "kernels/latent_chunk-inl.h"
 // clang-format on
+#include <vector>
 
 HWY_BEFORE_NAMESPACE();
 namespace latte::kernels::HWY_NAMESPACE {
@@ -28,108 +29,142 @@ void StoreOutput(const LatentArgs& args, const Dims& dims, const Slice& slice, c
         hn::Store(hn::MulAdd(gate, share, hn::Load(d, row + j)), d, row + j);
       }
     }
+    slice.PrefetchNext(outputs.out, t, head, args.dtype, args.head_dim);
     StoreRow(d, args.dtype, row, dims.head_dim, outputs.out.data, slice.Offset(outputs.out, t, head));
   }
 }
 
-void CausalForward(const LatentArgs& args, const LatentOutputs& outputs, const Slice& slice) {
-  const F d;
-  const size_t lanes = hn::Lanes(d);
-  const Dims dims(args);
-  const size_t row = dims.latents_padded;
-  Scratch scratch(State::Floats(dims) + Chunk::Floats(dims) + Scratch::Rounded(kChunk * row) + Scratch::Rounded(kChunk * kChunk) +
-                  Scratch::Rounded(kChunk * dims.head_dim_padded));
-  const State state(dims, scratch);
-  const Chunk chunk(dims, scratch);
-  float* shares = scratch.Take(kChunk * row);  // p / z [C, L]
-  float* scores = scratch.Take(kChunk * kChunk);
-  float* out = scratch.Take(kChunk * dims.head_dim_padded);
-  float gates[kChunk];
-
-  ReadState(dims, slice.PackedState(args.initial_state, dims, args.kv_heads), state);
-  for (int64_t token = 0; token < slice.sequence.length;) {
-    if (outputs.saved != nullptr && token % kSegmentTokens == 0) {
-      WriteState(dims, state, outputs.saved + SavedOffset(args, dims, slice, token / kSegmentTokens));
+// The forward pass of several slices on one thread.
+class ForwardPass {
+ public:
+  ForwardPass(const LatentArgs& args, const LatentOutputs& outputs, int64_t first, int64_t last)
+      : args_(args),
+        outputs_(outputs),
+        first_(first),
+        last_(last),
+        dims_(args),
+        scratch_(static_cast<size_t>(last - first) * State::Floats(dims_) + Chunk::Floats(dims_) +
+                 Scratch::Rounded(kChunk * dims_.latents_padded) + Scratch::Rounded(kChunk * kChunk) +
+                 Scratch::Rounded(kChunk * dims_.head_dim_padded)),
+        chunk_(dims_, scratch_),
+        shares_(scratch_.Take(kChunk * dims_.latents_padded)),
+        scores_(scratch_.Take(kChunk * kChunk)),
+        out_(scratch_.Take(kChunk * dims_.head_dim_padded)) {
+    states_.reserve(static_cast<size_t>(last - first));
+    for (int64_t slice = first; slice < last; ++slice) {
+      states_.emplace_back(dims_, scratch_);
+      ReadState(dims_, Slice(args, slice).PackedState(args.initial_state, dims_, args.kv_heads), states_.back());
     }
-    // Chunks start at multiples of kChunk, so that segments do too; stretches of a chunk are loaded one by one.
-    const int64_t chunk_end =
-        std::min(slice.sequence.length,
-                 token / static_cast<int64_t>(kChunk) * static_cast<int64_t>(kChunk) + static_cast<int64_t>(kChunk));
-    const size_t left = static_cast<size_t>(chunk_end - token);
-    LoadChunk(args, dims, slice, token, left, chunk);
-    if (args.log_decay) DecayState(dims, chunk.log_decay, state);
-    const size_t count = MeasureStretch(args, dims, chunk, left, state.maximum);
-    WeighStretch(dims, chunk, count, state);
-    TransposeWeights(dims, chunk, count);
-    for (size_t g = 0; g < dims.group; ++g) {
-      const int64_t head = slice.first_head + static_cast<int64_t>(g);
-      for (size_t i = 0; i < count; ++i) {
-        float* share = shares + i * row;
-        gates[i] = LoadProbabilities(args, dims, slice, token + static_cast<int64_t>(i), head, share);
-        const float* inverse = chunk.inverse_normaliser + i * row;
-        for (size_t l = 0; l < row; l += lanes) {
-          hn::Store(hn::Mul(hn::Load(d, share + l), hn::Load(d, inverse + l)), d, share + l);
+  }
+
+  void Causal() {
+    ForEachSegment(args_, first_, last_, false, [this](const Slice& slice, int64_t i, int64_t begin, int64_t end) HWY_ATTR {
+      const State& state = states_[static_cast<size_t>(i)];
+      if (outputs_.saved != nullptr) {
+        WriteState(dims_, state, outputs_.saved + SavedOffset(args_, dims_, slice, begin / kSegmentTokens));
+      }
+      for (int64_t token = begin; token < end;) {
+        const int64_t next_chunk = (token / static_cast<int64_t>(kChunk) + 1) * static_cast<int64_t>(kChunk);
+        token += CausalStretch(slice, state, token, static_cast<size_t>(std::min(end, next_chunk) - token));
+      }
+    });
+    WriteStates(outputs_.final_state);
+  }
+
+  void Bidirectional() {
+    const F d;
+    const size_t lanes = hn::Lanes(d);
+    ForEachSegment(args_, first_, last_, false, [this](const Slice& slice, int64_t i, int64_t begin, int64_t end) HWY_ATTR {
+      const State& state = states_[static_cast<size_t>(i)];
+      for (int64_t token = begin; token < end; token += static_cast<int64_t>(kChunk)) {
+        const size_t count = static_cast<size_t>(std::min<int64_t>(kChunk, end - token));
+        LoadChunk(args_, dims_, slice, token, count, chunk_);
+        WeighStretch(dims_, chunk_, count, state);
+        AddValues(args_, dims_, chunk_, count, state);
+      }
+    });
+    WriteStates(outputs_.saved);
+    for (const State& state : states_) {  // averages: S / z
+      for (size_t l = 0; l < dims_.latents; ++l) {
+        const VF inverse = hn::Set(d, state.normaliser[l] > 0.0f ? 1.0f / state.normaliser[l] : 0.0f);
+        float* sum = state.sum + l * dims_.head_dim_padded;
+        for (size_t j = 0; j < dims_.head_dim_padded; j += lanes) {
+          hn::Store(hn::Mul(hn::Load(d, sum + j), inverse), d, sum + j);
         }
       }
-      MatMul<false>(d, count, dims.head_dim_padded, dims.latents, Left{shares, row, 1}, state.sum, dims.head_dim_padded, out,
-                    dims.head_dim_padded);
-      TriangularScores(count, dims.latents, shares, row, chunk.weights_transposed, scores);
-      AddLowerProduct(count, dims.head_dim_padded, scores, chunk.values, out);
-      StoreOutput(args, dims, slice, outputs, token, count, head, gates, out);
     }
-    AddValues(args, dims, chunk, count, state);
-    token += static_cast<int64_t>(count);
-  }
-  if (outputs.final_state != nullptr) {
-    WriteState(dims, state, slice.PackedState(outputs.final_state, dims, args.kv_heads));
-  }
-}
-
-void BidirectionalForward(const LatentArgs& args, const LatentOutputs& outputs, const Slice& slice) {
-  const F d;
-  const size_t lanes = hn::Lanes(d);
-  const Dims dims(args);
-  const size_t row = dims.latents_padded;
-  Scratch scratch(State::Floats(dims) + Chunk::Floats(dims) + Scratch::Rounded(kChunk * row) +
-                  Scratch::Rounded(kChunk * dims.head_dim_padded));
-  const State state(dims, scratch);
-  const Chunk chunk(dims, scratch);
-  float* shares = scratch.Take(kChunk * row);
-  float* out = scratch.Take(kChunk * dims.head_dim_padded);
-  float gates[kChunk];
-
-  ClearState(dims, state);
-  const int64_t length = slice.sequence.length;
-  for (int64_t token = 0; token < length; token += static_cast<int64_t>(kChunk)) {
-    const size_t count = static_cast<size_t>(std::min<int64_t>(kChunk, length - token));
-    LoadChunk(args, dims, slice, token, count, chunk);
-    WeighStretch(dims, chunk, count, state);
-    AddValues(args, dims, chunk, count, state);
-  }
-  if (outputs.saved != nullptr) WriteState(dims, state, slice.PackedState(outputs.saved, dims, args.kv_heads));
-
-  for (size_t l = 0; l < dims.latents; ++l) {  // averages: S / z
-    const VF inverse = hn::Set(d, state.normaliser[l] > 0.0f ? 1.0f / state.normaliser[l] : 0.0f);
-    float* sum = state.sum + l * dims.head_dim_padded;
-    for (size_t j = 0; j < dims.head_dim_padded; j += lanes) hn::Store(hn::Mul(hn::Load(d, sum + j), inverse), d, sum + j);
-  }
-  for (int64_t token = 0; token < length; token += static_cast<int64_t>(kChunk)) {
-    const size_t count = static_cast<size_t>(std::min<int64_t>(kChunk, length - token));
-    for (size_t g = 0; g < dims.group; ++g) {
-      const int64_t head = slice.first_head + static_cast<int64_t>(g);
-      for (size_t i = 0; i < count; ++i) {
-        gates[i] = LoadProbabilities(args, dims, slice, token + static_cast<int64_t>(i), head, shares + i * row);
+    ForEachSegment(args_, first_, last_, false, [this](const Slice& slice, int64_t i, int64_t begin, int64_t end) HWY_ATTR {
+      for (int64_t token = begin; token < end; token += static_cast<int64_t>(kChunk)) {
+        const size_t count = static_cast<size_t>(std::min<int64_t>(kChunk, end - token));
+        for (size_t g = 0; g < dims_.group; ++g) {
+          ReadSum(slice, states_[static_cast<size_t>(i)], token, count, g, false);
+          StoreOutput(args_, dims_, slice, outputs_, token, count, slice.first_head + static_cast<int64_t>(g), gates_, out_);
+        }
       }
-      MatMul<false>(d, count, dims.head_dim_padded, dims.latents, Left{shares, row, 1}, state.sum, dims.head_dim_padded, out,
-                    dims.head_dim_padded);
-      StoreOutput(args, dims, slice, outputs, token, count, head, gates, out);
+    });
+  }
+
+ private:
+  // Reads and writes the tokens [token, token + left) that share a reference; returns how many these are.
+  int64_t CausalStretch(const Slice& slice, const State& state, int64_t token, size_t left) {
+    LoadChunk(args_, dims_, slice, token, left, chunk_);
+    if (args_.log_decay) DecayState(dims_, chunk_.log_decay, state);
+    const size_t count = MeasureStretch(args_, dims_, chunk_, left, state.maximum);
+    WeighStretch(dims_, chunk_, count, state);
+    TransposeWeights(dims_, chunk_, count);
+    for (size_t g = 0; g < dims_.group; ++g) {
+      ReadSum(slice, state, token, count, g, true);
+      TriangularScores(count, dims_.latents, shares_, dims_.latents_padded, chunk_.weights_transposed, scores_);
+      AddLowerProduct(count, dims_.head_dim_padded, scores_, chunk_.values, out_);
+      StoreOutput(args_, dims_, slice, outputs_, token, count, slice.first_head + static_cast<int64_t>(g), gates_, out_);
+    }
+    AddValues(args_, dims_, chunk_, count, state);
+    return static_cast<int64_t>(count);
+  }
+
+  // shares = p(l | t), divided by z with `normalise`; out = shares S.
+  void ReadSum(const Slice& slice, const State& state, int64_t token, size_t count, size_t g, bool normalise) {
+    const F d;
+    const size_t lanes = hn::Lanes(d);
+    const size_t row = dims_.latents_padded;
+    for (size_t i = 0; i < count; ++i) {
+      float* share = shares_ + i * row;
+      gates_[i] = LoadProbabilities(args_, dims_, slice, token + static_cast<int64_t>(i),
+                                    slice.first_head + static_cast<int64_t>(g), share);
+      if (!normalise) continue;
+      const float* inverse = chunk_.inverse_normaliser + i * row;
+      for (size_t l = 0; l < row; l += lanes) {
+        hn::Store(hn::Mul(hn::Load(d, share + l), hn::Load(d, inverse + l)), d, share + l);
+      }
+    }
+    MatMul<false>(d, count, dims_.head_dim_padded, dims_.latents, Left{shares_, row, 1}, state.sum, dims_.head_dim_padded, out_,
+                  dims_.head_dim_padded);
+  }
+
+  void WriteStates(float* packed) const {
+    if (packed == nullptr) return;
+    for (int64_t slice = first_; slice < last_; ++slice) {
+      WriteState(dims_, states_[static_cast<size_t>(slice - first_)],
+                 Slice(args_, slice).PackedState(packed, dims_, args_.kv_heads));
     }
   }
-}
 
-void Forward(const LatentArgs& args, const LatentOutputs& outputs, int64_t index) {
-  const Slice slice(args, index);
-  return args.causal ? CausalForward(args, outputs, slice) : BidirectionalForward(args, outputs, slice);
+  const LatentArgs& args_;
+  const LatentOutputs& outputs_;
+  const int64_t first_, last_;
+  const Dims dims_;
+  Scratch scratch_;
+  const Chunk chunk_;
+  float* shares_;  // p / z, or p [C, L]
+  float* scores_;  // [C, C]
+  float* out_;     // [C, D]
+  float gates_[kChunk];
+  std::vector<State> states_;  // one a slice
+};
+
+void Forward(const LatentArgs& args, const LatentOutputs& outputs, int64_t first, int64_t last) {
+  ForwardPass pass(args, outputs, first, last);
+  return args.causal ? pass.Causal() : pass.Bidirectional();
 }
 
 // One token: decays and rescales the state, adds the token's value, and reads the latents for each query head.
@@ -236,8 +271,8 @@ int64_t LatentSavedFloats(const LatentArgs& args) {
   return args.kv_heads * slots * state;
 }
 
-void LatentForward(const LatentArgs& args, const LatentOutputs& outputs, int64_t slice) {
-  HWY_DYNAMIC_DISPATCH(Forward)(args, outputs, slice);
+void LatentForward(const LatentArgs& args, const LatentOutputs& outputs, int64_t first, int64_t last) {
+  HWY_DYNAMIC_DISPATCH(Forward)(args, outputs, first, last);
 }
 
 void LatentStep(const LatentArgs& args, const LatentOutputs& outputs, float* state, int64_t slice) {
