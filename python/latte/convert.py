@@ -74,9 +74,10 @@ def convert(model: nn.Module, attention: str = "latte", *, exclude: Collection[s
         for name, child in list(module._modules.items()):
             if child in replacements:
                 setattr(module, name, replacements[child])
-        # TransformerEncoder decides when it is built whether to hand its layers nested tensors, which these modules don't take.
+    # A TransformerEncoder decided when it was built whether to hand its layers nested tensors, which these modules don't take.
+    for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and any(
-            isinstance(layer, LatteAttention | MacchiatoAttention) for layer in module.modules()
+            isinstance(part, tuple(kinds.values())) for part in module.modules()
         ):
             module.use_nested_tensor = False
     if notes:
