@@ -1,0 +1,542 @@
+// Latent attention against its definition in double, on every SIMD target of this machine: outputs, gradients by finite
+// differences, and the identity whole = chunked = step by step = merged pieces.
+#include "kernels/latent.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "hwy/base.h"
+#include "hwy/targets.h"
+#include "kernels/latent_reference.h"
+
+namespace latte::kernels {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// Values of one dtype, as the kernel sees them and as float.
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(DType dtype, const std::vector<float>& values) : dtype_(dtype), floats_(values), halves_(values.size()) {
+    for (size_t i = 0; i < values.size(); ++i) {
+      if (dtype == DType::kBFloat16) {
+        const hwy::bfloat16_t half = hwy::BF16FromF32(values[i]);
+        hwy::CopySameSize(&half, &halves_[i]);
+        floats_[i] = hwy::F32FromBF16(half);
+      } else if (dtype == DType::kFloat16) {
+        const hwy::float16_t half = hwy::F16FromF32(values[i]);
+        hwy::CopySameSize(&half, &halves_[i]);
+        floats_[i] = hwy::F32FromF16(half);
+      }
+    }
+  }
+  void* data() { return dtype_ == DType::kFloat32 ? static_cast<void*>(floats_.data()) : halves_.data(); }
+  bool empty() const { return floats_.empty(); }
+  // What the kernel wrote.
+  std::vector<float> Read() const {
+    std::vector<float> read = floats_;
+    for (size_t i = 0; i < read.size() && dtype_ != DType::kFloat32; ++i) {
+      if (dtype_ == DType::kBFloat16) {
+        hwy::bfloat16_t half;
+        hwy::CopySameSize(&halves_[i], &half);
+        read[i] = hwy::F32FromBF16(half);
+      } else {
+        hwy::float16_t half;
+        hwy::CopySameSize(&halves_[i], &half);
+        read[i] = hwy::F32FromF16(half);
+      }
+    }
+    return read;
+  }
+  const std::vector<float>& floats() const { return floats_; }
+
+ private:
+  DType dtype_ = DType::kFloat32;
+  std::vector<float> floats_;
+  std::vector<uint16_t> halves_;
+};
+
+struct Case {
+  int64_t time, latents, head_dim, heads = 1, kv_heads = 1;
+  DType dtype = DType::kFloat32;
+  bool causal = true, decay = false, window = false, masked = false;
+  float spread = 1.0f;       // of the logits
+  float decay_scale = 0.1f;  // of the log decay
+  std::vector<int64_t> cu_seqlens = {};
+
+  std::string Name() const {
+    return "T" + std::to_string(time) + " L" + std::to_string(latents) + " D" + std::to_string(head_dim) + " H" +
+           std::to_string(heads) + "/" + std::to_string(kv_heads) + (causal ? " causal" : " bidirectional") +
+           (decay ? " decay" : "") + (window ? " window" : "") + (masked ? " masked" : "") + " dtype" +
+           std::to_string(static_cast<int>(dtype)) + " spread" + std::to_string(spread);
+  }
+  double Epsilon() const { return dtype == DType::kFloat32 ? 1.2e-7 : dtype == DType::kBFloat16 ? 7.8e-3 : 9.8e-4; }
+  // A relative error of outputs: inputs as rounded, float32 inside, one rounding at the end. Logits of some size lose as many
+  // bits.
+  double Tolerance() const { return 0.6 * (dtype == DType::kFloat32 ? 0.0 : Epsilon()) + 1e-5 * std::max(1.0f, spread / 64); }
+};
+
+enum Input { kQuery, kKey, kValues, kDecay, kWindow, kInputs };
+
+// Inputs, outputs and gradients of a case, one batch row, [T, heads, inner] each.
+struct Problem {
+  explicit Problem(const Case& c, unsigned seed = 1) : c(c), random(seed) {
+    std::normal_distribution<float> normal;
+    const auto draw = [&](int64_t count, float scale, float sign = 0.0f) {
+      std::vector<float> values(static_cast<size_t>(count));
+      for (float& value : values) value = sign == 0.0f ? normal(random) * scale : sign * std::abs(normal(random)) * scale;
+      return values;
+    };
+    const int64_t gates = c.window ? 1 : 0;
+    inputs[kQuery] = Buffer(c.dtype, draw(c.time * c.heads * (c.latents + gates), c.spread));
+    inputs[kKey] = Buffer(c.dtype, draw(c.time * c.kv_heads * c.latents, c.spread));
+    inputs[kValues] = Buffer(c.dtype, draw(c.time * c.kv_heads * c.head_dim, 1.0f));
+    if (c.decay) inputs[kDecay] = Buffer(c.dtype, draw(c.time * c.kv_heads * c.latents, c.decay_scale, -1.0f));
+    if (c.window) inputs[kWindow] = Buffer(DType::kFloat32, draw(c.time * c.heads * c.head_dim, 1.0f));
+    grad_out = Buffer(c.dtype, draw(c.time * c.heads * c.head_dim, 1.0f));
+    mask.assign(static_cast<size_t>(c.time), 1);
+    if (c.masked) {
+      for (auto& real : mask) real = random() % 3 != 0;
+    }
+    out = Buffer(c.dtype, std::vector<float>(static_cast<size_t>(c.time * c.heads * c.head_dim)));
+  }
+
+  static View Of(Buffer& buffer, int64_t time_stride, int64_t head_stride) {
+    View view;
+    if (!buffer.empty()) view = {buffer.data(), 0, time_stride, head_stride};
+    return view;
+  }
+  static MutableView MutableOf(Buffer& buffer, int64_t time_stride, int64_t head_stride) {
+    MutableView view;
+    if (!buffer.empty()) view = {buffer.data(), 0, time_stride, head_stride};
+    return view;
+  }
+  int64_t Inner(int input) const {
+    return input == kQuery ? c.latents + (c.window ? 1 : 0) : input == kKey || input == kDecay ? c.latents : c.head_dim;
+  }
+  int64_t Heads(int input) const { return input == kQuery || input == kWindow ? c.heads : c.kv_heads; }
+
+  LatentArgs Args() {
+    LatentArgs args;
+    args.dtype = c.dtype;
+    args.causal = c.causal;
+    args.sequences = c.cu_seqlens.empty() ? 1 : static_cast<int64_t>(c.cu_seqlens.size()) - 1;
+    args.time = c.time;
+    args.heads = c.heads;
+    args.kv_heads = c.kv_heads;
+    args.latents = c.latents;
+    args.head_dim = c.head_dim;
+    args.cu_seqlens = c.cu_seqlens.empty() ? nullptr : c.cu_seqlens.data();
+    View* views[] = {&args.query_logits, &args.key_logits, &args.values, &args.log_decay, &args.window_out};
+    for (int i = 0; i < kInputs; ++i) *views[i] = Of(inputs[i], Heads(i) * Inner(i), Inner(i));
+    args.key_mask = {reinterpret_cast<const bool*>(mask.data()), 0, 1};
+    return args;
+  }
+
+  void Forward() {
+    const LatentArgs args = Args();
+    saved.assign(static_cast<size_t>(LatentSavedFloats(args)), 0.0f);
+    final_state.assign(static_cast<size_t>(args.sequences * c.kv_heads * c.latents * (c.head_dim + kStateExtra)), 0.0f);
+    LatentOutputs outputs;
+    outputs.out = MutableOf(out, c.heads * c.head_dim, c.head_dim);
+    outputs.saved = saved.data();
+    outputs.final_state = c.causal ? final_state.data() : nullptr;
+    LatentForward(args, outputs, 0, LatentSlices(args));
+  }
+
+  void Backward() {
+    LatentArgs args = Args();
+    LatentGradients gradients;
+    gradients.grad_out = Of(grad_out, c.heads * c.head_dim, c.head_dim);
+    gradients.saved = saved.data();
+    MutableView* views[] = {&gradients.grad_query_logits, &gradients.grad_key_logits, &gradients.grad_values,
+                            &gradients.grad_log_decay, &gradients.grad_window_out};
+    for (int i = 0; i < kInputs; ++i) {
+      if (inputs[i].empty()) continue;
+      grads[i] = Buffer(i == kWindow ? DType::kFloat32 : c.dtype, std::vector<float>(inputs[i].floats().size(), kInfinity));
+      *views[i] = MutableOf(grads[i], Heads(i) * Inner(i), Inner(i));
+    }
+    LatentBackward(args, gradients, 0, LatentSlices(args));
+  }
+
+  // One query head of one sequence for the oracle, with `shift` added along `direction` of one input.
+  LatentReference Reference(int64_t head, int64_t begin, int64_t end, int moved = kInputs,
+                            const std::vector<double>* direction = {}, double shift = 0.0) const {
+    LatentReference reference;
+    reference.time = end - begin;
+    reference.latents = c.latents;
+    reference.head_dim = c.head_dim;
+    reference.causal = c.causal;
+    std::vector<double>* arrays[] = {&reference.query_logits, &reference.key_logits, &reference.values, &reference.log_decay,
+                                     &reference.window_out};
+    const int64_t kv_head = head / (c.heads / c.kv_heads);
+    for (int i = 0; i < kInputs; ++i) {
+      if (inputs[i].empty()) continue;
+      for (int64_t t = begin; t < end; ++t) {
+        for (int64_t j = 0; j < Inner(i); ++j) {
+          const size_t at = static_cast<size_t>((t * Heads(i) + (Heads(i) == c.heads ? head : kv_head)) * Inner(i) + j);
+          const double value = inputs[i].floats()[at];
+          arrays[i]->push_back(i == moved ? value + shift * (*direction)[at] : value);
+        }
+      }
+    }
+    for (int64_t t = begin; t < end; ++t) reference.key_mask.push_back(mask[static_cast<size_t>(t)] != 0);
+    return reference;
+  }
+
+  std::vector<double> ReferenceOut(int moved = kInputs, const std::vector<double>* direction = nullptr,
+                                   double shift = 0.0) const {
+    std::vector<double> out(static_cast<size_t>(c.time * c.heads * c.head_dim));
+    const std::vector<int64_t> bounds = c.cu_seqlens.empty() ? std::vector<int64_t>{0, c.time} : c.cu_seqlens;
+    for (size_t n = 0; n + 1 < bounds.size(); ++n) {
+      for (int64_t head = 0; head < c.heads; ++head) {
+        const std::vector<double> part = Reference(head, bounds[n], bounds[n + 1], moved, direction, shift).Forward();
+        for (int64_t t = bounds[n]; t < bounds[n + 1]; ++t) {
+          for (int64_t j = 0; j < c.head_dim; ++j) {
+            out[static_cast<size_t>((t * c.heads + head) * c.head_dim + j)] =
+                part[static_cast<size_t>((t - bounds[n]) * c.head_dim + j)];
+          }
+        }
+      }
+    }
+    return out;
+  }
+
+  Case c;
+  std::mt19937 random;
+  Buffer inputs[kInputs], grads[kInputs], out, grad_out;
+  std::vector<char> mask;
+  std::vector<float> saved, final_state;
+};
+
+template <class A, class B>
+void ExpectNear(const A& got, const B& expected, double tolerance, const std::string& what) {
+  ASSERT_EQ(got.size(), expected.size()) << what;
+  double error = 0.0, norm = 0.0;
+  for (size_t i = 0; i < got.size(); ++i) {
+    ASSERT_TRUE(std::isfinite(got[i])) << what << " at " << i;
+    error += std::pow(static_cast<double>(got[i]) - static_cast<double>(expected[i]), 2);
+    norm += std::pow(static_cast<double>(expected[i]), 2);
+  }
+  const double size = static_cast<double>(std::max<size_t>(1, got.size()));
+  EXPECT_LE(std::sqrt(error), tolerance * (std::sqrt(norm) + std::sqrt(size))) << what;
+}
+
+class LatentTest : public testing::TestWithParam<int64_t> {
+ protected:
+  void SetUp() override { hwy::SetSupportedTargetsForTest(GetParam()); }
+  void TearDown() override { hwy::SetSupportedTargetsForTest(0); }
+};
+
+std::vector<Case> Cases() {
+  std::vector<Case> cases;
+  for (int64_t time : {1, 2, 7, 31, 32, 33, 70}) {
+    for (auto [latents, head_dim] : {std::pair<int64_t, int64_t>{1, 1}, {3, 5}, {8, 8}, {17, 9}}) {
+      for (bool causal : {true, false})
+        cases.push_back({.time = time, .latents = latents, .head_dim = head_dim, .causal = causal});
+    }
+  }
+  for (DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+    for (bool causal : {true, false}) {
+      cases.push_back({.time = 45,
+                       .latents = 6,
+                       .head_dim = 7,
+                       .heads = 4,
+                       .kv_heads = 2,
+                       .dtype = dtype,
+                       .causal = causal,
+                       .window = true,
+                       .masked = true});
+      cases.push_back({.time = 41,
+                       .latents = 5,
+                       .head_dim = 4,
+                       .heads = 3,
+                       .kv_heads = 1,
+                       .dtype = dtype,
+                       .causal = causal,
+                       .masked = true,
+                       .cu_seqlens = {0, 0, 1, 9, 9, 41}});
+      cases.push_back({.time = 40, .latents = 4, .head_dim = 4, .dtype = dtype, .causal = causal, .spread = 30.0f});
+    }
+    cases.push_back(
+        {.time = 77, .latents = 5, .head_dim = 6, .heads = 2, .kv_heads = 1, .dtype = dtype, .decay = true, .masked = true});
+  }
+  cases.push_back({.time = 50, .latents = 4, .head_dim = 4, .decay = true, .spread = 3.0f, .decay_scale = 30.0f});
+  cases.push_back({.time = 300, .latents = 4, .head_dim = 4, .heads = 2, .kv_heads = 2, .decay = true, .masked = true});
+  cases.push_back({.time = 290, .latents = 3, .head_dim = 2, .heads = 2, .kv_heads = 2, .cu_seqlens = {0, 20, 285, 290}});
+  return cases;
+}
+
+TEST_P(LatentTest, ForwardMatchesDefinition) {
+  for (const Case& c : Cases()) {
+    Problem problem(c);
+    problem.Forward();
+    ExpectNear(problem.out.Read(), problem.ReferenceOut(), c.Tolerance(), c.Name());
+  }
+}
+
+TEST_P(LatentTest, GradientsMatchFiniteDifferences) {
+  for (const Case& c : Cases()) {
+    Problem problem(c);
+    problem.Forward();
+    problem.Backward();
+    const std::vector<float> grad_out = problem.grad_out.floats();
+    for (int input = 0; input < kInputs; ++input) {
+      if (problem.inputs[input].empty()) continue;
+      const std::vector<float> grad = problem.grads[input].Read();
+      for (float g : grad) ASSERT_TRUE(std::isfinite(g)) << c.Name() << " input " << input;
+      std::normal_distribution<double> normal;
+      std::vector<double> got, expected;
+      for (int trial = 0; trial < 4; ++trial) {
+        std::vector<double> direction(grad.size(), 0.0);
+        // Dense, then a single element: a wrong element can't hide behind the others.
+        if (trial < 2) {
+          for (double& x : direction) x = normal(problem.random) / std::sqrt(static_cast<double>(grad.size()));
+        } else {
+          direction[problem.random() % grad.size()] = 1.0;
+        }
+        double along = 0.0;
+        for (size_t i = 0; i < grad.size(); ++i) along += static_cast<double>(grad[i]) * direction[i];
+        const double step = 1e-5;
+        const auto loss = [&](double shift) {
+          const std::vector<double> out = problem.ReferenceOut(input, &direction, shift);
+          double sum = 0.0;
+          for (size_t i = 0; i < out.size(); ++i) sum += out[i] * static_cast<double>(grad_out[i]);
+          return sum;
+        };
+        got.push_back(along);
+        expected.push_back((loss(step) - loss(-step)) / (2 * step));
+      }
+      ExpectNear(got, expected, 2 * c.Tolerance() + 1e-7, c.Name() + " gradient of input " + std::to_string(input));
+    }
+  }
+}
+
+// Every way to cut a sequence gives the same outputs and the same state.
+TEST_P(LatentTest, WholeEqualsChunkedEqualsStepsEqualsMerged) {
+  for (DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+    const Case c{
+        .time = 75, .latents = 9, .head_dim = 10, .heads = 4, .kv_heads = 2, .dtype = dtype, .decay = true, .masked = true};
+    Problem whole(c);
+    whole.Forward();
+    const std::vector<float> expected = whole.out.Read();
+    const int64_t state_size = c.latents * (c.head_dim + kStateExtra);
+    const auto part = [&](int64_t begin, int64_t end) {
+      LatentArgs args = whole.Args();
+      args.time = end - begin;
+      View* views[] = {&args.query_logits, &args.key_logits, &args.values, &args.log_decay};
+      for (View* view : views) view->data = static_cast<const char*>(view->data) + begin * view->time_stride * SizeOf(dtype);
+      args.key_mask.data += begin;
+      return args;
+    };
+    const auto outputs_at = [&](Buffer& out, int64_t begin) {
+      LatentOutputs outputs;
+      outputs.out = Problem::MutableOf(out, c.heads * c.head_dim, c.head_dim);
+      outputs.out.data = static_cast<char*>(outputs.out.data) + begin * outputs.out.time_stride * SizeOf(dtype);
+      return outputs;
+    };
+    // Merging rounds in another order than running through.
+    const double tolerance = 2 * c.Tolerance();
+
+    Buffer out(dtype, std::vector<float>(expected.size()));
+    std::vector<float> state, next(whole.final_state.size());
+    std::vector<std::vector<float>> pieces;
+    const std::vector<int64_t> cuts = {0, 1, 33, 34, 64, 75};
+    for (size_t i = 0; i + 1 < cuts.size(); ++i) {
+      LatentArgs args = part(cuts[i], cuts[i + 1]);
+      LatentOutputs outputs = outputs_at(out, cuts[i]);
+      args.initial_state = state.empty() ? nullptr : state.data();
+      outputs.final_state = next.data();
+      LatentForward(args, outputs, 0, LatentSlices(args));
+      state = next;
+      args.initial_state = nullptr;
+      Buffer unused(dtype, std::vector<float>(expected.size()));
+      outputs.out = Problem::MutableOf(unused, c.heads * c.head_dim, c.head_dim);
+      LatentForward(args, outputs, 0, LatentSlices(args));
+      pieces.push_back(next);
+    }
+    ExpectNear(out.Read(), expected, tolerance, "chunked");
+    ExpectNear(state, whole.final_state, 1e-5, "chunked state");
+
+    std::vector<float> merged = pieces[0];
+    for (size_t i = 1; i < pieces.size(); ++i) {
+      for (int64_t h = 0; h < c.kv_heads; ++h) {
+        float* left = merged.data() + h * state_size;
+        MergeStates(c.latents, c.head_dim, left, pieces[i].data() + h * state_size, left);
+      }
+    }
+    ExpectNear(merged, whole.final_state, 1e-5, "merged state");
+
+    std::vector<float> running(whole.final_state.size(), 0.0f);
+    for (size_t row = 0; row < running.size() / static_cast<size_t>(c.head_dim + kStateExtra); ++row) {
+      running[row * static_cast<size_t>(c.head_dim + kStateExtra) + static_cast<size_t>(c.head_dim) + 1] = -kInfinity;
+    }
+    Buffer stepped(dtype, std::vector<float>(expected.size()));
+    for (int64_t t = 0; t < c.time; ++t) {
+      const LatentArgs args = part(t, t + 1);
+      for (int64_t slice = 0; slice < LatentSlices(args); ++slice) {
+        LatentStep(args, outputs_at(stepped, t), running.data() + slice * state_size, slice);
+      }
+    }
+    ExpectNear(stepped.Read(), expected, tolerance, "stepped");
+    ExpectNear(running, whole.final_state, 1e-5, "stepped state");
+  }
+}
+
+TEST_P(LatentTest, ExtremeLogitsStayExact) {
+  struct Extreme {
+    const char* name;
+    float (*key)(int64_t t, int64_t l, float normal);
+  };
+  const Extreme extremes[] = {
+      {"logits of ten thousand", [](int64_t, int64_t, float x) { return 1e4f * x; }},
+      {"a jump of a thousand inside a chunk", [](int64_t t, int64_t, float x) { return t < 13 ? x : 1000.0f + x; }},
+      {"a fall of a thousand", [](int64_t t, int64_t, float x) { return t < 13 ? 1000.0f + x : x; }},
+      {"a staircase of fifties", [](int64_t t, int64_t, float x) { return 50.0f * static_cast<float>(t) + x; }},
+      {"latents that start late", [](int64_t t, int64_t l, float x) { return t < 5 * l ? -kInfinity : x; }},
+      {"keys never seen", [](int64_t, int64_t l, float x) { return l == 1 ? -kInfinity : x; }},
+  };
+  for (const Extreme& extreme : extremes) {
+    for (bool causal : {true, false}) {
+      const Case c{.time = 67, .latents = 4, .head_dim = 3, .causal = causal, .window = true, .masked = causal};
+      Problem problem(c);
+      std::vector<float> key = problem.inputs[kKey].floats();
+      for (int64_t t = 0; t < c.time; ++t) {
+        for (int64_t l = 0; l < c.latents; ++l) {
+          float& logit = key[static_cast<size_t>(t * c.latents + l)];
+          logit = extreme.key(t, l, logit);
+        }
+      }
+      problem.inputs[kKey] = Buffer(DType::kFloat32, key);
+      std::vector<float> query = problem.inputs[kQuery].floats();
+      for (int64_t l = 0; l <= c.latents; ++l) query[static_cast<size_t>(6 * (c.latents + 1) + l)] = -kInfinity;
+      query[0] = -kInfinity;
+      query[9] = 1e4f;
+      problem.inputs[kQuery] = Buffer(DType::kFloat32, query);
+      problem.Forward();
+      problem.Backward();
+      const std::vector<float> out = problem.out.Read();
+      // A logit of size x carries an error of x epsilon into its weight.
+      ExpectNear(out, problem.ReferenceOut(), 2e-3, extreme.name);
+      for (int64_t j = 0; j < c.head_dim; ++j) EXPECT_EQ(out[static_cast<size_t>(6 * c.head_dim + j)], 0.0f) << extreme.name;
+      for (int input = 0; input < kInputs; ++input) {
+        for (float g : problem.grads[input].floats()) ASSERT_TRUE(std::isfinite(g)) << extreme.name << " input " << input;
+      }
+    }
+  }
+}
+
+TEST_P(LatentTest, ForgetsExactlyHoweverStrongly) {
+  for (float strength : {0.5f, 20.0f, 1e4f, kInfinity}) {
+    const Case c{.time = 66, .latents = 4, .head_dim = 3, .decay = true};
+    Problem problem(c);
+    std::vector<float> decay = problem.inputs[kDecay].floats();
+    for (size_t i = 0; i < decay.size(); ++i) decay[i] = i % 3 == 0 ? -strength : 0.0f;
+    problem.inputs[kDecay] = Buffer(DType::kFloat32, decay);
+    problem.Forward();
+    ExpectNear(problem.out.Read(), problem.ReferenceOut(), 1e-5, "strength " + std::to_string(strength));
+  }
+}
+
+TEST_P(LatentTest, MaskedTokensAddNothingWhateverTheyHold) {
+  const Case c{.time = 40, .latents = 4, .head_dim = 3, .masked = true};
+  Problem problem(c);
+  problem.Forward();
+  const std::vector<float> expected = problem.out.Read();
+  std::vector<float> key = problem.inputs[kKey].floats(), values = problem.inputs[kValues].floats();
+  for (int64_t t = 0; t < c.time; ++t) {
+    if (problem.mask[static_cast<size_t>(t)]) continue;
+    for (int64_t l = 0; l < c.latents; ++l) key[static_cast<size_t>(t * c.latents + l)] = std::nanf("");
+    for (int64_t j = 0; j < c.head_dim; ++j) values[static_cast<size_t>(t * c.head_dim + j)] = std::nanf("");
+  }
+  problem.inputs[kKey] = Buffer(DType::kFloat32, key);
+  problem.inputs[kValues] = Buffer(DType::kFloat32, values);
+  problem.Forward();
+  EXPECT_EQ(problem.out.Read(), expected);
+}
+
+TEST_P(LatentTest, SlicesAreIndependent) {
+  const Case c{.time = 300, .latents = 5, .head_dim = 6, .heads = 6, .kv_heads = 3, .cu_seqlens = {0, 270, 300}};
+  Problem together(c), apart(c);
+  together.Forward();
+  together.Backward();
+  apart.Forward();
+  apart.out = Buffer(c.dtype, std::vector<float>(together.out.floats().size()));
+  const LatentArgs args = apart.Args();
+  LatentOutputs outputs;
+  outputs.out = Problem::MutableOf(apart.out, c.heads * c.head_dim, c.head_dim);
+  for (int64_t slice = LatentSlices(args) - 1; slice >= 0; --slice) LatentForward(args, outputs, slice, slice + 1);
+  EXPECT_EQ(apart.out.Read(), together.out.Read());
+}
+
+// The state's gradients, through a pair of calls whose joint outputs are a function of the first call's inputs.
+TEST_P(LatentTest, GradientsFlowThroughStates) {
+  const Case c{.time = 60, .latents = 5, .head_dim = 4, .heads = 2, .kv_heads = 1, .decay = true, .masked = true};
+  Problem whole(c);
+  whole.Forward();
+  whole.Backward();
+  const int64_t cut = 23;
+  const auto part = [&](int64_t begin, int64_t end) {
+    LatentArgs args = whole.Args();
+    args.time = end - begin;
+    View* views[] = {&args.query_logits, &args.key_logits, &args.values, &args.log_decay};
+    for (View* view : views) view->data = static_cast<const float*>(view->data) + begin * view->time_stride;
+    args.key_mask.data += begin;
+    return args;
+  };
+  std::vector<float> state(whole.final_state.size()), last(whole.final_state.size()), grad_state(whole.final_state.size());
+  Buffer grads[kInputs];
+  for (int i = 0; i < kWindow; ++i) grads[i] = Buffer(c.dtype, std::vector<float>(whole.inputs[i].floats().size()));
+  Buffer out(c.dtype, std::vector<float>(whole.out.floats().size()));
+  const auto forward = [&](LatentArgs args, int64_t begin, std::vector<float>& final_state, std::vector<float>& saved) {
+    LatentOutputs outputs;
+    outputs.out = Problem::MutableOf(out, c.heads * c.head_dim, c.head_dim);
+    outputs.out.data = static_cast<float*>(outputs.out.data) + begin * outputs.out.time_stride;
+    saved.resize(static_cast<size_t>(LatentSavedFloats(args)));
+    outputs.saved = saved.data();
+    outputs.final_state = final_state.data();
+    LatentForward(args, outputs, 0, LatentSlices(args));
+  };
+  LatentArgs head = part(0, cut), tail = part(cut, c.time);
+  std::vector<float> head_saved, tail_saved;
+  forward(head, 0, state, head_saved);
+  tail.initial_state = state.data();
+  forward(tail, cut, last, tail_saved);
+  const auto gradients_at = [&](int64_t begin) {
+    LatentGradients gradients;
+    gradients.grad_out = Problem::Of(whole.grad_out, c.heads * c.head_dim, c.head_dim);
+    gradients.grad_out.data = static_cast<const float*>(gradients.grad_out.data) + begin * gradients.grad_out.time_stride;
+    MutableView* views[] = {&gradients.grad_query_logits, &gradients.grad_key_logits, &gradients.grad_values,
+                            &gradients.grad_log_decay};
+    for (int i = 0; i < kWindow; ++i) {
+      *views[i] = Problem::MutableOf(grads[i], whole.Heads(i) * whole.Inner(i), whole.Inner(i));
+      views[i]->data = static_cast<float*>(views[i]->data) + begin * views[i]->time_stride;
+    }
+    return gradients;
+  };
+  LatentGradients gradients = gradients_at(cut);
+  gradients.saved = tail_saved.data();
+  gradients.grad_initial_state = grad_state.data();
+  LatentBackward(tail, gradients, 0, LatentSlices(tail));
+  gradients = gradients_at(0);
+  gradients.saved = head_saved.data();
+  gradients.grad_final_state = grad_state.data();
+  gradients.final_state = state.data();
+  LatentBackward(head, gradients, 0, LatentSlices(head));
+  for (int i = 0; i < kWindow; ++i) {
+    ExpectNear(grads[i].Read(), whole.grads[i].Read(), 1e-5, "input " + std::to_string(i));
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Targets, LatentTest, testing::ValuesIn(hwy::SupportedAndGeneratedTargets()),
+                         [](const auto& info) { return std::string(hwy::TargetName(info.param)); });
+
+}  // namespace
+}  // namespace latte::kernels
