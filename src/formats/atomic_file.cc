@@ -52,8 +52,10 @@ AtomicFile::AtomicFile(const std::string& path, FileOperations& operations) : op
   constexpr int kAttempts = 1000;       // of finding a name that no killed process left behind
   constexpr size_t kLongestName = 200;  // leaves room for the rest within NAME_MAX
   for (int attempt = 0; fd_ < 0; ++attempt) {
-    const std::string suffix = "." + std::to_string(::getpid()) + "-" + std::to_string(counter++) + ".tmp";
-    temporary_ = (target.parent_path() / ("." + name.substr(0, kLongestName) + suffix)).string();
+    std::string temporary_name = ".";
+    temporary_name.append(name, 0, kLongestName).append(".").append(std::to_string(::getpid()));
+    temporary_name.append("-").append(std::to_string(counter++)).append(".tmp");
+    temporary_ = (target.parent_path() / temporary_name).string();
     fd_ = operations_.open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
     if (fd_ >= 0) break;
     const int error_number = errno;

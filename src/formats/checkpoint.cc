@@ -71,8 +71,10 @@ std::string checksum_of(const Metadata& metadata, const std::vector<const Tensor
   return checksum.digits();
 }
 
-// An accepting parser keeps no document, so that a hostile config costs no memory.
-bool is_json_object(const std::string& text) { return text.starts_with('{') && nlohmann::json::accept(text); }
+// An accepting parser keeps no document, so that a hostile config costs no memory. It takes a NUL for the end of the text.
+bool is_json_object(const std::string& text) {
+  return text.starts_with('{') && text.find('\0') == text.npos && nlohmann::json::accept(text);
+}
 
 }  // namespace
 

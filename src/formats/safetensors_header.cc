@@ -245,6 +245,10 @@ std::optional<uint64_t> checked_bytes(DType dtype, const std::vector<int64_t>& s
 SafetensorsHeader parse_safetensors_header(const std::string& path, std::string_view json, uint64_t data_size) {
   // The parser would skip white space and a byte order mark; the format has neither here.
   if (!json.starts_with('{')) throw FormatError(path, "not a safetensors file: its header doesn't begin with {");
+  // It would also take a NUL for the end, whatever follows.
+  if (const size_t nul = json.find('\0'); nul != json.npos) {
+    throw FormatError(path, "the header is no valid JSON at its byte " + std::to_string(nul + 1));
+  }
   SafetensorsHeader header;
   HeaderParser parser(path, header);
   if (!Json::sax_parse(json.begin(), json.end(), &parser)) throw FormatError(path, "the header is no valid JSON");

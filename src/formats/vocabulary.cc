@@ -48,8 +48,8 @@ Vocabulary Vocabulary::from_description(std::string_view description) {
   const std::string_view text = description.substr(kCharactersPrefix.size());
   Vocabulary vocabulary = characters_of(text);
   // Were they in another order, the tokens would mean other characters than those that a model was trained on.
-  if (vocabulary.description() != description) {
-    throw std::invalid_argument("vocabulary: characters out of order or twice, expected each once by code point");
+  if (text.empty() || vocabulary.description() != description) {
+    throw std::invalid_argument("vocabulary: no characters, or out of order, or twice; expected each once by code point");
   }
   return vocabulary;
 }
