@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Writes tests/golden/modules.json: what LatteAttention and MacchiatoAttention compute from parameters that a formula gives.
 
-python/tests/test_parity.py and src/nn/parity_test.cc build the same modules and compare names, shapes and
-outputs, so that neither can drift from the other. The parameters, taken in the order of their names (by bytes) and row by row, are
+python/tests/test_parity.py and src/nn/parity_test.cc build the same modules and compare names, shapes and outputs, so that
+neither can drift from the other. The parameters, taken in the order of their names (by bytes) and row by row, are
 0.4 sin(0.7 n + 0.1) for n = 0, 1, 2 …; the input [B, T, E] is sin(0.37 n) + 0.5 cos(1.3 n); token t of row b is padding where
 (3 b + t) mod 5 = 4. All is float64.
 
