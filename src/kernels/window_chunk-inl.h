@@ -1,0 +1,332 @@
+// What the window's forward and backward passes share: which keys a token reads, and those keys as float32 tiles. Included once
+// per SIMD target.
+#if defined(LATTE_KERNELS_WINDOW_CHUNK_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef LATTE_KERNELS_WINDOW_CHUNK_INL_H_
+#undef LATTE_KERNELS_WINDOW_CHUNK_INL_H_
+#else
+#define LATTE_KERNELS_WINDOW_CHUNK_INL_H_
+#endif
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "hwy/highway.h"
+#include "kernels/load-inl.h"
+#include "kernels/tile_matmul-inl.h"
+#include "kernels/window.h"
+#include "kernels/window_scratch.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace latte::kernels::HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+
+// Keys of a tile. A multiple of every vector length.
+constexpr size_t kTileKeys = 128;
+
+// Distance of a matrix's rows: an odd number of cache lines, so that a column's elements don't compete for the same cache sets.
+constexpr size_t RowStride(size_t columns) { return (columns + 15) / 16 * 16 + ((columns + 15) / 16 % 2 == 0 ? 16 : 0); }
+constexpr size_t kTileStride = RowStride(kTileKeys);
+
+constexpr size_t CeilDiv(size_t a, size_t b) { return a / b + (a % b != 0 ? 1 : 0); }
+
+// Positions [begin, end).
+struct Span {
+  int64_t begin;
+  int64_t end;
+};
+
+// The tokens of one slice and the keys they read, in positions that count from the sequence's true start.
+struct Band {
+  Band(const WindowArgs& args, int64_t slice)
+      : args(args),
+        index(slice / args.kv_heads),
+        kv_head(slice % args.kv_heads),
+        sequence(SequenceAt(index, args.time, args.cu_seqlens)),
+        group(static_cast<size_t>(args.heads / args.kv_heads)),
+        position(args.causal && args.position != nullptr ? args.position[index] : 0),
+        end(position + sequence.length),
+        behind(std::min(args.window - 1, end)),
+        ahead(args.causal ? 0 : behind),
+        first(std::max<int64_t>(0, position - std::min(args.past, behind))),
+        sinks(args.causal ? std::min(args.sinks, std::max<int64_t>(0, end - 1 - behind)) : 0) {}
+
+  // What token t's window holds; never empty, since t itself is in it.
+  Span Window(int64_t t) const { return {std::max(first, t - behind), std::min(end, t + ahead + 1)}; }
+  // The sinks that have left token t's window.
+  Span FarSinks(int64_t t) const { return {0, std::min(sinks, std::max<int64_t>(0, t - behind))}; }
+  // The keys of the windows, or the far sinks, that each token of a block reads.
+  Span Common(int64_t t0, size_t tokens, bool far) const {
+    if (far) return FarSinks(t0);
+    return {Window(t0 + static_cast<int64_t>(tokens) - 1).begin, Window(t0).end};
+  }
+  // Row of the contiguous tensors [B * T * H, …] that holds token t's query head g of the slice.
+  int64_t OutRow(int64_t t, size_t g) const {
+    return (sequence.batch * args.time + Row(t)) * args.heads + kv_head * static_cast<int64_t>(group) + static_cast<int64_t>(g);
+  }
+  // Row of the tensors [B, T, …] that holds token t >= position.
+  int64_t Row(int64_t t) const { return sequence.begin + (t - position); }
+
+  // Tokens of a block whose queries make about `rows` rows.
+  size_t BlockTokens(size_t rows) const {
+    return std::min(static_cast<size_t>(sequence.length), std::max<size_t>(1, rows / group));
+  }
+  // Tiles that hold all keys of the windows, or all sinks; and the most that a block's windows touch.
+  size_t WindowTiles() const { return CeilDiv(static_cast<size_t>(end - first), kTileKeys); }
+  size_t SinkTiles() const { return CeilDiv(static_cast<size_t>(sinks), kTileKeys); }
+  size_t BlockTiles(size_t tokens) const {
+    return std::min(WindowTiles(), CeilDiv(static_cast<size_t>(behind) + static_cast<size_t>(ahead) + tokens, kTileKeys) + 1);
+  }
+
+  const WindowArgs& args;
+  int64_t index;  // n
+  int64_t kv_head;
+  Sequence sequence;
+  size_t group;      // query heads of the slice
+  int64_t position;  // of the first token
+  int64_t end;       // one past the last token's
+  int64_t behind;    // keys before t in its window, at most
+  int64_t ahead;     // and after it
+  int64_t first;     // the oldest key that a window can reach
+  int64_t sinks;     // those that leave some token's window
+};
+
+// Widths of a slice's matrices in scratch: rounded up to whole vectors, and the distance of their rows.
+struct Widths {
+  template <class D>
+  Widths(D d, const WindowArgs& args)
+      : key(hwy::RoundUpTo(static_cast<size_t>(args.key_dim), hn::Lanes(d))),
+        value(hwy::RoundUpTo(static_cast<size_t>(args.head_dim), hn::Lanes(d))),
+        key_stride(RowStride(key)),
+        value_stride(RowStride(value)) {}
+
+  size_t key;
+  size_t value;
+  size_t key_stride;
+  size_t value_stride;
+};
+
+// kTileKeys keys and their values in float32. A masked key is a row of zeros with a bias of -inf, so whatever the masked memory
+// holds reaches nothing. Only the first keys that exist, rounded up to whole vectors, are set.
+struct Tile {
+  int64_t index = -1;            // which of the ring's tiles is loaded, or -1
+  bool masked = false;           // whether any bias is -inf
+  float* bias = nullptr;         // [kTileKeys]
+  float* keys_t = nullptr;       // [key, kTileStride], transposed
+  float* values = nullptr;       // [kTileKeys, value_stride], forward only
+  float* keys = nullptr;         // [kTileKeys, key_stride]; this and the rest backward only
+  float* values_t = nullptr;     // [value, kTileStride], transposed
+  float* grad_keys = nullptr;    // [kTileKeys, key_stride]
+  float* grad_values = nullptr;  // [kTileKeys, value_stride]
+};
+
+// The most recently used tiles of a run of keys: tile k holds positions [origin + k * kTileKeys, …) below `limit`, and lives in
+// slot k % slots. As the band slides over a long sequence each key is converted and transposed once.
+class TileRing {
+ public:
+  enum class Source { kWindow, kSinks };
+
+  TileRing(const Band& band, const Widths& widths, Source source, size_t slots, bool backward)
+      : band_(band),
+        widths_(widths),
+        source_(source),
+        backward_(backward),
+        origin_(source == Source::kWindow ? band.first : 0),
+        limit_(source == Source::kWindow ? band.end : band.sinks),
+        tiles_(slots) {}
+
+  void Carve(ScratchLayout& layout) {
+    for (Tile& tile : tiles_) {
+      tile.bias = layout.Take(1, kTileKeys);
+      tile.keys_t = layout.Take(widths_.key, kTileStride);
+      if (backward_) {
+        tile.keys = layout.Take(kTileKeys, widths_.key_stride);
+        tile.values_t = layout.Take(widths_.value, kTileStride);
+        tile.grad_keys = layout.Take(kTileKeys, widths_.key_stride);
+        tile.grad_values = layout.Take(kTileKeys, widths_.value_stride);
+      } else {
+        tile.values = layout.Take(kTileKeys, widths_.value_stride);
+      }
+    }
+    staging_ = layout.Take(kTileKeys, std::max(widths_.key_stride, widths_.value_stride));
+  }
+
+  // Asks for a key of this call that a later tile will hold; nothing happens at other positions.
+  void Prefetch(int64_t s) const {
+    if (s < band_.position || s >= limit_) return;
+    const int64_t item = SizeOf(band_.args.dtype);
+    const Place place = Find(s);
+    PrefetchRow(static_cast<const char*>(place.key.data) + Offset(place.key, place) * item,
+                static_cast<size_t>(band_.args.key_dim * item));
+    PrefetchRow(static_cast<const char*>(place.values.data) + Offset(place.values, place) * item,
+                static_cast<size_t>(band_.args.head_dim * item));
+  }
+
+  int64_t Origin(int64_t k) const { return origin_ + k * static_cast<int64_t>(kTileKeys); }
+  int64_t TileOf(int64_t position) const { return (position - origin_) / static_cast<int64_t>(kTileKeys); }
+  size_t Keys(int64_t k) const {
+    return static_cast<size_t>(std::min<int64_t>(limit_ - Origin(k), static_cast<int64_t>(kTileKeys)));
+  }
+  Tile& Slot(int64_t k) { return tiles_[static_cast<size_t>(k) % tiles_.size()]; }
+  std::vector<Tile>& tiles() { return tiles_; }
+
+  template <class D>
+  Tile& Load(D d, int64_t k) {
+    Tile& tile = Slot(k);
+    if (tile.index == k) return tile;
+    tile.index = k;
+    tile.masked = false;
+    const size_t keys = Keys(k);
+    float* key_rows = backward_ ? tile.keys : staging_;
+    for (size_t i = 0; i < keys; ++i) {
+      const bool real = LoadKey(d, Origin(k) + static_cast<int64_t>(i), key_rows + i * widths_.key_stride);
+      tile.bias[i] = real ? 0.0f : kMinusInfinity;
+      tile.masked |= !real;
+    }
+    const size_t padded = hwy::RoundUpTo(keys, hn::Lanes(d));
+    for (size_t i = keys; i < padded; ++i) {
+      tile.bias[i] = kMinusInfinity;
+      std::fill_n(key_rows + i * widths_.key_stride, widths_.key, 0.0f);
+    }
+    Transpose(padded, widths_.key, key_rows, widths_.key_stride, tile.keys_t, kTileStride);
+
+    float* value_rows = backward_ ? staging_ : tile.values;
+    for (size_t i = 0; i < padded; ++i) {
+      float* row = value_rows + i * widths_.value_stride;
+      if (tile.bias[i] == 0.0f) {
+        LoadValue(d, Origin(k) + static_cast<int64_t>(i), row);
+      } else {
+        std::fill_n(row, widths_.value, 0.0f);
+      }
+    }
+    if (backward_) Transpose(padded, widths_.value, value_rows, widths_.value_stride, tile.values_t, kTileStride);
+    return tile;
+  }
+
+ private:
+  // The memory of position s: views of keys, values and mask, and the batch and time indices within them.
+  struct Place {
+    const View& key;
+    const View& values;
+    const MaskView& mask;
+    int64_t batch;
+    int64_t time;
+  };
+
+  Place Find(int64_t s) const {
+    const WindowArgs& args = band_.args;
+    if (s >= band_.position) return {args.key, args.values, args.key_mask, band_.sequence.batch, band_.Row(s)};
+    if (source_ == Source::kSinks) return {args.sink_key, args.sink_values, args.sink_mask, band_.index, s};
+    return {args.past_key, args.past_values, args.past_mask, band_.index, args.past - (band_.position - s)};
+  }
+
+  int64_t Offset(const View& view, const Place& place) const {
+    return place.batch * view.batch_stride + place.time * view.time_stride + band_.kv_head * view.head_stride;
+  }
+
+  // Loads a key, or zeros where it is masked; whether it is real.
+  template <class D>
+  bool LoadKey(D d, int64_t s, float* row) const {
+    const Place place = Find(s);
+    if (place.mask && !place.mask.data[place.batch * place.mask.batch_stride + place.time * place.mask.time_stride]) {
+      std::fill_n(row, widths_.key, 0.0f);
+      return false;
+    }
+    LoadRow(d, band_.args.dtype, place.key.data, Offset(place.key, place), static_cast<size_t>(band_.args.key_dim), row,
+            widths_.key);
+    return true;
+  }
+
+  template <class D>
+  void LoadValue(D d, int64_t s, float* row) const {
+    const Place place = Find(s);
+    LoadRow(d, band_.args.dtype, place.values.data, Offset(place.values, place), static_cast<size_t>(band_.args.head_dim), row,
+            widths_.value);
+  }
+
+  const Band& band_;
+  const Widths& widths_;
+  Source source_;
+  bool backward_;
+  int64_t origin_;
+  int64_t limit_;
+  std::vector<Tile> tiles_;
+  float* staging_ = nullptr;  // one tile's rows on their way to being transposed
+};
+
+// The part of a tile that some token of a block reads. Columns count within the tile.
+struct Segment {
+  template <class D>
+  Segment(D d, const TileRing& ring, int64_t k, Span keys, bool far)
+      : origin(ring.Origin(k)),
+        begin(static_cast<size_t>(std::max<int64_t>(0, keys.begin - origin))),
+        end(std::min(ring.Keys(k), static_cast<size_t>(keys.end - origin))),
+        column(begin / hn::Lanes(d) * hn::Lanes(d)),
+        columns(hwy::RoundUpTo(end, hn::Lanes(d)) - column),
+        far(far) {}
+
+  // Whether some token that reads no more than `common` of these columns doesn't read all of them.
+  bool Ragged(Span common) const {
+    const int64_t first = origin + static_cast<int64_t>(column);
+    return first < common.begin || first + static_cast<int64_t>(columns) > common.end;
+  }
+
+  int64_t origin;  // position of the tile's first key
+  size_t begin;
+  size_t end;
+  size_t column;   // begin, rounded down to a whole vector
+  size_t columns;  // from there, rounded up
+  bool far;        // sinks that have left the window
+};
+
+// Sets a token's scores of the keys that it doesn't read to -inf. `row` starts at segment.column.
+HWY_INLINE void MaskRow(const Segment& segment, Span read, float* row) {
+  const int64_t columns = static_cast<int64_t>(segment.columns);
+  const int64_t column = segment.origin + static_cast<int64_t>(segment.column);
+  const int64_t begin = std::clamp<int64_t>(read.begin - column, 0, columns);
+  const int64_t end = std::clamp<int64_t>(read.end - column, begin, columns);
+  std::fill(row, row + begin, kMinusInfinity);
+  std::fill(row + end, row + columns, kMinusInfinity);
+}
+
+// row[0, n) += other[0, n), n a multiple of the vector length.
+template <class D>
+HWY_INLINE void AddRow(D d, const float* other, size_t n, float* row) {
+  for (size_t i = 0; i < n; i += hn::Lanes(d)) hn::StoreU(hn::Add(hn::LoadU(d, row + i), hn::LoadU(d, other + i)), d, row + i);
+}
+
+template <class D>
+HWY_INLINE void ScaleRow(D d, float factor, size_t n, float* row) {
+  const auto f = hn::Set(d, factor);
+  for (size_t i = 0; i < n; i += hn::Lanes(d)) hn::StoreU(hn::Mul(hn::LoadU(d, row + i), f), d, row + i);
+}
+
+// Offset of query head g of the slice in a tensor [B, T, H, …], for token t.
+template <class AnyView>
+HWY_INLINE int64_t QueryOffset(const Band& band, const AnyView& view, int64_t t, size_t g) {
+  const int64_t head = band.kv_head * static_cast<int64_t>(band.group) + static_cast<int64_t>(g);
+  return band.sequence.batch * view.batch_stride + band.Row(t) * view.time_stride + head * view.head_stride;
+}
+
+// Queries of a block, token by token and the slice's heads of each together, times the scale of the scores.
+template <class D>
+HWY_INLINE void LoadQueries(D d, const Band& band, const Widths& widths, const View& query, int64_t t0, size_t tokens,
+                            float* row) {
+  const WindowArgs& args = band.args;
+  for (size_t c = 0; c < tokens; ++c) {
+    for (size_t g = 0; g < band.group; ++g, row += widths.key_stride) {
+      const int64_t offset = QueryOffset(band, query, t0 + static_cast<int64_t>(c), g);
+      LoadRow(d, args.dtype, query.data, offset, static_cast<size_t>(args.key_dim), row, widths.key);
+      ScaleRow(d, args.scale, widths.key, row);
+    }
+  }
+}
+
+}  // namespace latte::kernels::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif
