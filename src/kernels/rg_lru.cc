@@ -1,5 +1,6 @@
 // Gates are computed where they are used, forward and backward: recomputing them is cheaper than storing them. With
-// q = -log a >= 0, the input's share sqrt(1 - a²) is sqrt(-expm1(-2 q)): 1 - a² itself would lose every digit where a is near 1.
+// q = -log a >= 0, the input's share sqrt(1 - a²) is sqrt(-e (2 + e)) with e = expm1(-q) = a - 1: 1 - a² itself would lose every
+// digit where a is near 1.
 #include "kernels/rg_lru.h"
 
 #include <algorithm>
@@ -14,6 +15,7 @@
 // After highway.h, which defines this target's namespace.
 #include "hwy/contrib/math/math-inl.h"
 #include "kernels/load-inl.h"
+#include "kernels/math-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace latte::kernels::HWY_NAMESPACE {
@@ -22,6 +24,8 @@ namespace {
 using FloatTag = hn::CappedTag<float, kChannelBlock>;
 using Floats = hn::Vec<FloatTag>;
 
+// Exp is ours, named with its namespace: Highway's takes NaN to 0, which would hide a diverged model.
+
 struct Sigmoid {
   Floats value;
   Floats complement;  // 1 - value, exact where value is near 1
@@ -29,7 +33,7 @@ struct Sigmoid {
   HWY_INLINE explicit Sigmoid(Floats x) {
     const FloatTag d;
     const auto one = hn::Set(d, 1.0f);
-    const auto e = hn::Exp(d, hn::Neg(hn::Abs(x)));
+    const auto e = HWY_NAMESPACE::Exp(d, hn::Neg(hn::Abs(x)));
     const auto above_half = hn::Div(one, hn::Add(one, e));
     const auto below_half = hn::Mul(e, above_half);
     const auto negative = hn::Lt(x, hn::Zero(d));
@@ -41,7 +45,7 @@ struct Sigmoid {
 // log(1 + exp(x)).
 HWY_INLINE Floats Softplus(Floats x) {
   const FloatTag d;
-  const auto tail = hn::Log1p(d, hn::Exp(d, hn::Neg(hn::Abs(x))));
+  const auto tail = hn::Log1p(d, HWY_NAMESPACE::Exp(d, hn::Neg(hn::Abs(x))));
   return hn::Add(hn::IfThenElse(hn::Gt(x, hn::Zero(d)), x, hn::Zero(d)), tail);
 }
 
@@ -56,6 +60,7 @@ struct Gates {
   Sigmoid input;
   Floats decay;  // q = -log a
   Floats keep;   // a
+  Floats loss;   // a - 1
   Floats share;  // sqrt(1 - a²)
 
   HWY_INLINE Gates(Floats rate, Floats recurrence_logits, Floats input_logits)
@@ -63,8 +68,16 @@ struct Gates {
     const FloatTag d;
     // Beyond 200 a is 0 in float32 and so is all that follows from q.
     decay = Cap(hn::Mul(rate, recurrence.value), 200.0f);
-    keep = hn::Exp(d, hn::Neg(decay));
-    share = hn::Sqrt(hn::Neg(hn::Expm1(d, hn::Mul(hn::Set(d, -2.0f), decay))));
+    keep = HWY_NAMESPACE::Exp(d, hn::Neg(decay));
+    loss = hn::Expm1(d, hn::Neg(decay));
+    share = hn::Sqrt(hn::Mul(hn::Neg(loss), hn::Add(hn::Set(d, 2.0f), loss)));
+  }
+
+  // a v + w. Near a = 1 as v + (a - 1) v: the rounding of a itself would be the same at every token, and with a memory of 1 / (1
+  // - a) tokens it adds up to that many ulp.
+  HWY_INLINE Floats Keep(Floats v, Floats w) const {
+    const auto near_one = hn::Gt(loss, hn::Set(FloatTag(), -0.5f));
+    return hn::Add(hn::IfThenElse(near_one, hn::MulAdd(loss, v, v), hn::Mul(keep, v)), w);
   }
 };
 
@@ -146,7 +159,7 @@ void RgLruForwardSlice(const RgLruArgs& args, const RgLruOutputs& outputs, int64
       for (size_t c = 0; c < slice.padded(); c += hn::Lanes(d)) {
         const Gates gates(hn::Load(d, rates + c), hn::Load(d, recurrence_logits + c), hn::Load(d, input_logits + c));
         const auto input = hn::Mul(gates.share, hn::Mul(gates.input.value, hn::Load(d, x + c)));
-        hn::Store(hn::MulAdd(gates.keep, hn::Load(d, hidden + c), input), d, hidden + c);
+        hn::Store(gates.Keep(hn::Load(d, hidden + c), input), d, hidden + c);
       }
     }
     slice.Store(hidden, outputs.out, t);
@@ -199,7 +212,7 @@ void RgLruBackwardSlice(const RgLruArgs& args, const RgLruGradients& gradients, 
         const auto through_keep = hn::Mul(gates.decay, hn::Load(d, before + c));
         const auto grad_log_decay = hn::Mul(hn::Mul(grad, gates.keep), hn::Sub(through_share, through_keep));  // q · dq
 
-        hn::Store(hn::Mul(gates.keep, grad), d, carried + c);
+        hn::Store(gates.Keep(grad, hn::Zero(d)), d, carried + c);
         hn::Store(hn::Mul(grad_gated, gates.input.value), d, x + c);
         hn::Store(hn::Mul(grad_log_decay, gates.recurrence.complement), d, recurrence_logits + c);
         hn::Store(hn::Mul(hn::Mul(grad_gated, gated), gates.input.complement), d, input_logits + c);
