@@ -22,10 +22,11 @@ endif()
 
 foreach(rung kernels formats ops nn models)
   if(TARGET latte_${rung})
-    # libtorch may lie anywhere: the path that the linker used stays in the library.
-    set_target_properties(latte_${rung} PROPERTIES EXPORT_NAME ${rung} INSTALL_RPATH $ORIGIN INSTALL_RPATH_USE_LINK_PATH ON)
+    # libtorch may lie anywhere: the folder that it was found in stays in what is installed.
+    set_target_properties(latte_${rung} PROPERTIES EXPORT_NAME ${rung} INSTALL_RPATH "$ORIGIN;${LATTE_TORCH_LIBRARY_DIRS}")
     add_library(latte::${rung} ALIAS latte_${rung})
-    install(TARGETS latte_${rung} EXPORT latteTargets ARCHIVE DESTINATION ${CMAKE_INSTALL_LIBDIR} LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR})
+    install(TARGETS latte_${rung} EXPORT latteTargets
+            ARCHIVE DESTINATION ${CMAKE_INSTALL_LIBDIR} LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR})
     install(DIRECTORY ${PROJECT_SOURCE_DIR}/src/${rung} DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/latte
             FILES_MATCHING PATTERN "*.h" PATTERN "*-inl.h" EXCLUDE)
   endif()
@@ -33,7 +34,7 @@ endforeach()
 
 foreach(program latte latte-torch)
   if(TARGET ${program})
-    set_target_properties(${program} PROPERTIES INSTALL_RPATH $ORIGIN/${latte_lib_from_bin} INSTALL_RPATH_USE_LINK_PATH ON)
+    set_target_properties(${program} PROPERTIES INSTALL_RPATH "$ORIGIN/${latte_lib_from_bin};${LATTE_TORCH_LIBRARY_DIRS}")
     install(TARGETS ${program} RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR})
   endif()
 endforeach()
@@ -41,5 +42,6 @@ endforeach()
 install(EXPORT latteTargets NAMESPACE latte:: DESTINATION ${latte_config_dir})
 configure_package_config_file(cmake/latteConfig.cmake.in ${PROJECT_BINARY_DIR}/latteConfig.cmake INSTALL_DESTINATION ${latte_config_dir})
 write_basic_package_version_file(${PROJECT_BINARY_DIR}/latteConfigVersion.cmake COMPATIBILITY SameMinorVersion)
-install(FILES ${PROJECT_BINARY_DIR}/latteConfig.cmake ${PROJECT_BINARY_DIR}/latteConfigVersion.cmake cmake/LatteTorch.cmake DESTINATION ${latte_config_dir})
+install(FILES ${PROJECT_BINARY_DIR}/latteConfig.cmake ${PROJECT_BINARY_DIR}/latteConfigVersion.cmake cmake/LatteTorch.cmake
+        DESTINATION ${latte_config_dir})
 install(FILES LICENSE README.md DESTINATION ${CMAKE_INSTALL_DOCDIR})

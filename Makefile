@@ -1,0 +1,65 @@
+# The everyday commands. `make help` lists them; CMake does the work (CMakePresets.json), scripts/setup.sh brings what it needs.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-builtin-rules
+
+JOBS ?= $(shell nproc)
+PREFIX ?= /usr/local
+DEMO ?= runs/demo
+
+# ccache takes precompiled headers only with these two; objects are shared by all clones of one user.
+export CCACHE_SLOPPINESS := pch_defines,time_macros
+export CCACHE_BASEDIR := $(CURDIR)
+
+PYTHON := .venv/bin/python
+CPP_FILES = $(shell find src bench tests -name '*.cc' -o -name '*.h')
+PYTHON_FOLDERS := python scripts
+
+.PHONY: help setup build test demo bench format check-format lint ladder sanitize install clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
+
+setup:  ## Debian packages, .venv and Highway: only what is missing
+	@scripts/setup.sh
+
+build: setup  ## the programs, the library of operators, the tests
+	@[[ build/build.ninja -nt CMakePresets.json && build/build.ninja -nt .venv/setup.stamp ]] || cmake --preset release
+	@cmake --build --preset release --parallel $(JOBS)
+
+test: build  ## every test: C++, Python, the ladder, an installed copy
+	ctest --test-dir build --output-on-failure --no-tests=error
+
+demo: build  ## checks the kernels, trains on Shakespeare for a few minutes, shows the curve, writes text
+	@scripts/demo.sh $(DEMO)
+
+bench: build  ## attention against torch's scaled_dot_product_attention
+	build/latte bench attention
+
+format: setup  ## clang-format and ruff, in place
+	clang-format -i $(CPP_FILES)
+	$(PYTHON) -m ruff check --fix $(PYTHON_FOLDERS)
+	$(PYTHON) -m ruff format $(PYTHON_FOLDERS)
+
+check-format: setup  ## fails where `make format` would change something
+	clang-format --dry-run -Werror $(CPP_FILES)
+	$(PYTHON) -m ruff check $(PYTHON_FOLDERS)
+	$(PYTHON) -m ruff format --check $(PYTHON_FOLDERS)
+
+lint: build  ## clang-tidy over src
+	find src -name '*.cc' -print0 | xargs -0 -n 1 -P $(JOBS) clang-tidy -p build --quiet
+
+ladder:  ## fails where a rung of the ladder includes a higher one
+	@python3 scripts/check_ladder.py
+
+sanitize: setup  ## kernels and formats under the address and undefined-behaviour sanitizers
+	@cmake --preset asan-ubsan
+	@cmake --build --preset asan-ubsan --parallel $(JOBS)
+	ctest --test-dir build-asan --output-on-failure --no-tests=error
+
+install: build  ## to PREFIX (/usr/local)
+	cmake --install build --prefix "$(PREFIX)"
+
+clean:  ## removes build folders; .venv, .deps and runs stay
+	rm -rf build build-asan build-tsan
