@@ -261,7 +261,7 @@ TEST(RgLru, GradientsFollowFiniteDifferences) {
       parameters.push_back({"initial_state", &problem.state, &Gradients::state, 2e-6, {}, {}});
     }
     for (Parameter& parameter : parameters) {
-      parameter.indices = Sample(problem.random, parameter.values->size(), 30);
+      parameter.indices = Sample(problem.random, parameter.values->size(), 16);
       parameter.expected = FiniteDifferences(loss, *parameter.values, parameter.indices);
     }
     ForEachTarget([&] {
