@@ -1,0 +1,133 @@
+#include "models/language_model.h"
+
+#include <cmath>
+#include <memory>
+#include <string>
+
+#include "nn/softmax_attention.h"
+
+namespace latte::models {
+namespace {
+
+constexpr double kInitialDeviation = 0.02;
+
+std::shared_ptr<nn::AttentionImpl> make_attention(const LanguageModelConfig& config) {
+  const std::string position = config.position_name();
+  const bool absolute = position == "none" || position == "learned";
+  if (config.attention == "latte" || config.attention == "macchiato") {
+    nn::MacchiatoAttentionOptions options;
+    options.embed_dim = config.embed_dim;
+    options.num_heads = config.num_heads;
+    options.dropout = config.dropout;
+    options.bias = config.bias;
+    options.batch_first = true;
+    options.num_latents = config.num_latents;
+    options.num_kv_heads = config.num_kv_heads;
+    if (!absolute && position != "rotary") options.position = nn::parse_latent_position(position);
+    options.conv_width = config.conv_width;
+    options.forget = config.forget;
+    if (config.attention == "latte") return std::make_shared<nn::LatteAttentionImpl>(options);
+    options.window = config.window;
+    options.sinks = config.sinks;
+    options.rope = !absolute;
+    options.rope_base = config.rope_base;
+    return std::make_shared<nn::MacchiatoAttentionImpl>(options);
+  }
+  nn::SoftmaxAttentionOptions options;
+  options.embed_dim = config.embed_dim;
+  options.num_heads = config.num_heads;
+  options.dropout = config.dropout;
+  options.bias = config.bias;
+  options.batch_first = true;
+  options.num_kv_heads = config.num_kv_heads;
+  options.rope = !absolute;
+  options.rope_base = config.rope_base;
+  if (config.attention == "window") {
+    options.window = config.window;
+    options.sinks = config.sinks;
+  }
+  return std::make_shared<nn::SoftmaxAttentionImpl>(options);
+}
+
+}  // namespace
+
+LanguageModelImpl::LanguageModelImpl(const LanguageModelConfig& config) : config_(config) {
+  config.validate();
+  nn::BlockOptions block;
+  block.embed_dim = config.embed_dim;
+  block.hidden_dim = config.hidden_dim();
+  block.norm = config.norm == "rms" ? nn::NormKind::kRms : nn::NormKind::kLayer;
+  block.mlp = config.mlp == "gated" ? nn::MlpKind::kGated : nn::MlpKind::kGelu;
+  block.bias = config.bias;
+  block.dropout = config.dropout;
+
+  token_embedding = register_module("token_embedding", torch::nn::Embedding(config.vocab_size, config.embed_dim));
+  if (config.position_name() == "learned") {
+    position_embedding = register_module("position_embedding", torch::nn::Embedding(config.max_positions, config.embed_dim));
+  }
+  blocks = register_module("blocks", torch::nn::ModuleList());
+  for (int64_t i = 0; i < config.num_layers; ++i) blocks->push_back(nn::Block(block, make_attention(config)));
+  final_norm = register_module("final_norm", nn::Norm(block.norm, config.embed_dim, config.bias));
+  if (!config.tie_embeddings) {
+    const auto options = torch::nn::LinearOptions(config.embed_dim, config.vocab_size).bias(false);
+    output_proj = register_module("output_proj", torch::nn::Linear(options));
+  }
+  reset_parameters();
+}
+
+void LanguageModelImpl::reset_parameters() {
+  torch::NoGradGuard no_grad;
+  const double residual = kInitialDeviation / std::sqrt(2.0 * static_cast<double>(config_.num_layers));
+  for (const auto& item : named_modules()) {
+    const auto& name = item.key();
+    if (auto* linear = item.value()->as<torch::nn::Linear>()) {
+      const bool writes_residual = name.ends_with(".out_proj") || name.ends_with(".down_proj");
+      linear->weight.normal_(0.0, writes_residual ? residual : kInitialDeviation);
+      if (linear->bias.defined()) linear->bias.zero_();
+    } else if (auto* embedding = item.value()->as<torch::nn::Embedding>()) {
+      embedding->weight.normal_(0.0, kInitialDeviation);
+    }
+  }
+}
+
+at::Tensor LanguageModelImpl::forward(const at::Tensor& tokens) { return run(tokens, nullptr, nullptr, /*last_only=*/false); }
+
+std::tuple<at::Tensor, LanguageModelState> LanguageModelImpl::forward_with_state(const at::Tensor& tokens,
+                                                                                 const std::optional<LanguageModelState>& state,
+                                                                                 bool last_only) {
+  TORCH_CHECK_VALUE(!state || static_cast<int64_t>(state->layers.size()) == config_.num_layers, "LanguageModel: the state has ",
+                    state ? state->layers.size() : 0, " layers, the model ", config_.num_layers);
+  LanguageModelState after;
+  const auto logits = run(tokens, state ? &*state : nullptr, &after, last_only);
+  return {logits, std::move(after)};
+}
+
+at::Tensor LanguageModelImpl::run(const at::Tensor& tokens, const LanguageModelState* before, LanguageModelState* after,
+                                  bool last_only) {
+  TORCH_CHECK_VALUE(tokens.dim() == 2 && tokens.size(1) > 0, "LanguageModel: expected tokens [batch, time], got ",
+                    tokens.sizes());
+  TORCH_CHECK_TYPE(tokens.scalar_type() == torch::kInt64, "LanguageModel: expected int64 tokens, got ", tokens.scalar_type());
+  const int64_t begin = before ? before->position() : 0, end = begin + tokens.size(1);
+  auto x = token_embedding(tokens);
+  if (position_embedding) {
+    TORCH_CHECK_VALUE(end <= config_.max_positions, "LanguageModel: token ", end, " is beyond max_positions, ",
+                      config_.max_positions, ", to which learned positions reach");
+    x = x + position_embedding(nn::positions_from(begin, tokens.size(1), tokens.device()));
+  }
+  x = torch::dropout(x, config_.dropout, is_training());
+
+  nn::AttentionForwardOptions options;
+  options.is_causal = true;
+  options.output_state = after != nullptr;
+  for (size_t i = 0; i < blocks->size(); ++i) {
+    if (before) options.state = before->layers[i];
+    auto result = blocks->at<nn::BlockImpl>(i).forward(x, options);
+    x = result.out;
+    if (after) after->layers.push_back(std::move(*result.state));
+  }
+  if (last_only) x = x.slice(1, -1);
+  x = final_norm(x);
+  return output_proj ? output_proj(x) : torch::linear(x, token_embedding->weight);
+}
+
+}  // namespace latte::models

@@ -1,0 +1,71 @@
+// The shape of a LanguageModel, as a value and as JSON (what a checkpoint's config holds).
+#pragma once
+
+#include <cstdint>
+#include <nlohmann/json_fwd.hpp>
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+namespace latte::models {
+
+// A configuration that can't be: one line that names the field, what it holds and what it may.
+class ConfigError : public std::invalid_argument {
+ public:
+  using std::invalid_argument::invalid_argument;
+};
+
+struct LanguageModelConfig {
+  int64_t vocab_size = 0;
+  int64_t num_layers = 6;
+  int64_t embed_dim = 384;
+  int64_t num_heads = 6;
+  std::optional<int64_t> num_kv_heads;  // num_heads unless given
+
+  std::string attention = "softmax";  // softmax | window | latte | macchiato
+  // How the model knows where a token stands; see position_name() for what each attention takes unless given.
+  //   none     nothing (a causal model still sees order)                                  every attention
+  //   learned  an embedding added to the token's, up to max_positions                     every attention
+  //   rotary   queries and keys rotated by their position                                 softmax, window, macchiato
+  //   vapor    latents read rotated values                                                latte, macchiato
+  //   conv     a short causal convolution before the latents' logits                      latte, macchiato
+  //   rg_lru   Griffin's recurrence there                                                 latte, macchiato
+  // Macchiato's window is rotary with the last four.
+  std::optional<std::string> position;
+  std::optional<int64_t> num_latents;  // latte, macchiato: for each head; embed_dim / num_heads unless given
+  int64_t window = 32;                 // window, macchiato: tokens
+  int64_t sinks = 0;                   // window, macchiato: first tokens that stay readable
+  int64_t conv_width = 4;              // position conv
+  bool forget = false;                 // latte, macchiato: latents with a learned decay
+  double rope_base = 10000.0;          // of rotary positions
+
+  std::string norm = "layer";  // layer | rms
+  std::string mlp = "gelu";    // gelu | gated
+  double mlp_ratio = 4.0;      // see hidden_dim()
+  double dropout = 0.0;
+  bool bias = false;  // of linear maps and layer norms
+  int64_t max_positions = 1024;
+  bool tie_embeddings = true;  // the output projection is the token embedding
+
+  // The position in use. Unless given: rotary for the three attentions that have a window or read everything. For latte conv:
+  // latents alone are blind to order within what they have gathered, and a convolution tells them of the nearest tokens, which
+  // carry most of the information on the next, at 2 K multiplications a channel.
+  std::string position_name() const;
+  // embed_dim · mlp_ratio; for a gated MLP 2/3 of it, rounded up to a multiple of 8, so that both have about as many parameters.
+  int64_t hidden_dim() const;
+  // Parameters of the model, a tied output projection counted once; computed without building it. Takes a valid configuration.
+  int64_t parameter_count() const;
+
+  // Throws ConfigError.
+  void validate() const;
+
+  // Every field, with defaults filled in.
+  nlohmann::json to_json() const;
+  // Takes an object of these fields, of which only vocab_size must be there. Throws ConfigError: not an object, an unknown field,
+  // a wrong type, or an impossible value.
+  static LanguageModelConfig from_json(const nlohmann::json& json);
+
+  bool operator==(const LanguageModelConfig&) const = default;
+};
+
+}  // namespace latte::models

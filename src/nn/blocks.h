@@ -1,0 +1,73 @@
+// The parts of a pre-norm transformer around its attention: normalisation, MLP and the block.
+#pragma once
+
+#include <torch/torch.h>
+
+#include <cstdint>
+#include <memory>
+
+#include "nn/attention.h"
+
+namespace latte::nn {
+
+enum class NormKind : uint8_t { kLayer, kRms };
+
+// LayerNorm or RMSNorm over the last dimension. Parameters `weight` [dim] and, for LayerNorm with bias, `bias` [dim].
+class NormImpl : public torch::nn::Module {
+ public:
+  NormImpl(NormKind kind, int64_t dim, bool bias, double eps = 1e-5);
+  at::Tensor forward(const at::Tensor& x);
+
+  at::Tensor weight;
+  at::Tensor bias;
+
+ private:
+  NormKind kind_;
+  double eps_;
+};
+TORCH_MODULE(Norm);
+
+enum class MlpKind : uint8_t {
+  kGelu,   // down(gelu(up(x)))
+  kGated,  // down(silu(gate(x)) * up(x)): SwiGLU
+};
+
+class MlpImpl : public torch::nn::Module {
+ public:
+  MlpImpl(MlpKind kind, int64_t dim, int64_t hidden_dim, bool bias);
+  at::Tensor forward(const at::Tensor& x);
+
+  torch::nn::Linear gate_proj{nullptr};  // kGated only
+  torch::nn::Linear up_proj{nullptr};
+  torch::nn::Linear down_proj{nullptr};
+};
+TORCH_MODULE(Mlp);
+
+struct BlockOptions {
+  int64_t embed_dim = 0;
+  int64_t hidden_dim = 0;  // of the MLP
+  NormKind norm = NormKind::kLayer;
+  MlpKind mlp = MlpKind::kGelu;
+  bool bias = true;
+  double dropout = 0.0;  // on both residual branches
+};
+
+// x + attention(norm(x)), then x + mlp(norm(x)).
+class BlockImpl : public torch::nn::Module {
+ public:
+  // `attention` takes [B, T, E]: batch_first.
+  BlockImpl(const BlockOptions& options, std::shared_ptr<AttentionImpl> attention);
+  // x [B, T, E]; the options are the attention's, and so are the result's weights and state.
+  AttentionResult forward(const at::Tensor& x, const AttentionForwardOptions& options = {});
+
+  Norm attention_norm{nullptr};
+  std::shared_ptr<AttentionImpl> attention;
+  Norm mlp_norm{nullptr};
+  Mlp mlp{nullptr};
+
+ private:
+  double dropout_;
+};
+TORCH_MODULE(Block);
+
+}  // namespace latte::nn

@@ -1,0 +1,121 @@
+#include "nn/softmax_attention.h"
+
+#include <tuple>
+#include <utility>
+
+#include "nn/attention_weights.h"
+#include "nn/module_utils.h"
+
+namespace latte::nn {
+
+SoftmaxAttentionImpl::SoftmaxAttentionImpl(const SoftmaxAttentionOptions& options)
+    : AttentionImpl("SoftmaxAttention", options.embed_dim, options.batch_first), options_(options) {
+  num_kv_heads_ = options.num_kv_heads.value_or(options.num_heads);
+  check_heads(class_name_, options.embed_dim, options.num_heads, num_kv_heads_);
+  check_size(class_name_, "window", options.window, 0);
+  check_size(class_name_, "sinks", options.sinks, 0);
+  TORCH_CHECK_VALUE(options.window > 0 || options.sinks == 0, class_name_, ": sinks need a window, got ", options.sinks);
+  check_dropout(class_name_, options.dropout);
+  head_dim_ = options.embed_dim / options.num_heads;
+  if (options.rope) check_rotation(class_name_, "rope", head_dim_, options.rope_base);
+
+  const int64_t dim = options.embed_dim;
+  query_proj = register_module("query_proj", make_linear(dim, dim, options.bias));
+  key_proj = register_module("key_proj", make_linear(dim, num_kv_heads_ * head_dim_, options.bias));
+  value_proj = register_module("value_proj", make_linear(dim, num_kv_heads_ * head_dim_, options.bias));
+  out_proj = register_module("out_proj", make_linear(dim, dim, options.bias));
+  reset_parameters();
+}
+
+void SoftmaxAttentionImpl::reset_parameters() {
+  for (auto linear : {query_proj, key_proj, value_proj, out_proj}) reset_linear(*linear);
+}
+
+AttentionResult SoftmaxAttentionImpl::attend(const at::Tensor& x, const OptionalTensor& key_mask,
+                                             const AttentionForwardOptions& options) {
+  check_causal(class_name_, options.is_causal, options_.sinks > 0, "a sink");
+  const int64_t batch = x.size(0), time = x.size(1);
+  const int64_t begin = options.state ? options.state->position : 0;
+  AttentionState next;
+  next.position = begin + time;
+
+  RotatedWindow rotated{query_proj(x).view({batch, time, options_.num_heads, head_dim_}),
+                        key_proj(x).view({batch, time, num_kv_heads_, head_dim_}),
+                        {}};
+  const auto values = value_proj(x).view({batch, time, num_kv_heads_, head_dim_});
+  if (options_.rope) {
+    rotated = rotate_window(rotated.query, rotated.key, positions_from(begin, time, x.device()), options_.rope_base,
+                            options_.window, options_.sinks);
+  }
+
+  at::Tensor heads_out;
+  if (options_.window > 0) {
+    latte::MacchiatoAttentionOptions window;
+    window.window = options_.window;
+    window.sinks = options_.sinks;
+    window.sink_query = rotated.sink_query;
+    window.causal = options.is_causal;
+    window.key_mask = key_mask;
+    if (options.state) {
+      check_state(class_name_, options.state->macchiato.has_value());
+      window.initial_state = options.state->macchiato;
+    }
+    window.output_final_state = options.output_state;
+    std::tie(heads_out, next.macchiato) = window_attention(rotated.query, rotated.key, values, window);
+    heads_out = torch::dropout(heads_out, options_.dropout, is_training());
+  } else {
+    heads_out = attend_all(rotated.query, rotated.key, values, key_mask, options, next);
+  }
+
+  AttentionResult result;
+  result.out = out_proj(heads_out.flatten(2));
+  if (options.need_weights) {
+    result.weights = window_attention_weights(rotated.query, rotated.key,
+                                              {.window = options_.window,
+                                               .sinks = options_.sinks,
+                                               .sink_query = rotated.sink_query,
+                                               .key_mask = key_mask,
+                                               .causal = options.is_causal});
+  }
+  if (options.output_state) result.state = std::move(next);
+  return result;
+}
+
+at::Tensor SoftmaxAttentionImpl::attend_all(const at::Tensor& query, at::Tensor key, at::Tensor values, OptionalTensor key_mask,
+                                            const AttentionForwardOptions& options, AttentionState& next) {
+  const int64_t batch = query.size(0), time = query.size(1);
+  if (options.state) {
+    const auto& past = *options.state;
+    check_state(class_name_, past.keys.defined() && past.values.defined());
+    if (key_mask || past.mask.defined()) {
+      const auto real = torch::ones({1, 1}, query.options().dtype(torch::kBool));
+      key_mask = torch::cat({past.mask.defined() ? past.mask : real.expand({batch, past.keys.size(1)}),
+                             key_mask ? *key_mask : real.expand({batch, time})},
+                            1);
+    }
+    key = torch::cat({past.keys, key}, 1);
+    values = torch::cat({past.values, values}, 1);
+  }
+  if (options.output_state) {
+    next.keys = key;
+    next.values = values;
+    if (key_mask) next.mask = *key_mask;
+  }
+
+  // One new token reads everything; a first stretch is what is_causal means to torch; a later one needs its mask spelled out.
+  const int64_t past = key.size(1) - time;
+  const bool plain = !key_mask && (past == 0 || time == 1 || !options.is_causal);
+  OptionalTensor mask;
+  if (!plain) {
+    auto allowed = torch::ones({time, past + time}, query.options().dtype(torch::kBool));
+    if (options.is_causal) allowed = allowed.tril(past);
+    mask = key_mask ? allowed.logical_and(key_mask->unsqueeze(1).unsqueeze(1)) : allowed;
+  }
+  const auto out = at::scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), values.transpose(1, 2), mask,
+                                                    is_training() ? options_.dropout : 0.0,
+                                                    /*is_causal=*/plain && options.is_causal && past == 0, /*scale=*/std::nullopt,
+                                                    /*enable_gqa=*/num_kv_heads_ != options_.num_heads);
+  return out.transpose(1, 2);
+}
+
+}  // namespace latte::nn

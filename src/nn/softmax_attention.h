@@ -1,0 +1,50 @@
+// Standard softmax attention, over the whole sequence (torch's scaled_dot_product_attention) or over a window: the modules that
+// latent attention is compared with, under the same interface.
+#pragma once
+
+#include <torch/torch.h>
+
+#include <cstdint>
+#include <optional>
+
+#include "nn/attention.h"
+
+namespace latte::nn {
+
+struct SoftmaxAttentionOptions {
+  int64_t embed_dim = 0;
+  int64_t num_heads = 0;
+  double dropout = 0.0;  // of the probabilities; with a window, of the heads' output, as LatteAttention's
+  bool bias = true;
+  bool batch_first = false;
+  std::optional<int64_t> num_kv_heads;  // H unless given
+  bool rope = true;                     // rotate queries and keys by their position
+  double rope_base = 10000.0;
+  int64_t window = 0;  // W; 0 reads the whole sequence
+  int64_t sinks = 0;   // S, with a window only, causal only
+};
+
+// Its state holds the keys and values of all tokens so far; with a window, of the last W and the first S.
+class SoftmaxAttentionImpl : public AttentionImpl {
+ public:
+  explicit SoftmaxAttentionImpl(const SoftmaxAttentionOptions& options);
+  void reset_parameters();
+
+  torch::nn::Linear query_proj{nullptr};  // E -> H * D
+  torch::nn::Linear key_proj{nullptr};    // E -> Hkv * D
+  torch::nn::Linear value_proj{nullptr};  // E -> Hkv * D
+  torch::nn::Linear out_proj{nullptr};    // H * D -> E
+
+ private:
+  AttentionResult attend(const at::Tensor& x, const OptionalTensor& key_mask, const AttentionForwardOptions& options) override;
+  // Over the whole sequence. query [B, T, H, D], key and values [B, T, Hkv, D] -> [B, T, H, D].
+  at::Tensor attend_all(const at::Tensor& query, at::Tensor key, at::Tensor values, OptionalTensor key_mask,
+                        const AttentionForwardOptions& options, AttentionState& next);
+
+  SoftmaxAttentionOptions options_;
+  int64_t head_dim_;
+  int64_t num_kv_heads_;
+};
+TORCH_MODULE(SoftmaxAttention);
+
+}  // namespace latte::nn
