@@ -1,0 +1,20 @@
+// The core operators: what has kernels, autograd and meta functions of its own. The public operators are made of these. Calls go
+// through torch's dispatcher; shapes in inputs.h. Absent outputs are tensors of no element.
+#pragma once
+
+#include <torch/torch.h>
+
+#include <tuple>
+
+#include "ops/inputs.h"
+
+namespace latte {
+
+// {out [B, T, H, D], final_state [N, Hkv, L, D + 3] if asked for}.
+std::tuple<at::Tensor, at::Tensor> CallLatentAttention(const LatentInputs& inputs, bool output_final_state);
+// out [B, T, H, D] in AccumulateType.
+at::Tensor CallWindowAttention(const WindowInputs& inputs);
+std::tuple<at::Tensor, at::Tensor> CallCausalConv1d(const Conv1dInputs& inputs, bool output_final_state);
+std::tuple<at::Tensor, at::Tensor> CallRgLru(const RgLruInputs& inputs, bool output_final_state);
+
+}  // namespace latte

@@ -1,0 +1,267 @@
+// latte::macchiato_attention and latte::window_attention: the window's output is what latent 0 reads. The state's caches are
+// moved on with plain ATen, so that they carry gradients.
+#include <torch/library.h>
+
+#include <cmath>
+
+#include "ops/autocast.h"
+#include "ops/check.h"
+#include "ops/core.h"
+
+namespace latte {
+namespace {
+
+using State = std::vector<at::Tensor>;  // in the order of MacchiatoState
+enum StateIndex : int64_t { kLatents, kKeys, kValues, kMask, kSinkKeys, kSinkValues, kSinkMask, kPosition, kStateSize };
+
+struct WindowOptions {
+  int64_t window = 1;
+  int64_t sinks = 0;
+  OptionalTensor sink_query;
+  bool causal = true;
+  std::optional<double> scale;
+  OptionalTensor key_mask;
+  std::optional<State> initial_state;
+  bool output_final_state = false;
+  OptionalTensor cu_seqlens;
+};
+
+double DefaultScale(const at::Tensor& query) {
+  const auto key_dim = query.sym_size(-1).guard_int(__FILE__, __LINE__);
+  return 1.0 / std::sqrt(static_cast<double>(std::max<int64_t>(1, key_dim)));
+}
+
+WindowInputs MakeWindowInputs(const char* op, const at::Tensor& query, const at::Tensor& key, const at::Tensor& values,
+                              const WindowOptions& options) {
+  WindowInputs in;
+  in.query = Autocast(query);
+  in.key = Autocast(key);
+  in.values = Autocast(values);
+  in.sink_query = Autocast(options.sink_query);
+  in.key_mask = options.key_mask;
+  in.cu_seqlens = options.cu_seqlens;
+  in.window = options.window;
+  in.sinks = options.sinks;
+  in.causal = options.causal;
+  const Checker check(op);
+  check.Rank("query", query, 4, "[B, T, H, Dk]");
+  in.scale = options.scale.has_value() ? *options.scale : DefaultScale(query);
+  TORCH_CHECK_VALUE(std::isfinite(in.scale), "[latte.", op, "] scale: got ", in.scale, ", expected a finite number");
+  check.Absent("output_final_state", options.output_final_state && !options.causal, "when causal is false");
+  check.Absent("initial_state", options.initial_state.has_value() && !options.causal, "when causal is false");
+  if (options.initial_state.has_value()) {
+    const auto& state = *options.initial_state;
+    TORCH_CHECK_VALUE(static_cast<int64_t>(state.size()) == kStateSize, "[latte.", op, "] initial_state: got ", state.size(),
+                      " tensors, expected the ", static_cast<int64_t>(kStateSize), " of a MacchiatoState");
+    check.Rank("initial_state's keys", state[kKeys], 4, "[N, W, Hkv, Dk]");
+    check.Rank("initial_state's sink_keys", state[kSinkKeys], 4, "[N, S, Hkv, Dk]");
+    TORCH_CHECK_VALUE(state[kKeys].sym_size(1) == in.window && state[kSinkKeys].sym_size(1) == in.sinks, "[latte.", op,
+                      "] initial_state: got one of window = ", state[kKeys].sym_size(1),
+                      " and sinks = ", state[kSinkKeys].sym_size(1), ", expected ", in.window, " and ", in.sinks);
+    in.position = state[kPosition];
+    in.past_key = Autocast(state[kKeys]);
+    in.past_values = Autocast(state[kValues]);
+    in.past_mask = state[kMask];
+    in.sink_key = Autocast(state[kSinkKeys]);
+    in.sink_values = Autocast(state[kSinkValues]);
+    in.sink_mask = state[kSinkMask];
+  }
+  CheckWindow(op, in);
+  return in;
+}
+
+// The caches of a sequence that begins: zeros that nothing reads.
+WindowInputs WithPast(WindowInputs in) {
+  if (Present(in.position)) return in;
+  const auto sequences = SequenceCount(in.query, in.cu_seqlens);
+  const auto booleans = in.query.options().dtype(at::kBool);
+  const auto rows = [&](const c10::SymInt& count, const at::Tensor& like) {
+    return at::zeros_symint({sequences, count, like.sym_size(2), like.sym_size(3)}, like.options());
+  };
+  in.position = at::zeros_symint({sequences}, in.query.options().dtype(at::kLong));
+  in.past_key = rows(in.window, in.key);
+  in.past_values = rows(in.window, in.values);
+  in.past_mask = at::zeros_symint({sequences, in.window}, booleans);
+  in.sink_key = rows(in.sinks, in.key);
+  in.sink_values = rows(in.sinks, in.values);
+  in.sink_mask = at::zeros_symint({sequences, in.sinks}, booleans);
+  return in;
+}
+
+// Rows of x along dimension 1, chosen for each n by index [N, R].
+at::Tensor GatherRows(const at::Tensor& x, const at::Tensor& index) {
+  auto wide = index;
+  for (int64_t d = 2; d < x.dim(); ++d) wide = wide.unsqueeze(-1);
+  auto shape = index.sym_sizes().vec();
+  for (int64_t d = 2; d < x.dim(); ++d) shape.push_back(x.sym_size(d));
+  return x.gather(1, wide.expand_symint(shape));
+}
+
+// What follows the last W tokens and the sinks after this call's tokens. Rows of a batch move by slices, packed sequences, whose
+// lengths are data, by indices.
+State NextWindowState(const WindowInputs& given) {
+  const auto in = WithPast(given);
+  const auto options = in.query.options();
+  const auto time = in.query.sym_size(1);
+  const auto mask = Present(in.key_mask) ? *in.key_mask : at::ones_symint({in.query.sym_size(0), time}, options.dtype(at::kBool));
+  const auto integers = options.dtype(at::kLong);
+  const auto sink = at::arange(in.sinks, integers).unsqueeze(0);
+  const auto token = sink - in.position->unsqueeze(1);  // [N, S]: which of this call's tokens is sink s
+  State state(kStateSize);
+  if (!Present(in.cu_seqlens)) {
+    const auto window = [&](const at::Tensor& old, const at::Tensor& now) {
+      return at::cat({old.slice_symint(1, time), now.slice_symint(1, -in.window)}, 1);
+    };
+    state[kKeys] = window(*in.past_key, in.key);
+    state[kValues] = window(*in.past_values, in.values);
+    state[kMask] = window(*in.past_mask, mask);
+    const auto index = at::where(token.ge(0).logical_and(token.lt(c10::Scalar(time))), token + in.sinks, sink);
+    const auto sinks = [&](const at::Tensor& old, const at::Tensor& now) {
+      return GatherRows(at::cat({old, now.slice_symint(1, 0, in.sinks)}, 1), index);
+    };
+    state[kSinkKeys] = sinks(*in.sink_key, in.key);
+    state[kSinkValues] = sinks(*in.sink_values, in.values);
+    state[kSinkMask] = sinks(*in.sink_mask, mask);
+    state[kPosition] = *in.position + c10::Scalar(time);
+    return state;
+  }
+  // index [N, R] of this call's tokens, where `taken`; elsewhere the old rows `old_index` remain.
+  const auto begins = in.cu_seqlens->slice(0, 0, -1).unsqueeze(1);
+  const auto lengths = in.cu_seqlens->slice(0, 1).unsqueeze(1) - begins;  // [N, 1]
+  const auto last = at::arange(in.window, integers).unsqueeze(0);
+  const auto recent = lengths - in.window + last;  // [N, W]: the sequence's token in that row
+  const auto choose = [&](const at::Tensor& old, const at::Tensor& now, const at::Tensor& index, const at::Tensor& taken,
+                          const at::Tensor& old_index) {
+    // One row more keeps the index valid where there is no token.
+    const auto row = now.select(0, 0);
+    const auto padded = at::cat({row, at::zeros_symint(old.sym_sizes().slice(1), old.options()).slice(0, 0, 1)}, 0);
+    const auto safe = at::where(taken, begins + index, at::zeros_like(index));
+    auto shape = index.sym_sizes().vec();
+    for (int64_t d = 2; d < old.dim(); ++d) shape.push_back(old.sym_size(d));
+    const auto fresh = padded.index_select(0, safe.reshape({-1})).reshape_symint(shape);
+    auto wide = taken;
+    for (int64_t d = 2; d < old.dim(); ++d) wide = wide.unsqueeze(-1);
+    return at::where(wide, fresh, GatherRows(old, old_index));
+  };
+  const auto window_taken = recent.ge(0);
+  const auto window_old = at::where(window_taken, at::zeros_like(recent), last + lengths);
+  state[kKeys] = choose(*in.past_key, in.key, recent, window_taken, window_old);
+  state[kValues] = choose(*in.past_values, in.values, recent, window_taken, window_old);
+  state[kMask] = choose(*in.past_mask, mask, recent, window_taken, window_old);
+  const auto sink_taken = token.ge(0).logical_and(token < lengths);
+  const auto sink_old = sink.expand_symint(token.sym_sizes());
+  state[kSinkKeys] = choose(*in.sink_key, in.key, token, sink_taken, sink_old);
+  state[kSinkValues] = choose(*in.sink_values, in.values, token, sink_taken, sink_old);
+  state[kSinkMask] = choose(*in.sink_mask, mask, token, sink_taken, sink_old);
+  state[kPosition] = *in.position + lengths.squeeze(1);
+  return state;
+}
+
+std::tuple<at::Tensor, State> Macchiato(const at::Tensor& query, const at::Tensor& key, const at::Tensor& values,
+                                        const at::Tensor& query_logits, const at::Tensor& key_logits,
+                                        const OptionalTensor& log_decay, const WindowOptions& options) {
+  constexpr const char* kName = "macchiato_attention";
+  const auto window = MakeWindowInputs(kName, query, key, values, options);
+  const Checker check(kName);
+  check.Rank("query_logits", query_logits, 4, "[B, T, H, L + 1]");
+  check.Rank("key_logits", key_logits, 4, "[B, T, Hkv, L]");
+  const auto batch = window.query.sym_size(0), time = window.query.sym_size(1);
+  check.Shape("query_logits", query_logits, "[B, T, H, L + 1]",
+              {batch, time, window.query.sym_size(2), key_logits.sym_size(3) + 1});
+  check.Shape("key_logits", key_logits, "[B, T, Hkv, L]", {batch, time, window.key.sym_size(2), key_logits.sym_size(3)});
+  LatentInputs latent{Autocast(query_logits), Autocast(key_logits), window.values, {}, Autocast(log_decay), options.key_mask, {},
+                      options.cu_seqlens,     options.causal};
+  check.Dtype("query_logits", latent.query_logits, window.query.scalar_type());
+  check.Device("query_logits", latent.query_logits, window.query);
+  if (options.initial_state.has_value()) latent.initial_state = (*options.initial_state)[kLatents];
+  latent.window_out = CallWindowAttention(window);
+  CheckLatent(kName, latent);
+  auto [out, latents] = CallLatentAttention(latent, options.output_final_state);
+  if (!options.output_final_state) return {out, {}};
+  auto state = NextWindowState(window);
+  state[kLatents] = latents;
+  return {out, state};
+}
+
+std::tuple<at::Tensor, State> Window(const at::Tensor& query, const at::Tensor& key, const at::Tensor& values,
+                                     const WindowOptions& options) {
+  const auto window = MakeWindowInputs("window_attention", query, key, values, options);
+  const auto out = CallWindowAttention(window).to(window.query.scalar_type());
+  if (!options.output_final_state) return {out, {}};
+  auto state = NextWindowState(window);
+  state[kLatents] = AbsentOutput(window.query, AccumulateType(window.query.scalar_type()));
+  return {out, state};
+}
+
+WindowOptions OptionsOf(const MacchiatoAttentionOptions& options) {
+  WindowOptions result{options.window,
+                       options.sinks,
+                       options.sink_query,
+                       options.causal,
+                       options.scale,
+                       options.key_mask,
+                       {},
+                       options.output_final_state,
+                       options.cu_seqlens};
+  if (options.initial_state.has_value()) {
+    const auto& s = *options.initial_state;
+    result.initial_state = State{s.latents, s.keys, s.values, s.mask, s.sink_keys, s.sink_values, s.sink_mask, s.position};
+  }
+  return result;
+}
+
+std::optional<MacchiatoState> StateOf(const State& s) {
+  if (s.empty()) return {};
+  return MacchiatoState{s[kLatents], s[kKeys], s[kValues], s[kMask], s[kSinkKeys], s[kSinkValues], s[kSinkMask], s[kPosition]};
+}
+
+std::optional<State> ListOf(const std::optional<at::TensorList>& list) {
+  return list.has_value() ? std::optional<State>(list->vec()) : std::nullopt;
+}
+
+TORCH_LIBRARY_FRAGMENT(latte, m) {
+  m.def(
+      "macchiato_attention(Tensor query, Tensor key, Tensor values, Tensor query_logits, Tensor key_logits, *, int window, "
+      "int sinks=0, Tensor? sink_query=None, bool causal=True, float? scale=None, Tensor? log_decay=None, "
+      "Tensor? key_mask=None, Tensor[]? initial_state=None, bool output_final_state=False, Tensor? cu_seqlens=None) "
+      "-> (Tensor, Tensor[])",
+      [](const at::Tensor& query, const at::Tensor& key, const at::Tensor& values, const at::Tensor& query_logits,
+         const at::Tensor& key_logits, int64_t window, int64_t sinks, const OptionalTensor& sink_query, bool causal,
+         std::optional<double> scale, const OptionalTensor& log_decay, const OptionalTensor& key_mask,
+         const std::optional<at::TensorList>& initial_state, bool output_final_state, const OptionalTensor& cu_seqlens) {
+        return Macchiato(
+            query, key, values, query_logits, key_logits, log_decay,
+            {window, sinks, sink_query, causal, scale, key_mask, ListOf(initial_state), output_final_state, cu_seqlens});
+      });
+  m.def(
+      "window_attention(Tensor query, Tensor key, Tensor values, *, int window, int sinks=0, Tensor? sink_query=None, "
+      "bool causal=True, float? scale=None, Tensor? key_mask=None, Tensor[]? initial_state=None, "
+      "bool output_final_state=False, Tensor? cu_seqlens=None) -> (Tensor, Tensor[])",
+      [](const at::Tensor& query, const at::Tensor& key, const at::Tensor& values, int64_t window, int64_t sinks,
+         const OptionalTensor& sink_query, bool causal, std::optional<double> scale, const OptionalTensor& key_mask,
+         const std::optional<at::TensorList>& initial_state, bool output_final_state, const OptionalTensor& cu_seqlens) {
+        return Window(
+            query, key, values,
+            {window, sinks, sink_query, causal, scale, key_mask, ListOf(initial_state), output_final_state, cu_seqlens});
+      });
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, std::optional<MacchiatoState>> macchiato_attention(const at::Tensor& query, const at::Tensor& key,
+                                                                          const at::Tensor& values,
+                                                                          const at::Tensor& query_logits,
+                                                                          const at::Tensor& key_logits,
+                                                                          const MacchiatoAttentionOptions& options) {
+  auto [out, state] = Macchiato(query, key, values, query_logits, key_logits, options.log_decay, OptionsOf(options));
+  return {out, StateOf(state)};
+}
+
+std::tuple<at::Tensor, std::optional<MacchiatoState>> window_attention(const at::Tensor& query, const at::Tensor& key,
+                                                                       const at::Tensor& values,
+                                                                       const MacchiatoAttentionOptions& options) {
+  auto [out, state] = Window(query, key, values, OptionsOf(options));
+  return {out, StateOf(state)};
+}
+
+}  // namespace latte
