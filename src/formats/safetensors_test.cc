@@ -208,6 +208,8 @@ TEST_F(SafetensorsTest, RefusesOtherFiles) {
   EXPECT_CONTAINS(error_text<FormatError>([&] { SafetensorsFile file(path_); }), "not a safetensors file");
   write_bytes(path_, std::string(8, '\xff') + "{}");
   EXPECT_CONTAINS(error_text<FormatError>([&] { SafetensorsFile file(path_); }), "18446744073709551615 bytes");
+  write_bytes(path_, file_bytes("{}      ", "").substr(0, 13));  // whole JSON, part of the padding
+  EXPECT_CONTAINS(error_text<FormatError>([&] { SafetensorsFile file(path_); }), "a header of 8 bytes, of which 5 are there");
   EXPECT_CONTAINS(refusal("", 0), "doesn't begin with {");
   EXPECT_CONTAINS(refusal(" {}", 0), "doesn't begin with {");
   EXPECT_CONTAINS(refusal("\xef\xbb\xbf{}", 0), "doesn't begin with {");
