@@ -224,17 +224,26 @@ HWY_INLINE void LoadChunk(const LatentArgs& args, const Dims& dims, const Slice&
   }
 }
 
-// How many of the chunk's tokens [0, count), with `maximum` before them, can share one reference; at least one. With a decay,
-// turns their logits into k - Σ g (the first token's own decay has been given to `maximum`) and sets total_decay.
-HWY_INLINE size_t MeasureStretch(const LatentArgs& args, const Dims& dims, const Chunk& chunk, size_t count,
-                                 const float* maximum) {
+// chunk.reference = the largest logit of the tokens [0, count) and of `maximum`; may be -inf.
+HWY_INLINE void FindReference(const Dims& dims, const Chunk& chunk, size_t count, const float* maximum) {
   const F d;
-  const size_t lanes = hn::Lanes(d);
+  const size_t row = dims.latents_padded;
+  for (size_t l = 0; l < row; l += hn::Lanes(d)) {
+    VF high = hn::Load(d, maximum + l);
+    for (size_t i = 0; i < count; ++i) high = hn::Max(high, hn::Load(d, chunk.logits + i * row + l));
+    hn::Store(high, d, chunk.reference + l);
+  }
+}
+
+// How many of the tokens [0, count), with `maximum` before them, can share one reference, found token by token; at least one.
+inline HWY_NOINLINE size_t MeasureTokens(const LatentArgs& args, const Dims& dims, const Chunk& chunk, size_t count,
+                                         const float* maximum) {
+  const F d;
   const size_t row = dims.latents_padded;
   const VF drift = hn::Set(d, kMaxDrift);
   const VF none = hn::Set(d, kNegativeInfinity);
   size_t length = count;
-  for (size_t l = 0; l < row; l += lanes) {
+  for (size_t l = 0; l < row; l += hn::Lanes(d)) {
     VF high = hn::Max(hn::Load(d, maximum + l), hn::Load(d, chunk.logits + l));
     VF low = high;  // the first maximum that is not -inf: the lowest a token of the stretch compares with
     VF sum = hn::Zero(d);
@@ -244,17 +253,26 @@ HWY_INLINE size_t MeasureStretch(const LatentArgs& args, const Dims& dims, const
         sum = hn::Add(sum, hn::Load(d, chunk.log_decay + i * row + l));
         logit = hn::Sub(logit, sum);
       }
-      const VF raised = hn::Max(high, logit);
-      low = hn::IfThenElse(hn::Eq(low, none), raised, low);
-      const auto far = hn::Or(hn::Gt(hn::Sub(raised, low), drift), hn::Lt(sum, hn::Neg(drift)));
-      if (HWY_UNLIKELY(!hn::AllFalse(d, far))) {
-        length = i;
-        break;
-      }
-      high = raised;
+      high = hn::Max(high, logit);
+      low = hn::IfThenElse(hn::Eq(low, none), high, low);
+      const auto far = hn::Or(hn::Gt(hn::Sub(high, low), drift), hn::Lt(sum, hn::Neg(drift)));
+      if (HWY_UNLIKELY(!hn::AllFalse(d, far))) length = i;
     }
   }
+  return length;
+}
+
+// Cuts a stretch: returns how many of the chunk's tokens [0, count), with `maximum` before them, can share one reference, at
+// least one, and sets that reference. With a decay, turns their logits into k - Σ g (the first token's own decay has been given
+// to `maximum`) and sets total_decay.
+HWY_INLINE size_t MeasureStretch(const LatentArgs& args, const Dims& dims, const Chunk& chunk, size_t count,
+                                 const float* maximum) {
+  const F d;
+  const size_t lanes = hn::Lanes(d);
+  const size_t row = dims.latents_padded;
+  size_t length = count;
   if (args.log_decay) {
+    length = MeasureTokens(args, dims, chunk, count, maximum);
     for (size_t l = 0; l < row; l += lanes) {
       VF sum = hn::Zero(d);
       for (size_t i = 1; i < length; ++i) {
@@ -264,7 +282,19 @@ HWY_INLINE size_t MeasureStretch(const LatentArgs& args, const Dims& dims, const
       }
       hn::Store(sum, d, chunk.total_decay + l);
     }
+    FindReference(dims, chunk, length, maximum);
+    return length;
   }
+  // Mostly no latent's maximum moves far over the whole chunk, which two comparisons a latent tell.
+  FindReference(dims, chunk, count, maximum);
+  auto far = hn::MaskFalse(d);
+  for (size_t l = 0; l < row; l += lanes) {
+    const VF first = hn::Max(hn::Load(d, maximum + l), hn::Load(d, chunk.logits + l));
+    far = hn::Or(far, hn::Gt(hn::Sub(hn::Load(d, chunk.reference + l), first), hn::Set(d, kMaxDrift)));
+  }
+  if (HWY_LIKELY(hn::AllFalse(d, far))) return count;
+  length = MeasureTokens(args, dims, chunk, count, maximum);
+  FindReference(dims, chunk, length, maximum);
   return length;
 }
 
@@ -287,12 +317,10 @@ HWY_INLINE void WeighStretch(const Dims& dims, const Chunk& chunk, size_t count,
   auto moved = hn::MaskFalse(d);
   for (size_t l = 0; l < row; l += lanes) {
     const VF before = hn::Load(d, state.maximum + l);
-    VF high = before;
-    for (size_t i = 0; i < count; ++i) high = hn::Max(high, hn::Load(d, chunk.logits + i * row + l));
+    const VF high = hn::Load(d, chunk.reference + l);
     const VF reference = hn::IfThenZeroElse(hn::Eq(high, none), high);
     const VF carry = Exp(d, hn::Sub(before, reference));
     hn::Store(high, d, state.maximum + l);
-    hn::Store(reference, d, chunk.reference + l);
     hn::Store(carry, d, chunk.carry + l);
     moved = hn::Or(moved, hn::Ne(carry, one));
     VF z = hn::Mul(hn::Load(d, state.normaliser + l), carry);
@@ -331,10 +359,16 @@ HWY_INLINE void AddValues(const LatentArgs& args, const Dims& dims, const Chunk&
   }
 }
 
-// Probabilities p(l | t) of one token: `row` [L] gets the softmax over the latents and, with a window, the gate, whose
-// probability is returned (0 without). All logits -inf: all zero.
-HWY_INLINE float LoadProbabilities(const LatentArgs& args, const Dims& dims, const Slice& slice, int64_t token, int64_t head,
-                                   float* row) {
+// The softmax of one token's query logits, before its division: p(l | t) = weights[l] scale, p(0 | t) = gate scale (0 without a
+// window).
+struct Softmax {
+  float gate;
+  float scale;
+};
+
+// All logits -inf: all zero.
+HWY_INLINE Softmax LoadSoftmax(const LatentArgs& args, const Dims& dims, const Slice& slice, int64_t token, int64_t head,
+                               float* weights) {
   const F d;
   const size_t lanes = hn::Lanes(d);
   int64_t offset = slice.Offset(args.query_logits, token, head);
@@ -347,26 +381,33 @@ HWY_INLINE float LoadProbabilities(const LatentArgs& args, const Dims& dims, con
     gate = first[0];
     ++offset;
   }
-  LoadRow(d, args.dtype, args.query_logits.data, offset, dims.latents, row, dims.latents_padded, kNegativeInfinity);
+  LoadRow(d, args.dtype, args.query_logits.data, offset, dims.latents, weights, dims.latents_padded, kNegativeInfinity);
   VF high = hn::Set(d, gate);
-  for (size_t l = 0; l < dims.latents_padded; l += lanes) high = hn::Max(high, hn::Load(d, row + l));
-  const float maximum = hn::ReduceMax(d, high);
-  if (maximum == kNegativeInfinity) {
-    std::fill_n(row, dims.latents_padded, 0.0f);
-    return 0.0f;
+  for (size_t l = 0; l < dims.latents_padded; l += lanes) high = hn::Max(high, hn::Load(d, weights + l));
+  const VF reference = hn::MaxOfLanes(d, high);
+  const float maximum = hn::GetLane(reference);
+  if (HWY_UNLIKELY(maximum == kNegativeInfinity)) {
+    std::fill_n(weights, dims.latents_padded, 0.0f);
+    return {0.0f, 0.0f};
   }
-  const VF reference = hn::Set(d, maximum);
   VF total = hn::Zero(d);
   for (size_t l = 0; l < dims.latents_padded; l += lanes) {
-    const VF weight = Exp(d, hn::Sub(hn::Load(d, row + l), reference));
+    const VF weight = Exp(d, hn::Sub(hn::Load(d, weights + l), reference));
     total = hn::Add(total, weight);
-    hn::Store(weight, d, row + l);
+    hn::Store(weight, d, weights + l);
   }
   const float gate_weight = args.window_out ? std::exp(gate - maximum) : 0.0f;
-  const float scale = 1.0f / (hn::ReduceSum(d, total) + gate_weight);
-  const VF scales = hn::Set(d, scale);
-  for (size_t l = 0; l < dims.latents_padded; l += lanes) hn::Store(hn::Mul(hn::Load(d, row + l), scales), d, row + l);
-  return gate_weight * scale;
+  return {gate_weight, 1.0f / (hn::ReduceSum(d, total) + gate_weight)};
+}
+
+// Probabilities p(l | t) of one token, `row` [L]; returns p(0 | t).
+HWY_INLINE float LoadProbabilities(const LatentArgs& args, const Dims& dims, const Slice& slice, int64_t token, int64_t head,
+                                   float* row) {
+  const F d;
+  const Softmax softmax = LoadSoftmax(args, dims, slice, token, head, row);
+  const VF scale = hn::Set(d, softmax.scale);
+  for (size_t l = 0; l < dims.latents_padded; l += hn::Lanes(d)) hn::Store(hn::Mul(hn::Load(d, row + l), scale), d, row + l);
+  return softmax.gate * softmax.scale;
 }
 
 // scores[t, s] = Σ_l left[t, l] transposed[l, s] for s <= t < count, 0 for s > t within the strip that t lies in. Rows lie kChunk

@@ -79,6 +79,7 @@ class ForwardPass {
       for (int64_t token = begin; token < end; token += static_cast<int64_t>(kChunk)) {
         const size_t count = static_cast<size_t>(std::min<int64_t>(kChunk, end - token));
         LoadChunk(args_, dims_, slice, token, count, chunk_);
+        FindReference(dims_, chunk_, count, state.maximum);
         WeighStretch(dims_, chunk_, count, state);
         AddValues(args_, dims_, chunk_, count, state);
       }
@@ -129,12 +130,14 @@ class ForwardPass {
     const size_t row = dims_.latents_padded;
     for (size_t i = 0; i < count; ++i) {
       float* share = shares_ + i * row;
-      gates_[i] = LoadProbabilities(args_, dims_, slice, token + static_cast<int64_t>(i),
-                                    slice.first_head + static_cast<int64_t>(g), share);
-      if (!normalise) continue;
+      const Softmax softmax =
+          LoadSoftmax(args_, dims_, slice, token + static_cast<int64_t>(i), slice.first_head + static_cast<int64_t>(g), share);
+      gates_[i] = softmax.gate * softmax.scale;
+      const VF scale = hn::Set(d, softmax.scale);
       const float* inverse = chunk_.inverse_normaliser + i * row;
       for (size_t l = 0; l < row; l += lanes) {
-        hn::Store(hn::Mul(hn::Load(d, share + l), hn::Load(d, inverse + l)), d, share + l);
+        const VF factor = normalise ? hn::Mul(scale, hn::Load(d, inverse + l)) : scale;
+        hn::Store(hn::Mul(hn::Load(d, share + l), factor), d, share + l);
       }
     }
     MatMul<false>(d, count, dims_.head_dim_padded, dims_.latents, Left{shares_, row, 1}, state.sum, dims_.head_dim_padded, out_,
