@@ -5,9 +5,7 @@
 
 #include <algorithm>
 #include <cstring>
-#include <new>
 
-#include "hwy/aligned_allocator.h"
 #include "kernels/channels.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -15,6 +13,7 @@
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
 #include "kernels/load-inl.h"
+#include "kernels/scratch.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace latte::kernels::HWY_NAMESPACE {
@@ -90,12 +89,6 @@ class Slice {
   Sequence sequence_;
   int64_t padded_;
 };
-
-hwy::AlignedFreeUniquePtr<float[]> Allocate(int64_t rows, int64_t padded) {
-  auto buffer = hwy::AllocateAligned<float>(static_cast<size_t>(rows) * static_cast<size_t>(padded));
-  if (!buffer) throw std::bad_alloc();
-  return buffer;
-}
 
 // out[i] = start + Σ_j taps[j] rows[i + j] for i < n: taps [K, padded], rows [n + K - 1, padded], start [padded], out [n,
 // padded].
@@ -181,8 +174,9 @@ void Conv1dForwardSlice(const Conv1dArgs& args, const Conv1dOutputs& outputs, in
   const Slice slice(args, index);
   const int64_t past = slice.past(), padded = slice.padded();
   const int64_t chunk = std::min(kChunk, std::max<int64_t>(slice.length(), 1));
-  const auto buffer = Allocate(args.width + 1 + (past + chunk) + chunk, padded);
-  float* taps = buffer.get();
+  const size_t floats = static_cast<size_t>((args.width + 1 + (past + chunk) + chunk) * padded);
+  Scratch scratch(Scratch::Rounded(floats));
+  float* taps = scratch.Take(floats);
   float* bias = taps + args.width * padded;
   float* rows = bias + padded;
   float* out = rows + (past + chunk) * padded;
@@ -221,8 +215,9 @@ void Conv1dBackwardSlice(const Conv1dArgs& args, const Conv1dGradients& gradient
   const int64_t past = slice.past(), padded = slice.padded();
   const int64_t extended_length = slice.length() + past;
   const int64_t chunk = std::min(kChunk, std::max<int64_t>(extended_length, 1));
-  const auto buffer = Allocate(2 * args.width + 2 + (past + chunk) + 2 * chunk, padded);
-  float* taps = buffer.get();
+  const size_t floats = static_cast<size_t>((2 * args.width + 2 + (past + chunk) + 2 * chunk) * padded);
+  Scratch scratch(Scratch::Rounded(floats));
+  float* taps = scratch.Take(floats);
   float* tap_sums = taps + args.width * padded;
   float* bias_sum = tap_sums + args.width * padded;
   float* zero = bias_sum + padded;
