@@ -9,8 +9,8 @@
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 //
 #include "hwy/highway.h"
-#include "kernels/math-inl.h"
 #include "kernels/window_chunk-inl.h"
+#include "kernels/window_step-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace latte::kernels::HWY_NAMESPACE {
@@ -20,21 +20,20 @@ class ForwardSlice {
  public:
   using D = hn::ScalableTag<float>;
 
-  ForwardSlice(const WindowArgs& args, const WindowOutputs& outputs, int64_t slice)
-      : args_(args), outputs_(outputs), band_(args, slice), widths_(D(), args) {}
+  ForwardSlice(const Band& band, const WindowOutputs& outputs)
+      : args_(band.args),
+        outputs_(outputs),
+        band_(band),
+        widths_(D(), args_),
+        block_tokens_(band_.BlockTokens(band_.behind <= kNarrow ? 24 : 48)),
+        window_({band_, widths_, KeyRows::Kind::kWindow}, widths_, std::min(band_.BlockTiles(block_tokens_), kMaxTiles), false),
+        sinks_({band_, widths_, KeyRows::Kind::kSinks}, widths_, std::min(band_.SinkTiles(), kMaxTiles), false) {}
 
   void Run() {
-    if (band_.sequence.length == 0) return;
-    // Few rows waste little work at the band's slanted edges and keep the scores in the first-level cache; a wide band has
-    // small edges, and wants each tile used by many rows.
-    const size_t target_rows = band_.behind <= 256 ? 24 : 48;
-    const size_t tokens = band_.BlockTokens(target_rows);
-    const size_t rows = tokens * band_.group;
-    TileRing window(band_, widths_, TileRing::Source::kWindow, std::min(band_.BlockTiles(tokens), kMaxTiles), false);
-    TileRing sinks(band_, widths_, TileRing::Source::kSinks, std::min(band_.SinkTiles(), kMaxTiles), false);
+    const size_t rows = block_tokens_ * band_.group;
     const auto carve = [&](ScratchLayout& layout) {
-      window.Carve(layout);
-      if (band_.sinks > 0) sinks.Carve(layout);
+      window_.Carve(layout);
+      if (band_.sinks > 0) sinks_.Carve(layout);
       query_ = layout.Take(rows, widths_.key_stride);
       sink_query_ = band_.sinks > 0 && args_.sink_query ? layout.Take(rows, widths_.key_stride) : query_;
       scores_ = layout.Take(rows, kScoreStride);
@@ -48,12 +47,14 @@ class ForwardSlice {
     ScratchLayout layout(memory.data());
     carve(layout);
 
-    for (int64_t t = band_.position; t < band_.end; t += static_cast<int64_t>(tokens)) {
-      Block(window, sinks, t, static_cast<size_t>(std::min<int64_t>(static_cast<int64_t>(tokens), band_.end - t)));
-    }
+    const int64_t step = static_cast<int64_t>(block_tokens_);
+    for (int64_t t = band_.position; t < band_.end; t += step) Block(t, static_cast<size_t>(std::min(step, band_.end - t)));
   }
 
  private:
+  // Few rows waste little work at the band's slanted edges and keep the scores in the first-level cache; a wide band has small
+  // edges, and wants each tile used by many rows.
+  static constexpr int64_t kNarrow = 256;
   static constexpr size_t kMaxTiles = 32;  // beyond it, the tiles of a wide band are loaded again by each block
   static constexpr size_t kGroupColumns = 512;
   static constexpr size_t kGroupSegments = 8;  // fewer than kMaxTiles: a group's tiles are all in their slots
@@ -66,7 +67,7 @@ class ForwardSlice {
     bool ragged;    // some token of the block doesn't read all of it
   };
 
-  void Block(TileRing& window, TileRing& sinks, int64_t t0, size_t tokens) {
+  void Block(int64_t t0, size_t tokens) {
     t0_ = t0;
     tokens_ = tokens;
     const size_t rows = tokens * band_.group;
@@ -78,19 +79,18 @@ class ForwardSlice {
     const Span far = band_.FarSinks(last);
     if (far.begin < far.end) {
       if (args_.sink_query) LoadQueries(d_, band_, widths_, args_.sink_query, t0, tokens, sink_query_);
-      Score(sinks, far, sink_query_, true);
+      Score(sinks_, far, sink_query_, true);
     }
-    Score(window, {band_.Window(t0).begin, band_.Window(last).end}, query_, false);
-    Prefetch(window);
-    FinishGroup();
+    Score(window_, {band_.Window(t0).begin, band_.Window(last).end}, query_, false);
+    FinishGroup(true);
     Store();
   }
 
   void Score(TileRing& ring, Span keys, const float* query, bool far) {
     for (int64_t k = ring.TileOf(keys.begin); k <= ring.TileOf(keys.end - 1); ++k) {
       const Segment segment(d_, ring, k, keys, far);
-      if (group_.size() == kGroupSegments || columns_ + segment.columns > kGroupColumns) FinishGroup();
-      const Tile& tile = ring.Load(d_, k);
+      if (group_.size() == kGroupSegments || columns_ + segment.columns > kGroupColumns) FinishGroup(false);
+      const Tile& tile = ring.Load(d_, k, segment.end);
       MatMul<false>(d_, tokens_ * band_.group, segment.columns, static_cast<size_t>(args_.key_dim),
                     Left{query, widths_.key_stride, 1}, tile.keys_t + segment.column, kTileStride, scores_ + columns_,
                     kScoreStride);
@@ -100,27 +100,24 @@ class ForwardSlice {
     }
   }
 
-  // Asks for what the next block reads and this one writes, while there is arithmetic to hide it behind. A tile is loaded as a
-  // whole, so its keys are asked for a tile's length ahead.
-  void Prefetch(const TileRing& window) {
+  // Asks for what the next block reads of token t's successor and what this one writes of t.
+  void Prefetch(int64_t t) const {
     const int64_t item = SizeOf(args_.dtype);
-    for (size_t c = 0; c < tokens_; ++c) {
-      const int64_t t = t0_ + static_cast<int64_t>(c);
-      window.Prefetch(t + band_.ahead + static_cast<int64_t>(kTileKeys));
-      const int64_t next = t + static_cast<int64_t>(tokens_);
-      for (size_t g = 0; g < band_.group; ++g) {
-        PrefetchRow(outputs_.out + band_.OutRow(t, g) * args_.head_dim, static_cast<size_t>(args_.head_dim) * sizeof(float));
-        if (next >= band_.end) continue;
-        PrefetchRow(static_cast<const char*>(args_.query.data) + QueryOffset(band_, args_.query, next, g) * item,
-                    static_cast<size_t>(args_.key_dim * item));
-      }
+    const int64_t next = t + static_cast<int64_t>(tokens_);
+    window_.rows().Prefetch(next + band_.ahead);
+    for (size_t g = 0; g < band_.group; ++g) {
+      PrefetchRow(outputs_.out + band_.OutRow(t, g) * args_.head_dim, static_cast<size_t>(args_.head_dim) * sizeof(float));
+      if (next >= band_.end) continue;
+      PrefetchRow(static_cast<const char*>(args_.query.data) + QueryOffset(band_, args_.query, next, g) * item,
+                  static_cast<size_t>(args_.key_dim * item));
     }
   }
 
-  // Turns the group's scores into weights and adds the weighted values.
-  void FinishGroup() {
+  // Turns the group's scores into weights and adds the weighted values. `last`: the block has no further group.
+  void FinishGroup(bool last) {
     for (size_t c = 0; c < tokens_; ++c) {
       const int64_t t = t0_ + static_cast<int64_t>(c);
+      if (last) Prefetch(t);  // one token at a time, while there is arithmetic to hide it behind
       for (size_t g = 0; g < band_.group; ++g) {
         const size_t r = c * band_.group + g;
         float* row = scores_ + r * kScoreStride;
@@ -153,38 +150,23 @@ class ForwardSlice {
   }
 
   void SoftmaxRow(size_t r, float* row) {
-    const size_t lanes = hn::Lanes(d_);
-    auto top = hn::Set(d_, max_[r]);
-    for (size_t i = 0; i < columns_; i += lanes) top = hn::Max(top, hn::Load(d_, row + i));
     const float old_max = max_[r];
-    const float new_max = hn::ReduceMax(d_, top);
-    // While nothing has been read, any finite maximum gives weights of zero.
-    const auto shift = hn::Set(d_, new_max == kMinusInfinity ? 0.0f : new_max);
-    auto sum = hn::Zero(d_);
-    for (size_t i = 0; i < columns_; i += lanes) {
-      const auto weight = Exp(d_, hn::Sub(hn::Load(d_, row + i), shift));
-      hn::Store(weight, d_, row + i);
-      sum = hn::Add(sum, weight);
-    }
+    const float new_max = MaxOfRow(d_, row, columns_, old_max);
     if (!fresh_ && new_max != old_max) {
       const float factor = old_max == kMinusInfinity ? 0.0f : std::exp(old_max - new_max);
       sum_[r] *= factor;
       ScaleRow(d_, factor, widths_.value, sum_values_ + r * widths_.value_stride);
     }
     max_[r] = new_max;
-    sum_[r] += hn::ReduceSum(d_, sum);
+    sum_[r] += WeighRow(d_, new_max, columns_, row);
   }
 
   void Store() {
     for (size_t c = 0; c < tokens_; ++c) {
       for (size_t g = 0; g < band_.group; ++g) {
         const size_t r = c * band_.group + g;
-        const int64_t out_row = band_.OutRow(t0_ + static_cast<int64_t>(c), g);
-        float* values = sum_values_ + r * widths_.value_stride;
-        // A token that read nothing has weights of zero: its sum of values is zero already.
-        ScaleRow(d_, sum_[r] > 0.0f ? 1.0f / sum_[r] : 1.0f, widths_.value, values);
-        StoreRow(d_, DType::kFloat32, values, static_cast<size_t>(args_.head_dim), outputs_.out, out_row * args_.head_dim);
-        if (outputs_.lse != nullptr) outputs_.lse[out_row] = sum_[r] > 0.0f ? max_[r] + std::log(sum_[r]) : kMinusInfinity;
+        StoreOut(d_, band_, widths_, outputs_, t0_ + static_cast<int64_t>(c), g, sum_values_ + r * widths_.value_stride, max_[r],
+                 sum_[r]);
       }
     }
   }
@@ -192,8 +174,11 @@ class ForwardSlice {
   const D d_;
   const WindowArgs& args_;
   const WindowOutputs& outputs_;
-  const Band band_;
+  const Band& band_;
   const Widths widths_;
+  const size_t block_tokens_;
+  TileRing window_;
+  TileRing sinks_;
 
   float* query_ = nullptr;       // [rows, key_stride], times the scale
   float* sink_query_ = nullptr;  // likewise
@@ -210,7 +195,12 @@ class ForwardSlice {
 };
 
 void WindowForwardSlice(const WindowArgs& args, const WindowOutputs& outputs, int64_t slice) {
-  ForwardSlice(args, outputs, slice).Run();
+  const Band band(args, slice);
+  if (band.sequence.length == 1) {
+    WindowStep(band, outputs);
+  } else if (band.sequence.length > 1) {
+    ForwardSlice(band, outputs).Run();
+  }
 }
 
 }  // namespace latte::kernels::HWY_NAMESPACE

@@ -9,7 +9,6 @@
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 //
 #include "hwy/highway.h"
-#include "kernels/math-inl.h"
 #include "kernels/window_chunk-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -29,9 +28,9 @@ class BackwardSlice {
     // A key's gradient is a product over the block's rows: more of them than in the forward pass pay for its loads and stores.
     const size_t tokens = band_.BlockTokens(48);
     rows_ = tokens * band_.group;
-    TileRing window(band_, widths_, TileRing::Source::kWindow, band_.BlockTiles(tokens), true);
+    TileRing window({band_, widths_, KeyRows::Kind::kWindow}, widths_, band_.BlockTiles(tokens), true);
     // Any token may read a sink, so all of them keep their gradients to the end.
-    TileRing sinks(band_, widths_, TileRing::Source::kSinks, band_.SinkTiles(), true);
+    TileRing sinks({band_, widths_, KeyRows::Kind::kSinks}, widths_, band_.SinkTiles(), true);
     const auto carve = [&](ScratchLayout& layout) {
       window.Carve(layout);
       if (band_.sinks > 0) sinks.Carve(layout);
@@ -83,7 +82,8 @@ class BackwardSlice {
     if (far.begin < far.end) {
       if (far_query) LoadQueries(d_, band_, widths_, args_.sink_query, t0, tokens, far_.query);
       for (int64_t k = 0; k <= sinks.TileOf(far.end - 1); ++k) {
-        Differentiate(sinks.Load(d_, k), Segment(d_, sinks, k, far, true), far_);
+        const Segment segment(d_, sinks, k, far, true);
+        Differentiate(sinks.Load(d_, k, segment.end), segment, far_);
       }
     }
     const Span keys{band_.Window(t0).begin, band_.Window(last).end};
@@ -93,7 +93,8 @@ class BackwardSlice {
         if (tile.index >= 0) FinishWindowTile(window, sinks, tile);
         ZeroGradients(tile);
       }
-      Differentiate(window.Load(d_, k), Segment(d_, window, k, keys, false), near_);
+      const Segment segment(d_, window, k, keys, false);
+      Differentiate(window.Load(d_, k, segment.end), segment, near_);
     }
     StoreQueryGradients(gradients_.grad_query, near_.grad);
     if (gradients_.grad_sink_query) StoreQueryGradients(gradients_.grad_sink_query, far_query ? far_.grad : nullptr);

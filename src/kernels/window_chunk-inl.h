@@ -15,6 +15,7 @@
 
 #include "hwy/highway.h"
 #include "kernels/load-inl.h"
+#include "kernels/math-inl.h"
 #include "kernels/tile_matmul-inl.h"
 #include "kernels/window.h"
 #include "kernels/window_scratch.h"
@@ -110,11 +111,94 @@ struct Widths {
   size_t value_stride;
 };
 
+// The keys and values of a slice in memory, by position: those that windows hold, or the sinks that have left them. Those from
+// before this call lie in the tensors of the past.
+class KeyRows {
+ public:
+  enum class Kind { kWindow, kSinks };
+
+  KeyRows(const Band& band, const Widths& widths, Kind kind) : band_(band), widths_(widths), kind_(kind) {}
+
+  int64_t origin() const { return kind_ == Kind::kWindow ? band_.first : 0; }
+  int64_t limit() const { return kind_ == Kind::kWindow ? band_.end : band_.sinks; }
+
+  bool Masked(int64_t s) const {
+    const Place place = Find(s);
+    return place.mask && !place.mask.data[place.batch * place.mask.batch_stride + place.time * place.mask.time_stride];
+  }
+  template <class D>
+  void LoadKey(D d, int64_t s, float* row) const {
+    const Place place = Find(s);
+    LoadRow(d, band_.args.dtype, place.key.data, Offset(place.key, place), KeyDim(), row, widths_.key);
+  }
+  template <class D>
+  void LoadValue(D d, int64_t s, float* row) const {
+    const Place place = Find(s);
+    LoadRow(d, band_.args.dtype, place.values.data, Offset(place.values, place), HeadDim(), row, widths_.value);
+  }
+  // The same rows where they lie, if whole vectors of float32 can be read there; else loaded into `spare`.
+  template <class D>
+  const float* Key(D d, int64_t s, float* spare) const {
+    const Place place = Find(s);
+    return RowOf(d, place.key, Offset(place.key, place), KeyDim(), widths_.key, spare);
+  }
+  template <class D>
+  const float* Value(D d, int64_t s, float* spare) const {
+    const Place place = Find(s);
+    return RowOf(d, place.values, Offset(place.values, place), HeadDim(), widths_.value, spare);
+  }
+  // Asks for a key and its value if this call has them.
+  void Prefetch(int64_t s) const {
+    if (s < band_.position || s >= limit()) return;
+    const int64_t item = SizeOf(band_.args.dtype);
+    const Place place = Find(s);
+    PrefetchRow(static_cast<const char*>(place.key.data) + Offset(place.key, place) * item, KeyDim() * static_cast<size_t>(item));
+    PrefetchRow(static_cast<const char*>(place.values.data) + Offset(place.values, place) * item,
+                HeadDim() * static_cast<size_t>(item));
+  }
+
+ private:
+  // Views of keys, values and mask, and the batch and time indices within them.
+  struct Place {
+    const View& key;
+    const View& values;
+    const MaskView& mask;
+    int64_t batch;
+    int64_t time;
+  };
+
+  Place Find(int64_t s) const {
+    const WindowArgs& args = band_.args;
+    if (s >= band_.position) return {args.key, args.values, args.key_mask, band_.sequence.batch, band_.Row(s)};
+    if (kind_ == Kind::kSinks) return {args.sink_key, args.sink_values, args.sink_mask, band_.index, s};
+    return {args.past_key, args.past_values, args.past_mask, band_.index, args.past - (band_.position - s)};
+  }
+
+  int64_t Offset(const View& view, const Place& place) const {
+    return place.batch * view.batch_stride + place.time * view.time_stride + band_.kv_head * view.head_stride;
+  }
+
+  template <class D>
+  const float* RowOf(D d, const View& view, int64_t offset, size_t n, size_t padded, float* spare) const {
+    if (band_.args.dtype == DType::kFloat32 && n == padded) return static_cast<const float*>(view.data) + offset;
+    LoadRow(d, band_.args.dtype, view.data, offset, n, spare, padded);
+    return spare;
+  }
+
+  size_t KeyDim() const { return static_cast<size_t>(band_.args.key_dim); }
+  size_t HeadDim() const { return static_cast<size_t>(band_.args.head_dim); }
+
+  const Band& band_;
+  const Widths& widths_;
+  Kind kind_;
+};
+
 // kTileKeys keys and their values in float32. A masked key is a row of zeros with a bias of -inf, so whatever the masked memory
-// holds reaches nothing. Only the first keys that exist, rounded up to whole vectors, are set.
+// holds reaches nothing.
 struct Tile {
   int64_t index = -1;            // which of the ring's tiles is loaded, or -1
-  bool masked = false;           // whether any bias is -inf
+  size_t loaded = 0;             // keys that are set, a multiple of the vector length
+  bool masked = false;           // whether any of them is masked
   float* bias = nullptr;         // [kTileKeys]
   float* keys_t = nullptr;       // [key, kTileStride], transposed
   float* values = nullptr;       // [kTileKeys, value_stride], forward only
@@ -128,16 +212,8 @@ struct Tile {
 // slot k % slots. As the band slides over a long sequence each key is converted and transposed once.
 class TileRing {
  public:
-  enum class Source { kWindow, kSinks };
-
-  TileRing(const Band& band, const Widths& widths, Source source, size_t slots, bool backward)
-      : band_(band),
-        widths_(widths),
-        source_(source),
-        backward_(backward),
-        origin_(source == Source::kWindow ? band.first : 0),
-        limit_(source == Source::kWindow ? band.end : band.sinks),
-        tiles_(slots) {}
+  TileRing(const KeyRows& rows, const Widths& widths, size_t slots, bool backward)
+      : rows_(rows), widths_(widths), backward_(backward), tiles_(slots) {}
 
   void Carve(ScratchLayout& layout) {
     for (Tile& tile : tiles_) {
@@ -155,105 +231,65 @@ class TileRing {
     staging_ = layout.Take(kTileKeys, std::max(widths_.key_stride, widths_.value_stride));
   }
 
-  // Asks for a key of this call that a later tile will hold; nothing happens at other positions.
-  void Prefetch(int64_t s) const {
-    if (s < band_.position || s >= limit_) return;
-    const int64_t item = SizeOf(band_.args.dtype);
-    const Place place = Find(s);
-    PrefetchRow(static_cast<const char*>(place.key.data) + Offset(place.key, place) * item,
-                static_cast<size_t>(band_.args.key_dim * item));
-    PrefetchRow(static_cast<const char*>(place.values.data) + Offset(place.values, place) * item,
-                static_cast<size_t>(band_.args.head_dim * item));
-  }
-
-  int64_t Origin(int64_t k) const { return origin_ + k * static_cast<int64_t>(kTileKeys); }
-  int64_t TileOf(int64_t position) const { return (position - origin_) / static_cast<int64_t>(kTileKeys); }
+  int64_t Origin(int64_t k) const { return rows_.origin() + k * static_cast<int64_t>(kTileKeys); }
+  int64_t TileOf(int64_t position) const { return (position - rows_.origin()) / static_cast<int64_t>(kTileKeys); }
   size_t Keys(int64_t k) const {
-    return static_cast<size_t>(std::min<int64_t>(limit_ - Origin(k), static_cast<int64_t>(kTileKeys)));
+    return static_cast<size_t>(std::min<int64_t>(rows_.limit() - Origin(k), static_cast<int64_t>(kTileKeys)));
   }
+  const KeyRows& rows() const { return rows_; }
   Tile& Slot(int64_t k) { return tiles_[static_cast<size_t>(k) % tiles_.size()]; }
   std::vector<Tile>& tiles() { return tiles_; }
 
+  // Tile k with at least its first `end` keys in it. They are loaded no earlier than asked for: rows of one head lie so far apart
+  // that they share few cache sets, and a whole tile's would push each other out before they are used.
   template <class D>
-  Tile& Load(D d, int64_t k) {
+  Tile& Load(D d, int64_t k, size_t end) {
     Tile& tile = Slot(k);
-    if (tile.index == k) return tile;
-    tile.index = k;
-    tile.masked = false;
+    if (tile.index != k) {
+      tile.index = k;
+      tile.loaded = 0;
+      tile.masked = false;
+    }
     const size_t keys = Keys(k);
+    const size_t begin = tile.loaded;
+    const size_t padded = hwy::RoundUpTo(end, hn::Lanes(d));
+    if (padded <= begin) return tile;
+    tile.loaded = padded;
     float* key_rows = backward_ ? tile.keys : staging_;
-    for (size_t i = 0; i < keys; ++i) {
-      const bool real = LoadKey(d, Origin(k) + static_cast<int64_t>(i), key_rows + i * widths_.key_stride);
-      tile.bias[i] = real ? 0.0f : kMinusInfinity;
-      tile.masked |= !real;
-    }
-    const size_t padded = hwy::RoundUpTo(keys, hn::Lanes(d));
-    for (size_t i = keys; i < padded; ++i) {
-      tile.bias[i] = kMinusInfinity;
-      std::fill_n(key_rows + i * widths_.key_stride, widths_.key, 0.0f);
-    }
-    Transpose(padded, widths_.key, key_rows, widths_.key_stride, tile.keys_t, kTileStride);
-
     float* value_rows = backward_ ? staging_ : tile.values;
-    for (size_t i = 0; i < padded; ++i) {
+    for (size_t i = begin; i < padded; ++i) {
+      const int64_t s = Origin(k) + static_cast<int64_t>(i);
+      float* row = key_rows + i * widths_.key_stride;
+      const bool real = i < keys && !rows_.Masked(s);
+      tile.bias[i] = real ? 0.0f : kMinusInfinity;
+      tile.masked |= i < keys && !real;
+      if (real) {
+        rows_.LoadKey(d, s, row);
+      } else {
+        std::fill_n(row, widths_.key, 0.0f);
+      }
+    }
+    Transpose(padded - begin, widths_.key, key_rows + begin * widths_.key_stride, widths_.key_stride, tile.keys_t + begin,
+              kTileStride);
+    for (size_t i = begin; i < padded; ++i) {
       float* row = value_rows + i * widths_.value_stride;
       if (tile.bias[i] == 0.0f) {
-        LoadValue(d, Origin(k) + static_cast<int64_t>(i), row);
+        rows_.LoadValue(d, Origin(k) + static_cast<int64_t>(i), row);
       } else {
         std::fill_n(row, widths_.value, 0.0f);
       }
     }
-    if (backward_) Transpose(padded, widths_.value, value_rows, widths_.value_stride, tile.values_t, kTileStride);
+    if (backward_) {
+      Transpose(padded - begin, widths_.value, value_rows + begin * widths_.value_stride, widths_.value_stride,
+                tile.values_t + begin, kTileStride);
+    }
     return tile;
   }
 
  private:
-  // The memory of position s: views of keys, values and mask, and the batch and time indices within them.
-  struct Place {
-    const View& key;
-    const View& values;
-    const MaskView& mask;
-    int64_t batch;
-    int64_t time;
-  };
-
-  Place Find(int64_t s) const {
-    const WindowArgs& args = band_.args;
-    if (s >= band_.position) return {args.key, args.values, args.key_mask, band_.sequence.batch, band_.Row(s)};
-    if (source_ == Source::kSinks) return {args.sink_key, args.sink_values, args.sink_mask, band_.index, s};
-    return {args.past_key, args.past_values, args.past_mask, band_.index, args.past - (band_.position - s)};
-  }
-
-  int64_t Offset(const View& view, const Place& place) const {
-    return place.batch * view.batch_stride + place.time * view.time_stride + band_.kv_head * view.head_stride;
-  }
-
-  // Loads a key, or zeros where it is masked; whether it is real.
-  template <class D>
-  bool LoadKey(D d, int64_t s, float* row) const {
-    const Place place = Find(s);
-    if (place.mask && !place.mask.data[place.batch * place.mask.batch_stride + place.time * place.mask.time_stride]) {
-      std::fill_n(row, widths_.key, 0.0f);
-      return false;
-    }
-    LoadRow(d, band_.args.dtype, place.key.data, Offset(place.key, place), static_cast<size_t>(band_.args.key_dim), row,
-            widths_.key);
-    return true;
-  }
-
-  template <class D>
-  void LoadValue(D d, int64_t s, float* row) const {
-    const Place place = Find(s);
-    LoadRow(d, band_.args.dtype, place.values.data, Offset(place.values, place), static_cast<size_t>(band_.args.head_dim), row,
-            widths_.value);
-  }
-
-  const Band& band_;
+  const KeyRows rows_;
   const Widths& widths_;
-  Source source_;
-  bool backward_;
-  int64_t origin_;
-  int64_t limit_;
+  const bool backward_;
   std::vector<Tile> tiles_;
   float* staging_ = nullptr;  // one tile's rows on their way to being transposed
 };
@@ -303,6 +339,28 @@ template <class D>
 HWY_INLINE void ScaleRow(D d, float factor, size_t n, float* row) {
   const auto f = hn::Set(d, factor);
   for (size_t i = 0; i < n; i += hn::Lanes(d)) hn::StoreU(hn::Mul(hn::LoadU(d, row + i), f), d, row + i);
+}
+
+// The largest of row[0, n) and `max`; n is a multiple of the vector length.
+template <class D>
+HWY_INLINE float MaxOfRow(D d, const float* row, size_t n, float max) {
+  auto top = hn::Set(d, max);
+  for (size_t i = 0; i < n; i += hn::Lanes(d)) top = hn::Max(top, hn::Load(d, row + i));
+  return hn::ReduceMax(d, top);
+}
+
+// row[0, n) = exp(row - max), and their sum.
+template <class D>
+HWY_INLINE float WeighRow(D d, float max, size_t n, float* row) {
+  // While nothing has been read, any finite maximum gives weights of zero.
+  const auto shift = hn::Set(d, max == kMinusInfinity ? 0.0f : max);
+  auto sum = hn::Zero(d);
+  for (size_t i = 0; i < n; i += hn::Lanes(d)) {
+    const auto weight = Exp(d, hn::Sub(hn::Load(d, row + i), shift));
+    hn::Store(weight, d, row + i);
+    sum = hn::Add(sum, weight);
+  }
+  return hn::ReduceSum(d, sum);
 }
 
 // Offset of query head g of the slice in a tensor [B, T, H, …], for token t.
