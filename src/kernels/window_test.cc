@@ -3,8 +3,8 @@
 
 #include <gtest/gtest.h>
 
+#include <functional>
 #include <limits>
-#include <optional>
 
 #include "kernels/recurrent_test_util.h"
 #include "kernels/window_reference.h"
@@ -43,7 +43,7 @@ std::ostream& operator<<(std::ostream& out, const Shape& s) {
   return out;
 }
 
-// Random inputs of a shape. Masked keys hold NaN: whoever reads one shows it.
+// Random inputs of a shape. Masked keys and rows of the past that stand for no token hold NaN: whoever reads one shows it.
 class Problem {
  public:
   Problem(const Shape& shape, DType dtype, Random& random)
@@ -65,9 +65,17 @@ class Problem {
     Fill(query_, random, shape.query_scale);
     Fill(sink_query_, random, shape.query_scale);
     Fill(grad_out_, random, 1.0);
-    FillKeys(key_, values_, mask_, random);
-    FillKeys(past_key_, past_values_, past_mask_, random);
-    FillKeys(sink_key_, sink_values_, sink_mask_, random);
+    const bool masked = shape.masked != Shape::Masked::kNone;
+    FillKeys(key_, values_, random, [&](int64_t row) { return !masked || mask_[row]; });
+    FillKeys(past_key_, past_values_, random, [&](int64_t row) {
+      const int64_t position = shape_.positions[static_cast<size_t>(row / shape_.past)];
+      return row % shape_.past >= shape_.past - position && (!masked || past_mask_[row]);
+    });
+    FillKeys(sink_key_, sink_values_, random, [&](int64_t row) {
+      if (shape_.positions.empty()) return true;
+      const int64_t position = shape_.positions[static_cast<size_t>(row / shape_.sinks)];
+      return row % shape_.sinks < position && (!masked || sink_mask_[row]);
+    });
 
     args_.dtype = dtype;
     args_.causal = shape.causal;
@@ -85,7 +93,7 @@ class Problem {
     if (shape.sink_query) args_.sink_query = sink_query_.view();
     args_.key = key_.view();
     args_.values = values_.view();
-    if (shape.masked != Shape::Masked::kNone) args_.key_mask = {mask_.data(), shape.time, 1};
+    if (masked) args_.key_mask = {mask_.data(), shape.time, 1};
     if (!shape.positions.empty()) {
       args_.position = shape_.positions.data();
       args_.past = shape.past;
@@ -93,7 +101,7 @@ class Problem {
       args_.past_values = past_values_.view();
       args_.sink_key = sink_key_.view();
       args_.sink_values = sink_values_.view();
-      if (shape.masked != Shape::Masked::kNone) {
+      if (masked) {
         args_.past_mask = {past_mask_.data(), shape.past, 1};
         args_.sink_mask = {sink_mask_.data(), shape.sinks, 1};
       }
@@ -104,7 +112,14 @@ class Problem {
   WindowArgs& args() { return args_; }
   Tensor& grad_out() { return grad_out_; }
   DType dtype() const { return dtype_; }
+  Tensor& query() { return query_; }
+  Tensor& sink_query() { return sink_query_; }
+  Tensor& key() { return key_; }
   Tensor& values() { return values_; }
+  Tensor& past_key() { return past_key_; }
+  Tensor& past_values() { return past_values_; }
+  Tensor& sink_key() { return sink_key_; }
+  Tensor& sink_values() { return sink_values_; }
 
  private:
   static void Fill(Tensor& tensor, Random& random, double scale) {
@@ -112,19 +127,16 @@ class Problem {
     tensor.Set(values);
   }
 
-  void FillKeys(Tensor& key, Tensor& values, const Mask& mask, Random& random) {
+  void FillKeys(Tensor& key, Tensor& values, Random& random, const std::function<bool(int64_t)>& real) const {
     std::vector<double> k = RandomValues(random, key.size());
     std::vector<double> v = RandomValues(random, values.size());
-    if (shape_.masked != Shape::Masked::kNone) {
-      const int64_t key_row = shape_.kv_heads * shape_.key_dim;
-      const int64_t value_row = shape_.kv_heads * shape_.head_dim;
+    const int64_t key_row = shape_.kv_heads * shape_.key_dim;
+    const int64_t value_row = shape_.kv_heads * shape_.head_dim;
+    for (int64_t row = 0; row < key.size() / key_row; ++row) {
+      if (real(row)) continue;
       const double nan = std::numeric_limits<double>::quiet_NaN();
-      for (int64_t i = 0; i < key.size(); ++i) {
-        if (!mask[i / key_row]) k[static_cast<size_t>(i)] = nan;
-      }
-      for (int64_t i = 0; i < values.size(); ++i) {
-        if (!mask[i / value_row]) v[static_cast<size_t>(i)] = nan;
-      }
+      std::fill_n(k.begin() + row * key_row, key_row, nan);
+      std::fill_n(v.begin() + row * value_row, value_row, nan);
     }
     key.Set(k);
     values.Set(v);
@@ -373,6 +385,222 @@ TEST(Window, BackwardAfterAPastIsTheDefinition) {
       }
     }
   });
+}
+
+// A long sequence in one call, and in pieces that each see what came before as their past.
+TEST(Window, WholeIsPiecesIsStepByStep) {
+  ForEachTarget([] {
+    Random random(5);
+    Shape shape;
+    shape.time = 150;
+    shape.heads = 4;
+    shape.kv_heads = 2;
+    shape.key_dim = 8;
+    shape.head_dim = 10;
+    shape.window = 21;
+    shape.sinks = 5;
+    shape.sink_query = true;
+    shape.masked = Shape::Masked::kSome;
+    for (const DType dtype : kDTypes) {
+      Problem problem(shape, dtype, random);
+      const WindowArgs& whole = problem.args();
+      const Result expected = Forward(whole);
+      for (const int64_t piece : {1, 2, 37, 149}) {
+        SCOPED_TRACE(::testing::Message() << Name(dtype) << " in pieces of " << piece);
+        Result joined;
+        for (int64_t begin = 0; begin < shape.time; begin += piece) {
+          const auto from = [&](View view, int64_t row) {
+            view.data = static_cast<const char*>(view.data) + row * view.time_stride * SizeOf(dtype);
+            return view;
+          };
+          WindowArgs args = whole;
+          args.time = std::min(piece, shape.time - begin);
+          args.query = from(whole.query, begin);
+          args.sink_query = from(whole.sink_query, begin);
+          args.key = from(whole.key, begin);
+          args.values = from(whole.values, begin);
+          args.key_mask.data = whole.key_mask.data + begin;
+          args.position = &begin;
+          args.past = std::min(begin, shape.window);
+          args.past_key = from(whole.key, begin - args.past);
+          args.past_values = from(whole.values, begin - args.past);
+          args.past_mask = {whole.key_mask.data + begin - args.past, shape.time, 1};
+          args.sink_key = whole.key;
+          args.sink_values = whole.values;
+          args.sink_mask = whole.key_mask;
+          const Result part = Forward(args);
+          joined.out.insert(joined.out.end(), part.out.begin(), part.out.end());
+          joined.lse.insert(joined.lse.end(), part.lse.begin(), part.lse.end());
+        }
+        EXPECT_TRUE(Close(Doubles(joined.out), Doubles(expected.out), kTolerance));
+        const std::vector<double> lse = Doubles(expected.lse);
+        EXPECT_TRUE(Close(Finite(joined.lse, lse), Finite(lse), kTolerance));
+      }
+    }
+  });
+}
+
+TEST(Window, ScoresOfTenThousand) {
+  ForEachTarget([] {
+    Random random(6);
+    Shape shape;
+    shape.time = 300;
+    shape.key_dim = 8;
+    shape.head_dim = 8;
+    shape.window = 260;
+    shape.sinks = 9;
+    shape.query_scale = 4000.0;
+    // Rounding of a score is proportional to it, and so is the error of its weight.
+    const double tolerance = kTolerance * 1e4 / 64.0;
+    for (const bool causal : {true, false}) {
+      shape.causal = causal;
+      for (const DType dtype : kDTypes) {
+        if (dtype == DType::kFloat16) shape.query_scale = 3000.0;
+        SCOPED_TRACE(::testing::Message() << shape << " " << Name(dtype));
+        Problem problem(shape, dtype, random);
+        ExpectForward(problem.args(), tolerance);
+        ExpectBackward(problem, tolerance);
+      }
+    }
+  });
+}
+
+TEST(Window, ExpandedTensors) {
+  ForEachTarget([] {
+    Random random(7);
+    Shape shape;
+    shape.sequences = 2;
+    shape.time = 40;
+    shape.heads = 4;
+    shape.kv_heads = 2;
+    shape.window = 9;
+    shape.sinks = 2;
+    Problem problem(shape, DType::kFloat32, random);
+    problem.args().values.head_stride = 0;
+    problem.args().key.batch_stride = 0;
+    problem.args().query.time_stride = 0;
+    ExpectForward(problem.args());
+
+    // One gradient row for all tokens and heads, as sum() gives.
+    const Result forward = Forward(problem.args());
+    const std::vector<float> ones(static_cast<size_t>(shape.head_dim), 1.0f);
+    const std::vector<double> grad_out(forward.out.size(), 1.0);
+    const WindowReference expected = ReferenceWindow(problem.args(), grad_out.data());
+    Tensor grad_query(DType::kFloat32, shape.sequences, shape.time, shape.heads, shape.key_dim);
+    Tensor grad_key(DType::kFloat32, shape.sequences, shape.time, shape.kv_heads, shape.key_dim);
+    Tensor grad_values(DType::kFloat32, shape.sequences, shape.time, shape.kv_heads, shape.head_dim);
+    WindowGradients gradients;
+    gradients.out = forward.out.data();
+    gradients.lse = forward.lse.data();
+    gradients.grad_out = {ones.data(), 0, 0, 0};
+    gradients.grad_query = grad_query.mutable_view();
+    gradients.grad_key = grad_key.mutable_view();
+    gradients.grad_values = grad_values.mutable_view();
+    RunSlices(WindowSlices(problem.args()), [&](int64_t slice) { WindowBackward(problem.args(), gradients, slice); });
+    EXPECT_TRUE(Close(grad_query.Get(), expected.grad_query, kTolerance, 1.0));
+    EXPECT_TRUE(Close(grad_key.Get(), expected.grad_key, kTolerance, 1.0));
+    EXPECT_TRUE(Close(grad_values.Get(), expected.grad_values, kTolerance, 1.0));
+  });
+}
+
+TEST(Window, UnboundedWindowAndSinks) {
+  ForEachTarget([] {
+    Random random(8);
+    for (const bool causal : {true, false}) {
+      Shape shape;
+      shape.time = 200;
+      shape.causal = causal;
+      Problem problem(shape, DType::kFloat32, random);
+      problem.args().window = std::numeric_limits<int64_t>::max();
+      ExpectForward(problem.args());
+      ExpectBackward(problem);
+      problem.args().window = 3;
+      problem.args().sinks = std::numeric_limits<int64_t>::max();
+      ExpectForward(problem.args());
+      ExpectBackward(problem);
+    }
+  });
+}
+
+// So wide that the forward pass can't hold all of a block's tiles at once.
+TEST(Window, WiderThanTheTilesKept) {
+  Random random(11);
+  Shape shape;
+  shape.time = 4600;
+  shape.window = 4500;
+  shape.key_dim = 1;
+  shape.head_dim = 1;
+  Problem problem(shape, DType::kFloat32, random);
+  const WindowReference expected = ReferenceWindow(problem.args());
+  ForEachTarget([&] { EXPECT_TRUE(Close(Doubles(Forward(problem.args()).out), expected.out, kTolerance)); });
+}
+
+// Inference keeps no lse.
+TEST(Window, WithoutLse) {
+  ForEachTarget([] {
+    Random random(9);
+    for (const int64_t time : {1, 50}) {
+      Shape shape;
+      shape.time = time;
+      shape.window = 7;
+      Problem problem(shape, DType::kFloat32, random);
+      const Result expected = Forward(problem.args());
+      std::vector<float> out(expected.out.size());
+      const WindowOutputs outputs{out.data(), nullptr};
+      RunSlices(WindowSlices(problem.args()), [&](int64_t slice) { WindowForward(problem.args(), outputs, slice); });
+      EXPECT_EQ(out, expected.out);
+    }
+  });
+}
+
+// The definition's own gradients, which the kernel's are held to.
+TEST(WindowReference, GradientsAreFiniteDifferences) {
+  Random random(10);
+  Shape shape;
+  shape.sequences = 2;
+  shape.time = 9;
+  shape.positions = {2, 11};
+  shape.past = 4;
+  shape.heads = 2;
+  shape.key_dim = 3;
+  shape.head_dim = 2;
+  shape.window = 4;
+  shape.sinks = 3;
+  shape.sink_query = true;
+  Problem problem(shape, DType::kFloat32, random);
+  const WindowArgs& args = problem.args();
+  const std::vector<double> grad_out = problem.grad_out().Get();
+  const WindowReference reference = ReferenceWindow(args, grad_out.data());
+  const auto check = [&](const char* name, Tensor& tensor, const std::vector<double>& gradient) {
+    SCOPED_TRACE(name);
+    const std::vector<double> start = tensor.Get();
+    const std::vector<size_t> indices = Sample(random, start.size(), 60);
+    std::vector<double> differences;
+    for (const size_t i : indices) {
+      // The step is a power of two and the tensor float32: each end is what was really evaluated.
+      double losses[2], ends[2];
+      for (int side = 0; side < 2; ++side) {
+        std::vector<double> moved = start;
+        moved[i] += side == 0 ? -0x1p-9 : 0x1p-9;
+        tensor.Set(moved);
+        ends[side] = moved[i];
+        losses[side] = Dot(ReferenceWindow(args).out, grad_out);
+      }
+      // A row that stands for no token holds NaN, before and after.
+      differences.push_back(std::isnan(start[i]) ? 0.0 : (losses[1] - losses[0]) / (ends[1] - ends[0]));
+    }
+    std::vector<double> restored = start;
+    tensor.Set(restored);
+    EXPECT_TRUE(Close(Pick(gradient, indices), differences, 1e-4));
+  };
+  check("query", problem.query(), reference.grad_query);
+  check("sink_query", problem.sink_query(), reference.grad_sink_query);
+  check("key", problem.key(), reference.grad_key);
+  check("values", problem.values(), reference.grad_values);
+  check("past_key", problem.past_key(), reference.grad_past_key);
+  check("past_values", problem.past_values(), reference.grad_past_values);
+  check("sink_key", problem.sink_key(), reference.grad_sink_key);
+  check("sink_values", problem.sink_values(), reference.grad_sink_values);
 }
 
 }  // namespace
