@@ -35,15 +35,29 @@ HWY_INLINE void LoadFloatRow(D d, const float* src, size_t n, float* dst, size_t
   for (; i < padded; i += lanes) hn::Store(hn::Set(d, pad), d, dst + i);
 }
 
+// Highway's float16 conversion without F16C takes infinities for numbers; they and NaN are put right here.
+constexpr bool kHalfLacksInfinity = HWY_ARCH_X86 && HWY_TARGET > HWY_AVX2;
+
+template <class D, class V16>
+HWY_INLINE hn::Vec<D> Promote(D d, V16 v16) {
+  const auto v = hn::PromoteTo(d, v16);
+  if constexpr (kHalfLacksInfinity && hwy::IsSame<hn::TFromV<V16>, hwy::float16_t>()) {
+    const auto special = hn::Ge(hn::Abs(v), hn::Set(d, 65536.0f));
+    const auto exponent = hn::BitCast(d, hn::Set(hn::RebindToUnsigned<D>(), 0x7F800000u));
+    return hn::Or(v, hn::IfThenElseZero(special, exponent));
+  }
+  return v;
+}
+
 template <class T16, class D>
 HWY_INLINE void LoadHalfRow(D d, const T16* src, size_t n, float* dst, size_t padded, float pad) {
   const hn::Rebind<T16, D> d16;
   const size_t lanes = hn::Lanes(d);
   size_t i = 0;
-  for (; i + lanes <= n; i += lanes) hn::Store(hn::PromoteTo(d, hn::LoadU(d16, src + i)), d, dst + i);
+  for (; i + lanes <= n; i += lanes) hn::Store(Promote(d, hn::LoadU(d16, src + i)), d, dst + i);
   if (i < n) {
     const auto valid = hn::FirstN(d, n - i);
-    const auto v = hn::PromoteTo(d, hn::LoadN(d16, src + i, n - i));
+    const auto v = Promote(d, hn::LoadN(d16, src + i, n - i));
     hn::Store(hn::IfThenElse(valid, v, hn::Set(d, pad)), d, dst + i);
     i += lanes;
   }
