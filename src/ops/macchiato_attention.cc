@@ -45,6 +45,8 @@ WindowInputs MakeWindowInputs(const char* op, const at::Tensor& query, const at:
   in.causal = options.causal;
   const Checker check(op);
   check.Rank("query", query, 4, "[B, T, H, Dk]");
+  check.AtLeast("window", in.window, 1);
+  check.AtLeast("sinks", in.sinks, 0);
   in.scale = options.scale.has_value() ? *options.scale : DefaultScale(query);
   TORCH_CHECK_VALUE(std::isfinite(in.scale), "[latte.", op, "] scale: got ", in.scale, ", expected a finite number");
   check.Absent("output_final_state", options.output_final_state && !options.causal, "when causal is false");

@@ -1,0 +1,334 @@
+"""The operators against their definitions, the fused kernels against float64, and a sequence against its pieces."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ops_cases import CASES, TOLERANCE, Case, assert_close, attention, fresh_state, macchiato, meaning, normal, ops, state_dtype
+from torch import Tensor
+
+FUSED = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def repeat_heads(x: Tensor, heads: int) -> Tensor:
+    return x.repeat_interleave(heads // x.shape[2], 2)
+
+
+def define_latents(case: Case, causal: bool) -> Tensor:
+    """p(s|t) of the latents, [B, T, H, L, S], from the definition."""
+    q = case.inputs["query_logits"]
+    k = repeat_heads(case.inputs["key_logits"], q.shape[2])
+    batch, time, heads, latents = k.shape
+    mask = case.rest.get("key_mask", torch.ones(batch, time, dtype=torch.bool))
+    logits = k.permute(0, 2, 3, 1).unsqueeze(1).expand(batch, time, heads, latents, time)
+    if "log_decay" in case.inputs:
+        decay = repeat_heads(case.inputs["log_decay"], heads).masked_fill(~mask[:, :, None, None], 0.0).cumsum(1)
+        logits = logits + decay.unsqueeze(-1) - decay.permute(0, 2, 3, 1).unsqueeze(1)
+    readable = mask[:, None, None, None, :].expand_as(logits)
+    if causal:
+        readable = readable & torch.ones(time, time, dtype=torch.bool).tril()[None, :, None, None, :]
+    return logits.masked_fill(~readable, -torch.inf).softmax(-1).nan_to_num(0.0)
+
+
+def define_window(case: Case) -> Tensor:
+    """What the window reads, [B, T, H, D], from the definition."""
+    query = case.inputs["query"]
+    key, values = (repeat_heads(case.inputs[name], query.shape[2]) for name in ("key", "values"))
+    window, sinks, causal = (case.rest[name] for name in ("window", "sinks", "causal"))
+    time = query.shape[1]
+    t, s = torch.arange(time)[:, None], torch.arange(time)[None, :]
+    inside = (s <= t) & (s > t - window) if causal else (t - s).abs() < window
+    left = (s < sinks) & (s <= t - window) if causal else torch.zeros(time, time, dtype=torch.bool)
+    scores = torch.einsum("bthd,bshd->bhts", query, key)
+    if "sink_query" in case.inputs:
+        scores = torch.where(left, torch.einsum("bthd,bshd->bhts", case.inputs["sink_query"], key), scores)
+    mask = case.rest.get("key_mask", torch.ones(query.shape[:2], dtype=torch.bool))
+    readable = (inside | left) & mask[:, None, None, :]
+    weights = (scores * query.shape[-1] ** -0.5).masked_fill(~readable, -torch.inf).softmax(-1).nan_to_num(0.0)
+    return torch.einsum("bhts,bshd->bthd", weights, values)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("mask", [True, False])
+@pytest.mark.parametrize("decay", [True, False])
+def test_attention_is_its_definition(causal: bool, mask: bool, decay: bool) -> None:
+    if decay and not causal:
+        pytest.skip("forgetting is causal")
+    case = attention(causal=causal, mask=mask, decay=decay, time=70)
+    case.inputs["query_logits"][0, 3] = -torch.inf
+    case.inputs["query_logits"][0, 4, :, 1] = -torch.inf
+    case.inputs["key_logits"][1, :9, :, 2] = -torch.inf
+    case.inputs["key_logits"][1, :, :, 3] = -torch.inf
+    share = case.inputs["query_logits"].softmax(-1).nan_to_num(0.0)
+    values = repeat_heads(case.inputs["values"], share.shape[2])
+    expected = torch.einsum("bthl,bthls,bshd->bthd", share, define_latents(case, causal), values)
+    for dtype in (torch.float64, torch.float32):
+        assert_close(case(case.tensors(dtype))[0], expected, TOLERANCE[dtype], str(dtype))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"sinks": 3}, {"sinks": 3, "sink_query": True, "mask": True}, {"window": 1}, {"window": 100, "sinks": 7},
+     {"sinks": 60, "window": 2}, {"causal": False, "mask": True}, {"causal": False, "window": 100}],
+)  # fmt: skip
+def test_macchiato_is_its_definition(options: dict) -> None:
+    case = macchiato(time=70, **options)
+    share = case.inputs["query_logits"].softmax(-1)
+    values = repeat_heads(case.inputs["values"], share.shape[2])
+    latents = torch.einsum("bthl,bthls,bshd->bthd", share[..., 1:], define_latents(case, case.rest["causal"]), values)
+    window = define_window(case)
+    for dtype in (torch.float64, torch.float32):
+        assert_close(case(case.tensors(dtype))[0], latents + share[..., :1] * window, TOLERANCE[dtype], str(dtype))
+    alone = Case(
+        "window_attention",
+        {name: x for name, x in case.inputs.items() if name in ("query", "key", "values", "sink_query")},
+        rest=case.rest,
+    )
+    assert_close(alone(alone.tensors(torch.float32))[0], window, 1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", FUSED)
+def test_fused_is_float64(name: str, dtype: torch.dtype) -> None:
+    """Outputs and every gradient, against float64 on the inputs as dtype rounds them."""
+    case = CASES[name]()
+    tensors = case.tensors(dtype, requires_grad=True)
+    exact = {key: x.detach().double().requires_grad_() for key, x in tensors.items()}
+    got, expected = case.readable(tensors), case.readable(exact)
+    # Cotangents that every dtype holds exactly.
+    cotangents = [normal(*x.shape, seed=90 + i).bfloat16().double() for i, x in enumerate(expected)]
+    assert [x.dtype for x in got][0] == dtype
+    for i, (a, b) in enumerate(zip(got, expected)):
+        assert_close(a, b, TOLERANCE[dtype], f"output {i}")
+    grads = torch.autograd.grad(got, list(tensors.values()), [c.to(x.dtype) for c, x in zip(cotangents, got)])
+    exact_grads = torch.autograd.grad(expected, list(exact.values()), cotangents)
+    for key, a, b in zip(tensors, grads, exact_grads):
+        assert_close(a, b, TOLERANCE[dtype], f"gradient of {key}")
+
+
+def extreme(kind: str) -> Case:
+    case = attention(decay=kind.startswith("decay"), time=70, latents=3)
+    q, k = case.inputs["query_logits"], case.inputs["key_logits"]
+    if kind == "huge":
+        q.mul_(5000.0), k.mul_(5000.0)
+    elif kind == "rising":
+        k.add_(1000.0 * torch.arange(70).view(1, -1, 1, 1))
+    elif kind == "falling":
+        k.sub_(1000.0 * torch.arange(70).view(1, -1, 1, 1))
+    elif kind == "jump":
+        k[:, 17:] += 1000.0
+        k[:, 40:] -= 3000.0
+    elif kind == "absent":
+        k[:, :20] = -torch.inf
+        k[:, :, :, 1] = -torch.inf
+        q[:, 5:9] = -torch.inf
+        q[:, 30:, :, 0] = -torch.inf
+    elif kind == "decay":
+        case.inputs["log_decay"].mul_(30.0)
+    elif kind == "decay-extreme":
+        case.inputs["log_decay"][:, ::7] = -1e4
+    return case
+
+
+@pytest.mark.parametrize("kind", ["huge", "rising", "falling", "jump", "absent", "decay", "decay-extreme"])
+def test_extreme_logits(kind: str) -> None:
+    case = extreme(kind)
+    tensors = case.tensors(torch.float32, requires_grad=True)
+    exact = {key: x.detach().double().requires_grad_() for key, x in tensors.items()}
+    got, expected = case(tensors)[0], case(exact)[0]
+    cotangent = normal(*expected.shape, seed=3).float().double()
+    # The error of a logit is that of its rounding.
+    largest = max(x.detach()[x.detach().isfinite()].abs().max().item() for x in tensors.values())
+    tolerance = 1e-5 * max(1.0, largest / 64)
+    assert_close(got, expected, tolerance)
+    grads = torch.autograd.grad(got, list(tensors.values()), cotangent.float())
+    exact_grads = torch.autograd.grad(expected, list(exact.values()), cotangent)
+    for key, a, b in zip(tensors, grads, exact_grads):
+        assert_close(a, b, tolerance, f"gradient of {key}")
+
+
+def pieces_of(case: Case, tensors: dict[str, Tensor], cuts: list[int], over_time: set[str]) -> list[list[Tensor]]:
+    """The outputs of the pieces, each from the state of the one before."""
+    results, state = [], None
+    time = tensors["values" if "values" in tensors else "x"].shape[1]
+    for begin, end in zip([0, *cuts], [*cuts, time]):
+        rest = {name: x[:, begin:end] if name in over_time else x for name, x in case.rest.items()}
+        arguments = {name: x[:, begin:end] if name in over_time else x for name, x in tensors.items()} | rest
+        arguments |= {"output_final_state": True, "initial_state": state}
+        out, state = getattr(ops, case.operator)(**arguments)
+        results.append([out, state])
+    return results
+
+
+OVER_TIME = {"query_logits", "key_logits", "values", "log_decay", "key_mask", "query", "key", "sink_query", "x",
+             "recurrence_logits", "input_logits"}  # fmt: skip
+
+
+@pytest.mark.parametrize("cuts", [[16, 40], [1], [69], list(range(1, 70))], ids=["chunks", "first", "last", "steps"])
+@pytest.mark.parametrize("dtype", [torch.float64, *FUSED])
+@pytest.mark.parametrize("operator", ["causal_attention", "macchiato_attention", "window_attention"])
+def test_whole_is_pieces(operator: str, dtype: torch.dtype, cuts: list[int]) -> None:
+    if operator == "causal_attention":
+        case = attention(time=70, decay=True, mask=True)
+    else:
+        case = macchiato(time=70, sinks=3, sink_query=True, mask=True, window=6, decay=operator == "macchiato_attention")
+        case.operator = operator
+        if operator == "window_attention":
+            case.inputs = {name: x for name, x in case.inputs.items() if name in ("query", "key", "values", "sink_query")}
+    case.rest.pop("output_final_state", None)
+    tensors = case.tensors(dtype)
+    out, state = getattr(ops, operator)(**tensors, **case.rest, output_final_state=True)
+    results = pieces_of(case, tensors, cuts, OVER_TIME)
+    assert_close(torch.cat([r[0] for r in results], 1), out, TOLERANCE[dtype])
+    for i, (a, b) in enumerate(zip(*([x] if isinstance(x, Tensor) else x for x in (results[-1][1], state)))):
+        if operator != "window_attention" and i == 0:
+            a, b = meaning(a)[0], meaning(b)[0]
+        if a.is_floating_point():
+            assert_close(a, b, 1e-12 if dtype == torch.float64 else 1e-4, f"state {i}")
+        elif operator != "causal_attention":
+            assert torch.equal(a, b), f"state {i}"
+
+
+def test_pieces_carry_gradients() -> None:
+    """The gradients of a sequence in pieces are those of the whole, through every tensor of the state."""
+    for case in (attention(time=70, decay=True, mask=True), macchiato(time=70, sinks=3, sink_query=True, window=6, decay=True)):
+        case.rest.pop("output_final_state", None)
+        for dtype in (torch.float64, torch.float32):
+            tensors = case.tensors(dtype, requires_grad=True)
+            whole = getattr(ops, case.operator)(**tensors, **case.rest)[0]
+            joined = torch.cat([r[0] for r in pieces_of(case, tensors, [16, 17, 40], OVER_TIME)], 1)
+            cotangent = normal(*whole.shape, seed=4).to(dtype)
+            expected = torch.autograd.grad(whole, list(tensors.values()), cotangent)
+            got = torch.autograd.grad(joined, list(tensors.values()), cotangent)
+            for key, a, b in zip(tensors, got, expected):
+                assert_close(a, b, TOLERANCE[dtype], f"{case.operator}, gradient of {key}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_whole_is_merged_pieces(dtype: torch.dtype) -> None:
+    case = attention(time=70, decay=True, mask=True)
+    case.rest.pop("output_final_state", None)
+    tensors = case.tensors(dtype, requires_grad=True)
+    whole = ops.causal_attention(**tensors, **case.rest, output_final_state=True)[1]
+    states = []
+    for begin, end in ((0, 16), (16, 17), (17, 70)):
+        part = {name: x[:, begin:end] for name, x in tensors.items()}
+        states.append(ops.causal_attention(**part, key_mask=case.rest["key_mask"][:, begin:end], output_final_state=True)[1])
+    left = ops.merge_states(ops.merge_states(states[0], states[1]), states[2])
+    right = ops.merge_states(states[0], ops.merge_states(states[1], states[2]))
+    cotangents = [normal(*x.shape, seed=5 + i).to(dtype) for i, x in enumerate(meaning(whole))]
+    expected = torch.autograd.grad(meaning(whole), list(tensors.values()), cotangents, allow_unused=True)
+    for merged in (left, right):
+        for a, b in zip(meaning(merged), meaning(whole)):
+            assert_close(a, b, TOLERANCE[dtype])
+        got = torch.autograd.grad(meaning(merged), list(tensors.values()), cotangents, retain_graph=True, allow_unused=True)
+        for key, a, b in zip(tensors, got, expected):
+            if b is not None and key != "query_logits":
+                assert_close(a, b, TOLERANCE[dtype], f"gradient of {key}")
+    empty = fresh_state(2, 2, 5, 6).to(dtype)
+    for merged in (ops.merge_states(empty, whole), ops.merge_states(whole, empty)):
+        assert_close(merged, whole, TOLERANCE[dtype])
+    assert torch.equal(ops.merge_states(empty, empty), empty)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.endswith("packed")])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_packed_is_separate(name: str, dtype: torch.dtype) -> None:
+    case = CASES[name]()
+    tensors = case.tensors(dtype)
+    ends = case.rest["cu_seqlens"].tolist()
+    packed = case(tensors)
+    separate = []
+    states = {*case.states, *case.caches} - {"weight", "bias", "lambda_"}
+    for n, (begin, end) in enumerate(zip(ends, ends[1:])):
+        one = Case(case.operator, case.inputs, case.states, dict(case.rest), case.caches)
+        del one.rest["cu_seqlens"]
+        for key, x in one.rest.items():
+            if key == "key_mask":
+                one.rest[key] = x[:, begin:end]
+            elif isinstance(x, Tensor):
+                one.rest[key] = x[n : n + 1]
+        part = {}
+        for key, x in tensors.items():
+            part[key] = x[n : n + 1] if key in states else x[:, begin:end] if key in OVER_TIME else x
+        arguments = one(part) if end > begin else None
+        separate.append(arguments)
+    kept = [n for n in range(len(separate)) if separate[n] is not None]
+    assert_close(torch.cat([separate[n][0] for n in kept], 1), packed[0], TOLERANCE[dtype])
+    for i in range(1, len(packed)):
+        for n in kept:
+            a, b = separate[n][i], packed[i][n : n + 1]
+            assert torch.equal(a, b) if not a.is_floating_point() else assert_close(a, b, TOLERANCE[dtype], f"state {i}") is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_nothing_to_read(dtype: torch.dtype) -> None:
+    for case in (attention(time=0, state=True), macchiato(time=0, state=True, sinks=2), attention(batch=0, time=5, state=True),
+                 macchiato(batch=0, time=5, state=True)):  # fmt: skip
+        tensors = case.tensors(dtype, requires_grad=True)
+        arguments = {key: x for key, x in tensors.items() if key in case.inputs}
+        result = case(tensors)
+        grads = torch.autograd.grad([x.sum() for x in result if x.requires_grad], list(tensors.values()), allow_unused=True)
+        assert all(g is None or g.isfinite().all() for g in grads)
+        out = getattr(ops, case.operator)(**arguments, **{k: v for k, v in case.rest.items() if k in ("window", "sinks")})[0]
+        assert out.numel() == 0 and out.shape[:2] == tensors["values"].shape[:2]
+    before = attention(time=0, state=True).tensors(dtype)
+    out, state = ops.causal_attention(**before, output_final_state=True)
+    assert torch.equal(state, before["initial_state"])
+
+
+def test_nothing_is_written_to_the_inputs() -> None:
+    for name in CASES:
+        case = CASES[name]()
+        tensors = case.tensors(torch.float32, requires_grad=True)
+        before = {key: x.detach().clone() for key, x in tensors.items()}
+        outputs = [x for x in case(tensors) if x.requires_grad]
+        torch.autograd.grad([x.sum() for x in outputs], list(tensors.values()))
+        assert all(torch.equal(before[key], x) for key, x in tensors.items()), name
+
+
+@pytest.mark.parametrize("name", ["causal-mask-state", "macchiato-state", "convolution-state", "recurrence-state"])
+def test_any_strides(name: str) -> None:
+    """Transposed, sliced and expanded inputs, and a gradient of stride 0, give what contiguous ones do."""
+    case = CASES[name]()
+    tensors = case.tensors(torch.float32, requires_grad=True)
+    strided = {}
+    for key, x in tensors.items():
+        y = torch.stack([x.detach(), x.detach()], -1)[..., 0]
+        y = y if x.dim() == 1 else y.transpose(0, 1).contiguous().transpose(0, 1) if len(strided) % 2 else y
+        assert not y.is_contiguous()
+        strided[key] = y.requires_grad_()
+    got, expected = case(strided), case(tensors)
+    for a, b in zip(got, expected):
+        assert torch.equal(a, b)
+    grads = torch.autograd.grad(got[0].sum(), list(strided.values()), allow_unused=True)
+    exact = torch.autograd.grad((expected[0] * torch.ones_like(expected[0])).sum(), list(tensors.values()), allow_unused=True)
+    for key, a, b in zip(tensors, grads, exact):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert_close(a, b, 1e-6, key)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("vapor")])
+def test_autocast(name: str) -> None:
+    """Inputs go to bfloat16, states stay float32; gradients come back in float32."""
+    case = CASES[name]()
+    tensors = case.tensors(torch.float32, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = case(tensors)
+        plain = case(tensors | {"initial_state": None} if "initial_state" in tensors else tensors)[0]
+    assert outputs[0].dtype == plain.dtype == torch.bfloat16
+    assert all(x.dtype == torch.float32 for x in outputs[1:2] if case.operator != "window_attention")
+    rounded = case({key: x.bfloat16() if key in case.inputs or key in case.caches else x for key, x in tensors.items()})
+    for a, b in zip(outputs, rounded):
+        assert torch.equal(a, b)
+    for grad in torch.autograd.grad(outputs[0].float().sum(), list(tensors.values()), allow_unused=True):
+        assert grad is None or (grad.dtype == torch.float32 and grad.isfinite().all())
+
+
+def test_inference_keeps_states_float32() -> None:
+    for dtype in FUSED:
+        case = attention(state=True)
+        with torch.inference_mode():
+            out, state = case(case.tensors(dtype))
+        assert out.dtype == dtype and state.dtype == state_dtype(dtype)

@@ -1,0 +1,143 @@
+"""Derivatives against finite differences in float64, and what torch.library.opcheck and torch.compile ask of an operator."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ops_cases import CASES, TOLERANCE, Case, assert_close, normal, ops, some_state
+from torch.autograd import gradcheck, gradgradcheck
+from torch.library import opcheck
+
+
+def followed(case: Case):
+    """The case as a function of its tensors."""
+    tensors = case.tensors(torch.float64, requires_grad=True)
+    names = list(tensors)
+    return lambda *values: tuple(case.readable(dict(zip(names, values)))), tuple(tensors.values())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradcheck(name: str) -> None:
+    function, inputs = followed(CASES[name]())
+    assert gradcheck(function, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("name", ["causal-packed", "bidirectional", "macchiato-state", "convolution-packed", "recurrence-state"])
+def test_gradcheck_of_every_element(name: str) -> None:
+    """Not only of random directions, on one chunk."""
+    small = {"time": 5, "heads": 2, "kv_heads": 1, "latents": 2, "head_dim": 2} if name[0] in "bm" or "causal" in name else {}
+    function, inputs = followed(CASES[name](**small))
+    assert gradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradgradcheck(name: str) -> None:
+    function, inputs = followed(CASES[name]())
+    assert gradgradcheck(function, inputs, fast_mode=True, atol=1e-4)
+
+
+def test_merge_states_gradcheck() -> None:
+    left, right = (some_state(2, 2, 3, 4, seed).requires_grad_() for seed in (60, 70))
+
+    def function(left, right):
+        state = ops.merge_states(left, right)
+        seen = state[..., -3] > 0
+        scale = torch.where(seen, state[..., -2], 0.0).exp().unsqueeze(-1)
+        return state[..., :-2] * scale, state[..., -1]
+
+    assert gradcheck(function, (left, right))
+    assert gradgradcheck(function, (left, right))
+
+
+@pytest.mark.parametrize("name", ["causal-mask-state", "macchiato-state", "recurrence-state"])
+def test_double_backward_in_float32(name: str) -> None:
+    """The fused kernels' second derivative is the composed path's."""
+    case = CASES[name]()
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        tensors = case.tensors(dtype, requires_grad=True)
+        out = case(tensors)[0]
+        grads = torch.autograd.grad(out, list(tensors.values()), normal(*out.shape, seed=5).to(dtype), create_graph=True,
+                                    allow_unused=True)  # fmt: skip
+        penalty = sum((g * g).sum() for g in grads if g is not None)
+        results.append(torch.autograd.grad(penalty, list(tensors.values()), allow_unused=True))
+    for key, a, b in zip(tensors, *results):
+        assert (a is None) == (b is None), key
+        if a is not None:
+            assert_close(a, b, 1e-4, key)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", CASES)
+def test_opcheck(name: str, dtype: torch.dtype) -> None:
+    case = CASES[name]()
+    tensors = case.tensors(dtype, requires_grad=True)
+    arguments = dict(tensors) | {key: x for key, x in case.rest.items()}
+    if case.operator == "macchiato_attention" and case.caches:
+        parts = ("latents", "keys", "values_", "mask", "sink_keys", "sink_values", "sink_mask", "position")
+        arguments["initial_state"] = [arguments.pop(part) for part in parts]
+    operator = getattr(ops, case.operator).default
+    tolerance = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {}
+    positional = [arguments.pop(a.name) for a in operator._schema.arguments if a.name in arguments and not a.kwarg_only]
+    opcheck(operator, tuple(positional), arguments, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_opcheck_of_the_core(dtype: torch.dtype) -> None:
+    """The core operators, their backward passes included."""
+    q, k, v = (normal(2, 9, *s, seed=i).to(dtype) for i, s in enumerate(((4, 3), (2, 3), (2, 5))))
+    for causal in (True, False):
+        inputs = (q, k, v, None, -k.abs() if causal else None, None, None, None, causal)
+        opcheck(ops.latent_attention.default, (*inputs, causal, True))
+        out, state, saved = ops.latent_attention(*inputs, causal, True)
+        state = state if causal else None
+        opcheck(ops.latent_attention_backward.default, (torch.ones_like(out), state, *inputs, state, saved))
+    query, key = (normal(2, 9, h, 6, seed=5 + h).to(dtype) for h in (4, 2))
+    inputs = (query, key, v, *[None] * 10, 4, 2, 0.5, True)
+    opcheck(ops.window_attention_core.default, (*inputs, True))
+    out, lse = ops.window_attention_core(*inputs, True)
+    opcheck(ops.window_attention_core_backward.default, (torch.ones_like(out), out, lse, *inputs))
+    x = normal(2, 9, 5, seed=8).to(dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    weight, bias, lambda_ = normal(5, 3, seed=9).to(wide), normal(5, seed=10).to(wide), normal(5, seed=11).to(wide)
+    opcheck(ops.causal_conv1d_core.default, (x, weight, bias, None, None, None, True))
+    opcheck(ops.causal_conv1d_core_backward.default, (x, None, x, weight, bias, None, None, None))
+    opcheck(ops.rg_lru_core.default, (x, x, x, lambda_, None, None, None, True, True))
+    hidden = ops.rg_lru_core(x, x, x, lambda_, None, None, None, True, True)[2]
+    opcheck(ops.rg_lru_core_backward.default, (x, None, hidden, x, x, x, lambda_, None, None, None))
+    left = some_state(1, 2, 3, 4, 60)
+    opcheck(ops.merge_states.default, (left, left))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", [name for name in CASES if name != "vapor-positions"])
+def test_compile(name: str, dynamic: bool) -> None:
+    """fullgraph, forward and backward. aot_eager compiles the same graphs as inductor, without its C++ compiler."""
+    torch._dynamo.reset()
+    case = CASES[name]()
+    tensors = case.tensors(torch.float32, requires_grad=True)
+    compiled = torch.compile(case, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    got, expected = compiled(tensors), case(tensors)
+    assert len(got) == len(expected)
+    for a, b in zip(got, expected):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    sums = [[(x * x.detach().cos()).sum() for x in outputs if x.requires_grad] for outputs in (
+        [got[0], *(x for x in got[1:] if x.requires_grad and x.isfinite().all())],
+        [expected[0], *(x for x in expected[1:] if x.requires_grad and x.isfinite().all())],
+    )]  # fmt: skip
+    grads = [torch.autograd.grad(s, list(tensors.values()), allow_unused=True) for s in sums]
+    for key, a, b in zip(tensors, *grads):
+        a, b = (torch.zeros_like(tensors[key]) if g is None else g for g in (a, b))
+        assert_close(a, b, TOLERANCE[torch.float32], f"gradient of {key}")
+
+
+def test_compile_of_several_lengths() -> None:
+    torch._dynamo.reset()
+    function = torch.compile(lambda q, k, v: ops.causal_attention(q, k, v, output_final_state=True), fullgraph=True,
+                             dynamic=True, backend="aot_eager")  # fmt: skip
+    for time in (5, 300, 513, 7):
+        q, k, v = (normal(2, time, *s, seed=time).float().requires_grad_() for s in ((4, 3), (2, 3), (2, 5)))
+        got, expected = function(q, k, v), ops.causal_attention(q, k, v, output_final_state=True)
+        for a, b in zip(got, expected):
+            assert torch.equal(a, b)
+        got[0].sum().backward()
