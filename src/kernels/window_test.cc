@@ -337,54 +337,33 @@ std::vector<Shape> ResumedShapes() {
   return shapes;
 }
 
-TEST(Window, ForwardIsTheDefinition) {
-  ForEachTarget([] {
-    Random random(1);
-    for (const Shape& shape : Shapes()) {
+void ForEachProblem(const std::vector<Shape>& shapes, const std::function<void(Problem&)>& test) {
+  ForEachTarget([&] {
+    Random random(shapes.size());
+    for (const Shape& shape : shapes) {
       for (const DType dtype : kDTypes) {
         SCOPED_TRACE(::testing::Message() << shape << " " << Name(dtype));
-        ExpectForward(Problem(shape, dtype, random).args());
+        Problem problem(shape, dtype, random);
+        test(problem);
       }
     }
   });
+}
+
+TEST(Window, ForwardIsTheDefinition) {
+  ForEachProblem(Shapes(), [](Problem& problem) { ExpectForward(problem.args()); });
 }
 
 TEST(Window, ForwardAfterAPastIsTheDefinition) {
-  ForEachTarget([] {
-    Random random(2);
-    for (const Shape& shape : ResumedShapes()) {
-      for (const DType dtype : kDTypes) {
-        SCOPED_TRACE(::testing::Message() << shape << " " << Name(dtype));
-        ExpectForward(Problem(shape, dtype, random).args());
-      }
-    }
-  });
+  ForEachProblem(ResumedShapes(), [](Problem& problem) { ExpectForward(problem.args()); });
 }
 
 TEST(Window, BackwardIsTheDefinition) {
-  ForEachTarget([] {
-    Random random(3);
-    for (const Shape& shape : Shapes()) {
-      for (const DType dtype : kDTypes) {
-        SCOPED_TRACE(::testing::Message() << shape << " " << Name(dtype));
-        Problem problem(shape, dtype, random);
-        ExpectBackward(problem);
-      }
-    }
-  });
+  ForEachProblem(Shapes(), [](Problem& problem) { ExpectBackward(problem); });
 }
 
 TEST(Window, BackwardAfterAPastIsTheDefinition) {
-  ForEachTarget([] {
-    Random random(4);
-    for (const Shape& shape : ResumedShapes()) {
-      for (const DType dtype : kDTypes) {
-        SCOPED_TRACE(::testing::Message() << shape << " " << Name(dtype));
-        Problem problem(shape, dtype, random);
-        ExpectBackward(problem);
-      }
-    }
-  });
+  ForEachProblem(ResumedShapes(), [](Problem& problem) { ExpectBackward(problem); });
 }
 
 // A long sequence in one call, and in pieces that each see what came before as their past.
