@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # What `make demo` runs once everything is built: the kernels against reference files, a small language model trained on
-# Shakespeare for a few minutes, its loss as a curve, and text that it writes.
+# Shakespeare for a few minutes, its loss as a curve, and text that it writes. A run that was stopped goes on.
 #
-#   scripts/demo.sh [FOLDER]     the checkpoint, metrics and curve go to FOLDER (runs/demo)
+#   scripts/demo.sh [FOLDER]     checkpoint, metrics and curve go to FOLDER (runs/demo)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 folder=${1:-runs/demo}
@@ -13,11 +13,31 @@ say() { printf '\n== %s\n' "$*"; }
 say "The kernels of this machine against reference tensors of the paper's code"
 "$latte" verify tests/golden/*.safetensors
 
-say "Training on Shakespeare (a few minutes; Ctrl-C saves, and the same command with --resume goes on)"
-"$latte" train --text data/tinyshakespeare.txt --out "$folder" --attention macchiato
+if [[ -e $folder/checkpoint.safetensors ]]; then
+  say "Going on with the run in $folder (remove that folder to start afresh)"
+  "$latte" train --resume "$folder"
+else
+  say "Training on Shakespeare for a few minutes (Ctrl-C saves; make demo then goes on)"
+  "$latte" train --text data/tinyshakespeare.txt --out "$folder" --attention macchiato --steps 400 \
+    --num-layers 4 --embed-dim 192 --num-heads 6
+fi
 
-say "The curve"
-ls -l "$folder"
+say "The curve ($folder/loss.svg and .png)"
+.venv/bin/python - "$folder/metrics.jsonl" <<'PYTHON' | gnuplot -
+import json
+import sys
+
+with open(sys.argv[1], encoding="utf-8") as file:
+    steps = [json.loads(line) for line in file]
+validation = [step for step in steps if step["val_loss"] is not None]
+print("set terminal dumb 100 28\nset xlabel 'step'\nset key top right")
+titles = {"loss": "with dots title 'training loss'", "val_loss": "with points pointtype 'o' title 'validation loss'"}
+rows = {"loss": steps, "val_loss": validation}
+print("plot", ", ".join(f"'-' {titles[name]}" for name in titles if rows[name]))
+for name in titles:
+    if rows[name]:
+        print("\n".join(f"{step['step']} {step[name]}" for step in rows[name]), "e", sep="\n")
+PYTHON
 
 say "What the model writes"
-"$latte" generate --checkpoint "$folder" --prompt 'ROMEO:' --tokens 500 --temperature 0.8 --seed 1 --stats
+"$latte" generate --checkpoint "$folder/checkpoint.safetensors" --prompt 'ROMEO:' --tokens 500 --temperature 0.8 --seed 1 --stats
