@@ -25,7 +25,7 @@ install_debian_packages() {
   fi
   say "installing ${missing[*]}"
   if [[ -z ${apt_updated:-} ]]; then
-    "${root[@]}" apt-get update -qq
+    "${root[@]}" apt-get update -qq || die "apt-get update failed"
     apt_updated=1
   fi
   "${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" </dev/null >&2 ||
