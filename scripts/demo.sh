@@ -15,11 +15,10 @@ say "The kernels of this machine against reference tensors of the paper's code"
 
 if [[ -e $folder/checkpoint.safetensors ]]; then
   say "Going on with the run in $folder (remove that folder to start afresh)"
-  "$latte" train --resume "$folder"
+  "$latte" train --out "$folder" --resume
 else
   say "Training on Shakespeare for a few minutes (Ctrl-C saves; make demo then goes on)"
-  "$latte" train --text data/tinyshakespeare.txt --out "$folder" --attention macchiato --steps 400 \
-    --num-layers 4 --embed-dim 192 --num-heads 6
+  "$latte" train --text data/tinyshakespeare.txt --out "$folder" --attention macchiato --steps 400
 fi
 
 say "The curve ($folder/loss.svg and .png)"
@@ -40,4 +39,4 @@ for name in titles:
 PYTHON
 
 say "What the model writes"
-"$latte" generate --checkpoint "$folder/checkpoint.safetensors" --prompt 'ROMEO:' --tokens 500 --temperature 0.8 --seed 1 --stats
+"$latte" generate "$folder" --prompt 'ROMEO:' --tokens 500 --temperature 0.8 --seed 1 --stats
