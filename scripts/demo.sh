@@ -7,18 +7,22 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 folder=${1:-runs/demo}
 latte=build/latte
+steps=1000
 
 say() { printf '\n== %s\n' "$*"; }
 
 say "The kernels of this machine against reference tensors of the paper's code"
 "$latte" verify tests/golden/*.safetensors
 
-if [[ -e $folder/checkpoint.safetensors ]]; then
-  say "Going on with the run in $folder (remove that folder to start afresh)"
-  "$latte" train --out "$folder" --resume
-else
+trained=$(sed -n '$s/.*"step":\([0-9]*\).*/\1/p' "$folder/metrics.jsonl" 2>/dev/null || true)
+if [[ ! -e $folder/checkpoint.safetensors ]]; then
   say "Training on Shakespeare for a few minutes (Ctrl-C saves; make demo then goes on)"
-  "$latte" train --text data/tinyshakespeare.txt --out "$folder" --attention macchiato --steps 400
+  "$latte" train --text data/tinyshakespeare.txt --out "$folder" --attention macchiato --steps "$steps"
+elif ((${trained:-0} < steps)); then
+  say "Going on with the run in $folder"
+  "$latte" train --out "$folder" --resume --steps "$steps"
+else
+  say "$folder holds a finished run (remove it to train afresh)"
 fi
 
 say "The curve ($folder/loss.svg and .png)"
