@@ -78,7 +78,7 @@ LanguageModelImpl::LanguageModelImpl(const LanguageModelConfig& config) : config
 void LanguageModelImpl::reset_parameters() {
   torch::NoGradGuard no_grad;
   const double residual = kInitialDeviation / std::sqrt(2.0 * static_cast<double>(config_.num_layers));
-  for (const auto& item : named_modules()) {
+  for (const auto& item : named_modules("", /*include_self=*/false)) {
     const auto& name = item.key();
     if (auto* linear = item.value()->as<torch::nn::Linear>()) {
       const bool writes_residual = name.ends_with(".out_proj") || name.ends_with(".down_proj");

@@ -5,6 +5,7 @@
 
 #include <functional>
 #include <memory>
+#include <ostream>
 #include <string>
 #include <vector>
 
@@ -24,6 +25,8 @@ struct Case {
   bool bidirectional = true;
   bool plain_values = true;  // weights times values are the output
 };
+
+void PrintTo(const Case& one, std::ostream* out) { *out << one.name; }
 
 template <typename Options>
 Options common(bool batch_first) {
