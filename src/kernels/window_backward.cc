@@ -83,7 +83,7 @@ class BackwardSlice {
       if (far_query) LoadQueries(d_, band_, widths_, args_.sink_query, t0, tokens, far_.query);
       for (int64_t k = 0; k <= sinks.TileOf(far.end - 1); ++k) {
         const Segment segment(d_, sinks, k, far, true);
-        Differentiate(sinks.Load(d_, k, segment.end), segment, far_);
+        Differentiate(sinks.Load(d_, k, segment.end), segment, far_, nullptr);
       }
     }
     const Span keys{band_.Window(t0).begin, band_.Window(last).end};
@@ -94,7 +94,8 @@ class BackwardSlice {
         ZeroGradients(tile);
       }
       const Segment segment(d_, window, k, keys, false);
-      Differentiate(window.Load(d_, k, segment.end), segment, near_);
+      const bool last_tile = k == window.TileOf(keys.end - 1);
+      Differentiate(window.Load(d_, k, segment.end), segment, near_, last_tile ? &window.rows() : nullptr);
     }
     StoreQueryGradients(gradients_.grad_query, near_.grad);
     if (gradients_.grad_sink_query) StoreQueryGradients(gradients_.grad_sink_query, far_query ? far_.grad : nullptr);
@@ -126,7 +127,24 @@ class BackwardSlice {
     }
   }
 
-  void Differentiate(Tile& tile, const Segment& segment, const Queries& queries) {
+  // Asks for what the next block reads of token t's successor.
+  void Prefetch(const KeyRows& keys, int64_t t) const {
+    const int64_t next = t + static_cast<int64_t>(tokens_);
+    keys.Prefetch(next + band_.ahead);
+    if (next >= band_.end) return;
+    const int64_t item = SizeOf(args_.dtype);
+    const size_t value_bytes = static_cast<size_t>(args_.head_dim) * sizeof(float);
+    for (size_t g = 0; g < band_.group; ++g) {
+      PrefetchRow(static_cast<const char*>(args_.query.data) + QueryOffset(band_, args_.query, next, g) * item,
+                  static_cast<size_t>(args_.key_dim * item));
+      PrefetchRow(static_cast<const float*>(gradients_.grad_out.data) + QueryOffset(band_, gradients_.grad_out, next, g),
+                  value_bytes);
+      PrefetchRow(gradients_.out + band_.OutRow(next, g) * args_.head_dim, value_bytes);
+    }
+  }
+
+  // The gradients that a tile's part has in a block. `next`: keys to ask for on the way, or null.
+  void Differentiate(Tile& tile, const Segment& segment, const Queries& queries, const KeyRows* next) {
     const size_t key_dim = static_cast<size_t>(args_.key_dim);
     const size_t head_dim = static_cast<size_t>(args_.head_dim);
     MatMul<false>(d_, rows_, segment.columns, key_dim, Left{queries.query, widths_.key_stride, 1}, tile.keys_t + segment.column,
@@ -135,6 +153,7 @@ class BackwardSlice {
                   kTileStride, grad_scores_, kTileStride);
     const bool ragged = segment.Ragged(band_.Common(t0_, tokens_, segment.far));
     for (size_t c = 0; c < tokens_; ++c) {
+      if (next != nullptr) Prefetch(*next, t0_ + static_cast<int64_t>(c));
       const Span read = segment.far ? band_.FarSinks(t0_ + static_cast<int64_t>(c)) : band_.Window(t0_ + static_cast<int64_t>(c));
       for (size_t g = 0; g < band_.group; ++g) {
         const size_t r = c * band_.group + g;
