@@ -1,5 +1,6 @@
 #include "models/language_model.h"
 
+#include <ATen/autocast_mode.h>
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 
@@ -8,6 +9,7 @@
 #include <nlohmann/json.hpp>
 #include <ostream>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "nn/test_close.h"
@@ -164,6 +166,25 @@ TEST_P(Models, Learn) {
     optimizer.step();
   }
   EXPECT_LT(loss().item<double>(), 1.0);  // random tokens: learnt by heart
+}
+
+// Mixed precision as the trainer's: float32 parameters, bfloat16 arithmetic.
+TEST_P(Models, AutocastIsNearFloat32) {
+  const auto run = [&] {
+    model_->zero_grad();
+    const auto logits = model_->forward(tokens_);
+    torch::nn::functional::cross_entropy(logits.flatten(0, 1), tokens_.flatten()).backward();
+    std::vector<at::Tensor> gradients;
+    for (const auto& parameter : model_->parameters()) gradients.push_back(parameter.grad().clone());
+    return std::pair{logits.detach(), gradients};
+  };
+  const auto [expected, gradients] = run();
+  at::autocast::set_autocast_enabled(at::kCPU, true);
+  const auto [logits, cast_gradients] = run();
+  at::autocast::set_autocast_enabled(at::kCPU, false);
+  at::autocast::clear_cache();
+  EXPECT_TRUE(close(logits, expected, 0.05));
+  for (size_t i = 0; i < gradients.size(); ++i) EXPECT_TRUE(close(cast_gradients[i], gradients[i], 0.15)) << i;
 }
 
 TEST_P(Models, ConfigSurvivesJson) {
