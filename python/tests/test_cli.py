@@ -1,0 +1,360 @@
+"""The programs latte and latte-torch, as a user runs them: training, interruption, damage, full disks, generation."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+BUILD = Path(os.environ.get("LATTE_BUILD_DIR", Path(__file__).parents[2] / "build"))
+LATTE = BUILD / "latte"
+
+pytestmark = pytest.mark.skipif(not (LATTE.exists() and (BUILD / "latte-torch").exists()), reason="the programs aren't built")
+
+TINY = ["--layers", "1", "--embed-dim", "16", "--heads", "2", "--context", "16", "--batch", "2", "--eval-batches", "1"]
+SHORT = [*TINY, "--steps", "6", "--warmup", "2", "--eval-every", "3", "--save-every", "3", "--threads", "1"]
+# More steps than anyone waits for: a run to be interrupted.
+ENDLESS = [*TINY, "--steps", "100000000", "--eval-every", "0", "--threads", "1"]
+
+
+def latte(*arguments, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([LATTE, *map(str, arguments)], capture_output=True, text=True, **options)
+
+
+def start(*arguments) -> subprocess.Popen:
+    return subprocess.Popen([LATTE, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def assert_fails(result: subprocess.CompletedProcess, *parts: str, code: int = 1) -> None:
+    """One line on standard error that says what is wrong."""
+    assert result.returncode == code, result.stderr
+    lines = result.stderr.splitlines()
+    assert lines and lines[-1].startswith("latte: error: "), result.stderr
+    assert sum(line.startswith("latte: error: ") for line in lines) == 1
+    for part in parts:
+        assert part in lines[-1]
+
+
+def lines_of(metrics: Path) -> list[dict]:
+    return [json.loads(line) for line in metrics.read_text().splitlines()]
+
+
+def wait_for(condition, process: subprocess.Popen) -> None:
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("To be, or not to be: that is the question.\n" * 40)
+    return path
+
+
+@pytest.fixture
+def run(tmp_path: Path, text: Path) -> Path:
+    """A finished run."""
+    folder = tmp_path / "run"
+    result = latte("train", "--text", text, "--out", folder, *SHORT)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def test_help_and_version_need_no_libtorch():
+    assert "train" in latte("--help").stdout
+    assert latte("--version").stdout.startswith("latte ")
+    assert latte().returncode == 2
+    unknown = latte("trian")
+    assert_fails(unknown, "trian", "train", code=2)
+    needed = subprocess.run(["ldd", LATTE], capture_output=True, text=True).stdout
+    assert "libtorch" not in needed
+
+
+def test_latte_says_where_latte_torch_is_missing(tmp_path):
+    alone = shutil.copy(LATTE, tmp_path / "latte")
+    assert_fails(subprocess.run([alone, "train"], capture_output=True, text=True), "LATTE_TORCH=ON")
+
+
+@pytest.mark.parametrize("command", ["train", "generate", "verify", "bench"])
+def test_every_command_explains_itself(command):
+    result = latte(command, "--help")
+    assert result.returncode == 0
+    assert "latte " + command in result.stdout
+
+
+@pytest.mark.parametrize("command", ["train", "generate"])
+def test_help_has_examples(command):
+    assert "Examples:\n  latte " + command in latte(command, "--help").stdout
+
+
+def test_train_leaves_checkpoint_metrics_config_and_curve(run, text):
+    metrics = lines_of(run / "metrics.jsonl")
+    assert [line["step"] for line in metrics] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in metrics if line["val_loss"] is not None] == [3, 6]
+    assert set(metrics[0]) == {"step", "loss", "val_loss", "lr", "grad_norm", "tokens_per_second", "tokens", "time"}
+    assert metrics[-1]["tokens"] == 6 * 2 * 16
+    names = {path.name for path in run.iterdir()} - {".lock"}
+    assert names >= {"checkpoint.safetensors", "metrics.jsonl", "config.json"}
+    if shutil.which("gnuplot"):
+        assert "<svg" in (run / "loss.svg").read_text()
+        assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+    again = latte("train", "--text", text, "--config", run / "config.json", "--out", run.parent / "again", "--threads", 1)
+    assert again.returncode == 0, again.stderr
+    losses = [[line["loss"] for line in lines_of(folder / "metrics.jsonl")] for folder in (run, run.parent / "again")]
+    assert losses[0] == losses[1]
+
+
+def test_train_without_gnuplot_goes_on_without_a_curve(tmp_path, text):
+    result = latte("train", "--text", text, "--out", tmp_path / "run", *SHORT, env={**os.environ, "PATH": "/nonexistent"})
+    assert result.returncode == 0, result.stderr
+    assert "gnuplot isn't installed" in result.stderr
+    assert not (tmp_path / "run" / "loss.svg").exists()
+
+
+def test_json_report(tmp_path, text):
+    result = latte("train", "--text", text, "--out", tmp_path / "run", *SHORT, "--json", "--quiet")
+    report = json.loads(result.stdout)
+    assert report["step"] == 6 and report["val_loss"] > 0 and not report["interrupted"]
+    assert result.stderr == ""
+
+
+def test_refuses_a_folder_with_a_run_unless_told(run, text):
+    before = (run / "checkpoint.safetensors").read_bytes()
+    assert_fails(latte("train", "--text", text, "--out", run, *SHORT), "--resume", "--overwrite", code=2)
+    # A mistake must not cost the old run, --overwrite or not.
+    assert_fails(latte("train", "--text", run / "none", "--out", run, *SHORT, "--overwrite"), "No such file")
+    assert (run / "checkpoint.safetensors").read_bytes() == before
+    assert latte("train", "--text", text, "--out", run, *SHORT, "--overwrite").returncode == 0
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    """Every tensor of a checkpoint: weights, moments, the generator."""
+    with safe_open(folder / "checkpoint.safetensors", framework="np") as file:
+        return {name: file.get_tensor(name).tobytes() for name in file.keys()}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_saves_and_resumes_bit_for_bit(tmp_path, text, number):
+    """Straight through, and in two programs with dropout: the same bytes."""
+    options = [*TINY, "--steps", "1000", "--dropout", "0.2", "--accumulate", "2", "--threads", "1", "--eval-every", "7"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert latte("train", "--text", text, "--out", whole, *options).returncode == 0
+
+    process = start("train", "--text", text, "--out", parts, *options, "--save-every", "0")
+    metrics = parts / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= 5, process)
+    process.send_signal(number)
+    _, errors = process.communicate()
+    assert process.returncode == 130, errors
+    done = len(lines_of(metrics))
+    assert 5 <= done < 1000
+    assert f"saved at step {done}" in errors
+
+    # What isn't named is as it was.
+    result = latte("train", "--out", parts, "--resume", "--threads", 1)
+    assert result.returncode == 0, result.stderr
+    assert weights(whole) == weights(parts)
+    for key in ("step", "loss", "val_loss", "lr", "grad_norm", "tokens"):
+        assert [line[key] for line in lines_of(metrics)] == [line[key] for line in lines_of(whole / "metrics.jsonl")]
+
+
+def test_a_killed_run_leaves_a_whole_checkpoint(tmp_path, text):
+    folder = tmp_path / "run"
+    checkpoint, metrics = folder / "checkpoint.safetensors", folder / "metrics.jsonl"
+    for attempt in range(5):
+        resume = ["--resume"] if attempt else []
+        process = start("train", "--text", text, "--out", folder, *ENDLESS, "--save-every", "1", *resume)
+        before = checkpoint.stat().st_mtime_ns if attempt else 0
+        wait_for(lambda old=before: checkpoint.exists() and checkpoint.stat().st_mtime_ns != old, process)
+        time.sleep(0.003 * attempt)
+        process.kill()
+        process.communicate()
+        result = latte("generate", folder, "--tokens", 1)
+        assert result.returncode == 0, result.stderr
+        with safe_open(checkpoint, framework="np") as file:
+            assert int(file.metadata()["step"]) <= metrics.read_bytes().count(b"\n")
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path, text):
+    folder = tmp_path / "run"
+    process = start("train", "--text", text, "--out", folder, *ENDLESS, "--save-every", "1")
+    wait_for((folder / "checkpoint.safetensors").exists, process)
+    assert_fails(latte("train", "--out", folder, "--resume"), "another process")
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [(None, "No such file"), (b"", "empty"), (b"ab", "too short"), (b"abc \xff def" * 100, "UTF-8")],
+    ids=["missing", "empty", "short", "not-utf8"],
+)
+def test_bad_texts(tmp_path, content, part):
+    path = tmp_path / "bad.txt"
+    if content is not None:
+        path.write_bytes(content)
+    assert_fails(latte("train", "--text", path, "--out", tmp_path / "run", *SHORT), "bad.txt", part)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_is_no_text(tmp_path):
+    assert_fails(latte("train", "--text", tmp_path, *SHORT), "Is a directory")
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (["--lr", "-1"], "lr"),
+        (["--steps", "0"], "steps"),
+        (["--steps", "many"], "steps"),
+        (["--heads", "3"], "num_heads"),
+        (["--attention", "softmax", "--position", "conv"], "position"),
+        (["--attention", "linear"], "attention"),
+        (["--batch", "99999999999"], "batch"),
+        (["--resume", "--overwrite"], "overwrite"),
+        (["--nonsense"], "nonsense"),
+    ],
+)
+def test_bad_options_are_usage_errors(tmp_path, text, options, part):
+    assert_fails(latte("train", "--text", text, "--out", tmp_path / "run", *SHORT, *options), part, code=2)
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_config_files(tmp_path, text):
+    config = tmp_path / "config.json"
+    for content, part, code in [
+        ("{", "JSON", 1),
+        ('{"mode": {}}', "mode", 1),
+        ('{"training": {"stepz": 1}}', "stepz", 2),
+        ('{"model": {"embed_dim": "big"}}', "embed_dim", 2),
+    ]:
+        config.write_text(content)
+        assert_fails(latte("train", "--text", text, "--config", config, "--out", tmp_path / "run"), part, code=code)
+
+
+def test_resume_refuses_another_model_or_none(run):
+    assert_fails(latte("train", "--out", run, "--resume", "--steps", 9, "--layers", 2), "num_layers", code=2)
+    assert_fails(latte("train", "--out", run, "--resume"), "more steps", code=2)
+    assert_fails(latte("train", "--out", run / "none", "--resume"), "No such file")
+    assert_fails(latte("train", "--resume"), "--out", code=2)
+
+
+def test_resume_refuses_a_text_with_other_characters(run, text):
+    text.write_text("€" * 2000)
+    assert_fails(latte("train", "--out", run, "--resume", "--steps", 9), "text.txt")
+
+
+def test_damaged_checkpoints(run):
+    checkpoint = run / "checkpoint.safetensors"
+    good = checkpoint.read_bytes()
+    damaged = bytearray(good)
+    damaged[-20] ^= 1
+    version = good.replace(b'"version":"1"', b'"version":"9"')
+    assert version != good
+    for content, part in [
+        (good[: len(good) // 2], "checkpoint.safetensors"),
+        (good[:5], "checkpoint.safetensors"),
+        (b"", "checkpoint.safetensors"),
+        (bytes(damaged), "damaged"),
+        (version, "version"),
+    ]:
+        checkpoint.write_bytes(content)
+        assert_fails(latte("generate", run), part)
+        assert_fails(latte("train", "--out", run, "--resume", "--steps", 9), part)
+        assert checkpoint.read_bytes() == content
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(run):
+    checkpoint = run / "checkpoint.safetensors"
+    before = checkpoint.read_bytes()
+    limit = len(before) // 2
+
+    def fill_disk():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    result = latte("train", "--out", run, "--resume", "--steps", 9, "--threads", 1, preexec_fn=fill_disk)
+    assert_fails(result, "checkpoint.safetensors", "File too large")
+    assert checkpoint.read_bytes() == before
+    assert not list(run.glob(".checkpoint*"))
+    assert latte("train", "--out", run, "--resume", "--steps", 9, "--threads", 1).returncode == 0
+    assert [line["step"] for line in lines_of(run / "metrics.jsonl")] == list(range(1, 10))
+
+
+def test_generate_writes_the_same_text_for_the_same_seed(run):
+    first, second, other = (
+        latte("generate", run, "--prompt", "To be", "--tokens", 60, "--seed", seed).stdout for seed in (1, 1, 2)
+    )
+    assert first == second != other
+    assert first.startswith("To be") and len(first) == 5 + 60 + 1
+    greedy = [latte("generate", run, "--temperature", 0, "--tokens", 20, "--seed", seed).stdout for seed in (1, 2)]
+    assert greedy[0] == greedy[1]
+
+
+def test_generate_by_file_prompt_and_json(run, tmp_path):
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("be, or")
+    options = ["--tokens", 40, "--seed", 3, "--top-k", 5, "--top-p", 0.9]
+    plain = latte("generate", "--checkpoint", run / "checkpoint.safetensors", "--prompt-file", prompt, *options)
+    report = json.loads(latte("generate", run, "--prompt-file", prompt, *options, "--json").stdout)
+    assert plain.stdout == report["text"] + "\n"
+    assert report["tokens"] == 40 and report["prompt_tokens"] == 6 and report["seed"] == 3
+
+
+def test_generation_costs_the_same_memory_at_every_position(run):
+    result = latte("generate", run, "--tokens", 1200, "--seed", 1, "--json")
+    stats = json.loads(result.stdout)["stats"]
+    assert [row["position"] for row in stats] == [100, 1000, 1201]
+    assert len({row["state_bytes"] for row in stats}) == 1
+    table = latte("generate", run, "--tokens", 120, "--stats").stderr
+    assert "ms a token" in table and "peak memory" in table
+
+
+def test_generate_refuses_what_it_cannot_read(run):
+    assert_fails(latte("generate", run, "--prompt", "über"), "prompt")
+    assert_fails(latte("generate", run, "--prompt", ""), "prompt is empty")
+    assert_fails(latte("generate", run, "--top-p", 2), "top-p", code=2)
+    assert_fails(latte("generate", run, "--tokens", -1), code=2)
+    assert_fails(latte("generate"), "checkpoint", code=2)
+    assert_fails(latte("generate", run / "metrics.jsonl"), "metrics.jsonl")
+
+
+def test_generate_notices_a_full_disk(run):
+    with open("/dev/full", "w") as full:
+        result = subprocess.run([LATTE, "generate", run], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert_fails(result, "No space left")
+
+
+def test_generate_ends_cleanly_on_ctrl_c(run):
+    process = subprocess.Popen(
+        [LATTE, "generate", run, "--tokens", "100000000", "--stats"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout.read(100)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate()
+    assert process.returncode == 130
+    assert output.endswith(b"\n") and b"ms a token" in errors
+
+
+def test_learned_positions_end(tmp_path, text):
+    folder = tmp_path / "run"
+    options = [*SHORT, "--attention", "softmax", "--position", "learned"]
+    assert latte("train", "--text", text, "--out", folder, *options).returncode == 0
+    assert_fails(latte("generate", folder, "--tokens", 50), "learned positions")
+
+
+def test_bytes_as_tokens(tmp_path):
+    path = tmp_path / "data.bin"
+    path.write_bytes(bytes(range(256)) * 20)
+    folder = tmp_path / "run"
+    assert latte("train", "--text", path, "--tokens", "bytes", "--out", folder, *SHORT).returncode == 0
+    result = subprocess.run([LATTE, "generate", folder, "--tokens", "50", "--seed", "1"], capture_output=True)
+    assert result.returncode == 0 and len(result.stdout) == 51
+    assert json.loads(latte("generate", folder, "--tokens", 50, "--json").stdout)["tokens"] == 50

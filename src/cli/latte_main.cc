@@ -1,0 +1,104 @@
+// The program latte: without libtorch. Commands that need it live in latte-torch, which takes this process's place.
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <cstdio>
+#include <cstring>
+#include <filesystem>
+#include <numeric>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace {
+
+constexpr int kUsageError = 2;
+
+struct Command {
+  std::string_view name;
+  std::string_view summary;
+};
+
+// In the order of the help.
+constexpr std::array kTorchCommands = {
+    Command{"train", "Train a language model on a text"},
+    Command{"generate", "Write text with a trained model"},
+    Command{"verify", "Check this machine's kernels against reference files"},
+    Command{"bench", "Measure attention against torch's"},
+};
+
+void PrintHelp() {
+  std::puts("Latent attention: linear-time training, constant-cost decoding.\n\nUsage: latte COMMAND [OPTIONS]\n\nCommands:");
+  for (const Command& command : kTorchCommands) {
+    std::printf("  %-10s %s\n", std::string(command.name).c_str(), std::string(command.summary).c_str());
+  }
+  std::puts(
+      "\nOptions:\n  --help     This; `latte COMMAND --help` explains a command\n  --version  The version\n\n"
+      "Examples:\n  latte train --text data/tinyshakespeare.txt --out runs/demo\n"
+      "  latte generate runs/demo --prompt ROMEO:");
+}
+
+// Levenshtein's, one row at a time.
+size_t EditDistance(std::string_view a, std::string_view b) {
+  std::vector<size_t> row(b.size() + 1);
+  std::iota(row.begin(), row.end(), size_t{0});
+  for (size_t i = 1; i <= a.size(); ++i) {
+    size_t diagonal = std::exchange(row[0], i);
+    for (size_t j = 1; j <= b.size(); ++j) {
+      const size_t replaced = diagonal + (a[i - 1] == b[j - 1] ? 0 : 1);
+      diagonal = row[j];
+      row[j] = std::min({replaced, row[j] + 1, row[j - 1] + 1});
+    }
+  }
+  return row.back();
+}
+
+int Reject(std::string_view name) {
+  constexpr size_t kLongest = 64;  // a longer word is no slip of the finger
+  std::string shown(name.substr(0, kLongest));
+  std::replace_if(
+      shown.begin(), shown.end(), [](unsigned char c) { return c < 0x20 || c == 0x7F; }, '?');
+  const bool option = name.starts_with("-");
+  std::string message = "latte: error: unknown " + std::string(option ? "option " : "command ") + shown;
+  const auto distance = [&](const Command& command) { return EditDistance(shown, command.name); };
+  const auto nearest = std::min_element(kTorchCommands.begin(), kTorchCommands.end(),
+                                        [&](const Command& a, const Command& b) { return distance(a) < distance(b); });
+  if (!option && distance(*nearest) <= 2) message += "; did you mean " + std::string(nearest->name) + "?";
+  std::fprintf(stderr, "%s (latte --help lists the commands)\n", message.c_str());
+  return kUsageError;
+}
+
+// Returns only where latte-torch can't be run.
+int RunTorch(char** argv) {
+  std::error_code error;
+  const auto program = std::filesystem::read_symlink("/proc/self/exe", error);
+  const auto folder = error ? std::filesystem::path(argv[0]).parent_path() : program.parent_path();
+  const std::filesystem::path places[] = {folder / "latte-torch", folder / ".." / "bin" / "latte-torch"};
+  for (const auto& place : places) {
+    if (!std::filesystem::exists(place, error)) continue;
+    ::execv(place.c_str(), argv);
+    std::fprintf(stderr, "latte: error: cannot run %s: %s\n", place.c_str(), std::strerror(errno));
+    return 1;
+  }
+  std::fprintf(stderr, "latte: error: latte-torch isn't beside latte, and %s needs it: build with -DLATTE_TORCH=ON\n", argv[1]);
+  return 1;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc < 2) {
+    PrintHelp();
+    return kUsageError;
+  }
+  const std::string_view name = argv[1];
+  if (name == "--help" || name == "-h" || name == "help") return PrintHelp(), 0;
+  if (name == "--version") return std::puts("latte " LATTE_VERSION), 0;
+  for (const Command& command : kTorchCommands) {
+    if (name == command.name) return RunTorch(argv);
+  }
+  return Reject(name);
+}

@@ -1,0 +1,60 @@
+// The program latte-torch: the commands of latte that need libtorch. `latte` runs it; it is named latte in all it says.
+#include <c10/util/Exception.h>
+#include <malloc.h>
+
+#include <algorithm>
+#include <csignal>
+#include <cstdio>
+#include <exception>
+#include <new>
+#include <string>
+
+#include "cli/torch_commands.h"
+
+namespace {
+
+constexpr int kUsageError = 2;
+
+// One line, whatever a message holds.
+int Fail(std::string message, int exit_code) {
+  const size_t end = message.find_last_not_of(" \n");
+  message.erase(end == std::string::npos ? 0 : end + 1);
+  std::replace(message.begin(), message.end(), '\n', ' ');
+  std::fflush(stdout);
+  std::fprintf(stderr, "latte: error: %s\n", message.c_str());
+  return exit_code;
+}
+
+int Run(int argc, char** argv) {
+  int exit_code = 0;
+  CLI::App app("Latent attention: linear-time training, constant-cost decoding.", "latte");
+  app.set_version_flag("--version", "latte " LATTE_VERSION);
+  app.require_subcommand(1);
+  latte::cli::AddTrain(app, exit_code);
+  latte::cli::AddGenerate(app, exit_code);
+  latte::cli::AddVerify(app, exit_code);
+  latte::cli::AddBench(app, exit_code);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    if (error.get_exit_code() == static_cast<int>(CLI::ExitCodes::Success)) return app.exit(error);  // --help, --version
+    return Fail(std::string(error.what()) + " (--help explains)", kUsageError);
+  }
+  return exit_code;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  // A limit on file sizes becomes an error that is reported, as a full disk is.
+  std::signal(SIGXFSZ, SIG_IGN);
+  try {
+    return Run(argc, argv);
+  } catch (const c10::Error& error) {
+    return Fail(error.what_without_backtrace(), 1);
+  } catch (const std::bad_alloc&) {
+    return Fail("out of memory", 1);
+  } catch (const std::exception& error) {
+    return Fail(error.what(), 1);
+  }
+}

@@ -1,0 +1,270 @@
+// latte train: a language model from a plain text.
+#include <ATen/Parallel.h>
+
+#include <cstdio>
+#include <filesystem>
+#include <map>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <string>
+
+#include "cli/torch_commands.h"
+#include "formats/error.h"
+#include "formats/mapped_file.h"
+#include "models/language_model_config.h"
+#include "train/interrupt.h"
+#include "train/run.h"
+
+namespace latte::cli {
+namespace {
+
+using nlohmann::json;
+using train::OptionError;
+using train::TrainerOptions;
+
+// The default model, where it differs from LanguageModelConfig's: small enough for a few minutes on two cores.
+const json kDefaultModel = {{"attention", "macchiato"}, {"num_layers", 4}, {"embed_dim", 128}, {"num_heads", 4}};
+
+struct Options {
+  json model = json::object();     // fields of LanguageModelConfig that the command line names
+  json training = json::object();  // and of TrainerOptions
+  std::string config_file;
+  std::string out;
+  int threads = 0;
+  bool resume = false;
+  bool overwrite = false;
+  bool json_output = false;
+  bool quiet = false;
+};
+
+// An option that only leaves its value in `object`, so that what wasn't named can come from a file or a checkpoint.
+template <typename T>
+CLI::Option* Add(CLI::App& command, json& object, const std::string& flag, const std::string& field, const std::string& help,
+                 const json& shown_default) {
+  CLI::Option* option = command.add_option_function<T>(
+      flag, [&object, field](const T& value) { object[field] = value; }, help);
+  if (!shown_default.is_null()) {
+    option->default_str(shown_default.is_string() ? shown_default.get<std::string>() : shown_default.dump());
+  }
+  return option;
+}
+
+void AddModelOptions(CLI::App& command, json& model) {
+  const json shown = [] {
+    models::LanguageModelConfig config;
+    config.vocab_size = 1;
+    json object = config.to_json();
+    object.merge_patch(kDefaultModel);
+    return object;
+  }();
+  const auto number = [&](const char* flag, const char* field, const char* help, bool with_default = true) {
+    return Add<int64_t>(command, model, flag, field, help, with_default ? shown.at(field) : json())->group("Model");
+  };
+  const auto name = [&](const char* flag, const char* field, const char* help, std::vector<std::string> choices,
+                        bool with_default = true) {
+    return Add<std::string>(command, model, flag, field, help, with_default ? shown.at(field) : json())
+        ->check(CLI::IsMember(std::move(choices)))
+        ->group("Model");
+  };
+  name("--attention", "attention", "What reads the past", {"macchiato", "latte", "window", "softmax"});
+  name("--position", "position", "How it knows where a token stands; by default what suits the attention",
+       {"none", "learned", "rotary", "vapor", "conv", "rg_lru"}, false);
+  number("--layers", "num_layers", "Blocks");
+  number("--embed-dim", "embed_dim", "Size of the residual stream");
+  number("--heads", "num_heads", "Query heads; a divisor of --embed-dim");
+  number("--kv-heads", "num_kv_heads", "Key-value heads; a divisor of --heads, by default as many", false);
+  number("--latents", "num_latents", "Latents a head (latte, macchiato); by default the head's size", false);
+  number("--window", "window", "Tokens of standard attention (window, macchiato)");
+  number("--sinks", "sinks", "First tokens that stay readable (window, macchiato)");
+  name("--mlp", "mlp", "The MLP: GELU, or gated by SiLU", {"gelu", "gated"});
+  name("--norm", "norm", "Layer norm or RMS norm", {"layer", "rms"});
+  Add<double>(command, model, "--dropout", "dropout", "Dropout's probability", shown.at("dropout"))->group("Model");
+  command
+      .add_flag_callback(
+          "--forget", [&model] { model["forget"] = true; }, "Latents forget by a learned decay (latte, macchiato)")
+      ->group("Model");
+}
+
+void AddTrainingOptions(CLI::App& command, json& training) {
+  const json shown = TrainerOptions().to_json();
+  const auto number = [&](const char* flag, const char* field, const char* help) {
+    Add<int64_t>(command, training, flag, field, help, shown.at(field))->group("Training");
+  };
+  const auto real = [&](const char* flag, const char* field, const char* help) {
+    Add<double>(command, training, flag, field, help, shown.at(field))->group("Training");
+  };
+  Add<std::string>(command, training, "--text", "text", "The text, any plain file", json())->type_name("FILE")->group("Data");
+  Add<std::string>(command, training, "--tokens", "tokens", "A token is a character (of UTF-8) or a byte", shown.at("tokens"))
+      ->check(CLI::IsMember({"chars", "bytes"}))
+      ->group("Data");
+  Add<double>(command, training, "--validation-fraction", "validation_fraction", "Of the text, its end, to validate on",
+              shown.at("validation_fraction"))
+      ->group("Data");
+  number("--context", "context", "Tokens a sequence");
+  number("--batch", "batch", "Sequences at once");
+  number("--accumulate", "accumulate", "Batches a step: more memory for none");
+  number("--steps", "steps", "Updates of the weights");
+  real("--lr", "lr", "Learning rate after the warm-up");
+  Add<double>(command, training, "--min-lr", "min_lr", "Learning rate at the end of the cosine; by default --lr / 10", json())
+      ->group("Training");
+  number("--warmup", "warmup", "Steps of linear warm-up");
+  real("--weight-decay", "weight_decay", "AdamW's decay, of matrices");
+  real("--beta1", "beta1", "AdamW's decay of the mean");
+  real("--beta2", "beta2", "AdamW's decay of the variance");
+  real("--clip", "clip", "Greatest gradient norm; 0: any");
+  number("--eval-every", "eval_every", "Steps between validations; 0: at the end");
+  number("--eval-batches", "eval_batches", "Batches a validation");
+  number("--save-every", "save_every", "Steps between checkpoints; 0: at the end");
+  number("--seed", "seed", "Of initialisation, data and dropout");
+  Add<std::string>(
+      command, training, "--dtype", "dtype",
+      "Of matrix products. auto is bfloat16 where the processor multiplies it (AVX512-BF16, AMX, Arm's bf16) and float32 "
+      "elsewhere, where bfloat16 would be many times slower",
+      shown.at("dtype"))
+      ->check(CLI::IsMember({"auto", "float32", "bfloat16"}))
+      ->group("Training");
+}
+
+// Lays `over` over `under`, field by field.
+void Merge(json& under, const json& over) {
+  for (const auto& [field, value] : over.items()) under[field] = value;
+}
+
+json ReadConfig(const std::string& path) {
+  const formats::MappedFile file(path);
+  const json object = json::parse(file.text(), nullptr, /*allow_exceptions=*/false);
+  if (!object.is_object()) throw formats::FormatError(path, "not a JSON object");
+  for (const auto& [key, value] : object.items()) {
+    if (key != "model" && key != "training") {
+      throw formats::FormatError(path, "unknown field " + formats::quote(key) + ", expected model and training");
+    }
+    if (!value.is_object()) throw formats::FormatError(path, key + " isn't a JSON object");
+  }
+  return object;
+}
+
+TrainerOptions TrainingOptions(json fields) {
+  // A tenth of whichever learning rate was named, unless it was named as well.
+  if (fields.contains("lr") && fields["lr"].is_number() && !fields.contains("min_lr")) {
+    fields["min_lr"] = fields["lr"].get<double>() / 10;
+  }
+  const TrainerOptions options = TrainerOptions::from_json(fields);
+  if (options.text.empty()) throw OptionError("--text is missing");
+  return options;
+}
+
+void CheckSameModel(const models::LanguageModelConfig& asked, const models::LanguageModelConfig& found) {
+  const json ours = asked.to_json(), theirs = found.to_json();
+  for (const auto& [field, value] : ours.items()) {
+    if (!theirs.contains(field) || theirs.at(field) != value) {
+      throw OptionError(field + " is " + value.dump() + ", but the checkpoint's model has " +
+                        (theirs.contains(field) ? theirs.at(field).dump() : "none"));
+    }
+  }
+}
+
+train::RunResult Resume(const Options& options, const json& model, const json& training, const train::RunOptions& run) {
+  const formats::CheckpointFile checkpoint(train::checkpoint_path(run.out));
+  const auto record = train::TrainingRecord::from(checkpoint);
+  json all = record.options.to_json();
+  if (training.contains("lr")) all.erase("min_lr");
+  Merge(all, training);
+  json wanted = record.model.to_json();
+  Merge(wanted, model);
+  wanted["vocab_size"] = record.model.vocab_size;
+  CheckSameModel(models::LanguageModelConfig::from_json(wanted), record.model);
+  return train::resume_run(TrainingOptions(all), run);
+}
+
+train::RunResult Start(const json& model, const json& training, const std::string& out, train::RunOptions run) {
+  const TrainerOptions options = TrainingOptions(training);
+  json fields = kDefaultModel;
+  Merge(fields, model);
+  fields["vocab_size"] = 1;  // the run takes the text's
+  if (fields.value("position", json()) == "learned" && !fields.contains("max_positions"))
+    fields["max_positions"] = options.context;
+  const auto config = models::LanguageModelConfig::from_json(fields);
+  if (out.empty()) run.out = "runs/" + std::filesystem::path(options.text).stem().string() + "-" + config.attention;
+  return train::start_run(config, options, run);
+}
+
+json Report(const train::RunResult& result, const std::string& out) {
+  const auto optional = [](const std::optional<double>& value) { return value ? json(*value) : json(nullptr); };
+  return {{"out", out},
+          {"checkpoint", result.checkpoint},
+          {"step", result.step},
+          {"interrupted", result.interrupted},
+          {"parameters", result.parameters},
+          {"loss", result.loss},
+          {"val_loss", optional(result.progress.val_loss)},
+          {"best_val_loss", optional(result.progress.best_val_loss)},
+          {"seconds", result.progress.seconds},
+          {"threads", result.progress.threads},
+          {"dtype", result.progress.dtype}};
+}
+
+int Train(const Options& options) {
+  if (options.threads > 0) at::set_num_threads(options.threads);
+  json model = json::object(), training = json::object();
+  if (!options.config_file.empty()) {
+    const json file = ReadConfig(options.config_file);
+    Merge(model, file.value("model", json::object()));
+    Merge(training, file.value("training", json::object()));
+  }
+  Merge(model, options.model);
+  Merge(training, options.training);
+  const train::RunOptions run{options.out, options.overwrite, options.quiet};
+  train::RunResult result;
+  try {
+    if (options.resume && options.out.empty()) throw OptionError("--resume needs --out, the folder of the run");
+    result = options.resume ? Resume(options, model, training, run) : Start(model, training, options.out, run);
+  } catch (const OptionError& error) {
+    throw CLI::ValidationError("train", error.what());
+  } catch (const models::ConfigError& error) {
+    throw CLI::ValidationError("train", error.what());
+  }
+  if (options.json_output) {
+    const std::string out = std::filesystem::path(result.checkpoint).parent_path().string();
+    std::printf("%s\n", Report(result, out).dump(2, ' ', false, json::error_handler_t::replace).c_str());
+  } else if (!options.quiet) {
+    std::fprintf(stderr, "%s at step %lld in %s\n", result.interrupted ? "interrupted and saved" : "saved",
+                 static_cast<long long>(result.step), result.checkpoint.c_str());
+  }
+  return result.interrupted ? train::InterruptGuard::kExitCode : 0;
+}
+
+}  // namespace
+
+void AddTrain(CLI::App& app, int& exit_code) {
+  auto options = std::make_shared<Options>();
+  CLI::App* command = app.add_subcommand("train", "Train a language model on a text");
+  AddTrainingOptions(*command, options->training);
+  AddModelOptions(*command, options->model);
+  command
+      ->add_option("--out", options->out,
+                   "The run's folder: checkpoint, metrics.jsonl, config.json, loss.svg and loss.png; by default "
+                   "runs/TEXT-ATTENTION")
+      ->type_name("FOLDER")
+      ->group("Run");
+  command->add_flag("--resume", options->resume, "Go on with the run in --out; what isn't named is as it was")->group("Run");
+  command->add_flag("--overwrite", options->overwrite, "Start again in a folder that holds a run")->group("Run");
+  command->add_option("--config", options->config_file, "A JSON file as a run's config.json; the command line comes first")
+      ->type_name("FILE")
+      ->group("Run");
+  command->add_option("--threads", options->threads, "Threads; by default torch's choice")
+      ->check(CLI::Range(1, 4096))
+      ->group("Run");
+  command->add_flag("--json", options->json_output, "Print the result as JSON")->group("Run");
+  command->add_flag("--quiet", options->quiet, "No progress")->group("Run");
+  command->get_option("--resume")->excludes("--overwrite");
+  command->footer(
+      "Ctrl-C saves and ends with exit code 130; --resume then goes on, with the same number of threads bit for bit.\n\n"
+      "Examples:\n"
+      "  latte train --text data/tinyshakespeare.txt --out runs/demo\n"
+      "  latte train --out runs/demo --resume --steps 2000\n"
+      "  latte train --text book.txt --attention latte --latents 64 --context 1024 --batch 4 --dropout 0.1\n"
+      "  latte train --text data.bin --tokens bytes --attention softmax --config runs/demo/config.json");
+  command->callback([options, &exit_code] { exit_code = Train(*options); });
+}
+
+}  // namespace latte::cli

@@ -1,0 +1,76 @@
+#include "train/progress.h"
+
+#include <unistd.h>
+
+#include <array>
+#include <cstdio>
+
+namespace latte::train {
+namespace {
+
+constexpr auto kTerminalPeriod = std::chrono::milliseconds(100);
+constexpr auto kPlainPeriod = std::chrono::seconds(5);
+
+template <typename... Args>
+std::string format(const char* pattern, Args... args) {
+  std::array<char, 256> text{};
+  std::snprintf(text.data(), text.size(), pattern, args...);
+  return text.data();
+}
+
+double smoothed(double before, double now) { return before == 0.0 ? now : 0.95 * before + 0.05 * now; }
+
+}  // namespace
+
+std::string format_seconds(double seconds) {
+  if (!(seconds >= 0)) seconds = 0;
+  const auto whole = static_cast<long>(seconds + 0.5);
+  if (seconds < 10) return format("%.2g s", seconds);
+  if (whole < 60) return format("%ld s", whole);
+  if (whole < 3600) return format("%ld min %02ld s", whole / 60, whole % 60);
+  return format("%ld h %02ld min", whole / 3600, whole / 60 % 60);
+}
+
+ProgressLine::ProgressLine(int64_t first_step, int64_t steps, bool quiet)
+    : first_step_(first_step), steps_(steps), quiet_(quiet), terminal_(isatty(STDERR_FILENO) != 0) {}
+
+std::string ProgressLine::line_of(const StepMetrics& metrics) const {
+  const double elapsed = std::chrono::duration<double>(Clock::now() - start_).count();
+  const double left = elapsed / static_cast<double>(metrics.step - first_step_) * static_cast<double>(steps_ - metrics.step);
+  std::string line =
+      format("step %lld/%lld  loss %.4f", static_cast<long long>(metrics.step), static_cast<long long>(steps_), loss_);
+  if (val_loss_ > 0) line += format("  val %.4f", val_loss_);
+  line += format("  lr %.2e  %.0f tokens/s  ", metrics.lr, rate_);
+  return line + (metrics.step < steps_ ? format_seconds(left) + " left" : "took " + format_seconds(elapsed));
+}
+
+void ProgressLine::update(const StepMetrics& metrics) {
+  if (metrics.val_loss) val_loss_ = *metrics.val_loss;
+  loss_ = smoothed(loss_, metrics.loss);
+  rate_ = smoothed(rate_, metrics.tokens_per_second);
+  if (quiet_) return;
+  const auto now = Clock::now();
+  const bool keep = metrics.val_loss.has_value() || metrics.step == steps_;
+  if (!keep && now - shown_ < (terminal_ ? kTerminalPeriod : Clock::duration(kPlainPeriod))) return;
+  shown_ = now;
+  const std::string line = line_of(metrics);
+  if (!terminal_) {
+    std::fprintf(stderr, "%s\n", line.c_str());
+    return;
+  }
+  std::fprintf(stderr, "\r\033[K%s%s", line.c_str(), keep ? "\n" : "");
+  std::fflush(stderr);
+  open_ = !keep;
+}
+
+void ProgressLine::note(const std::string& text) {
+  finish();
+  if (!quiet_) std::fprintf(stderr, "%s\n", text.c_str());
+}
+
+void ProgressLine::finish() {
+  if (open_) std::fputc('\n', stderr);
+  open_ = false;
+}
+
+}  // namespace latte::train

@@ -1,0 +1,186 @@
+#include "train/run.h"
+
+#include <ATen/Parallel.h>
+#include <fcntl.h>
+#include <sys/file.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <chrono>
+#include <cmath>
+#include <filesystem>
+#include <nlohmann/json.hpp>
+#include <stdexcept>
+
+#include "data/text.h"
+#include "formats/error.h"
+#include "train/interrupt.h"
+#include "train/metrics.h"
+#include "train/plot.h"
+#include "train/progress.h"
+#include "train/trainer.h"
+
+namespace latte::train {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
+// A run's folder, held by one process at a time.
+class RunFolder {
+ public:
+  explicit RunFolder(const std::string& path) : path_(path) {
+    std::error_code error;
+    std::filesystem::create_directories(path_, error);
+    if (error) throw formats::FileError("make", path, error.value());
+    const std::string lock = (path_ / ".lock").string();
+    lock_ = ::open(lock.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+    if (lock_ < 0) throw formats::FileError("open", lock, errno);
+    if (::flock(lock_, LOCK_EX | LOCK_NB) != 0) {
+      ::close(lock_);
+      throw std::runtime_error("another process trains in " + path);
+    }
+    remove_remnants();
+  }
+  ~RunFolder() { ::close(lock_); }
+  RunFolder(const RunFolder&) = delete;
+  RunFolder& operator=(const RunFolder&) = delete;
+
+  std::string operator/(std::string_view name) const { return (path_ / name).string(); }
+  std::string checkpoint() const { return *this / kCheckpointName; }
+  std::string name() const { return path_.lexically_normal().filename().string(); }
+
+ private:
+  // Temporary files (AtomicFile) of a process that was killed while it wrote.
+  void remove_remnants() const {
+    std::error_code ignored;
+    for (const auto& entry : std::filesystem::directory_iterator(path_, ignored)) {
+      const std::string name = entry.path().filename().string();
+      if (name.starts_with(".checkpoint.safetensors.") && name.ends_with(".tmp")) std::filesystem::remove(entry.path(), ignored);
+    }
+  }
+
+  std::filesystem::path path_;
+  int lock_ = -1;
+};
+
+TextCorpusOptions corpus_options(const TrainerOptions& options) {
+  return {.kind = options.vocabulary_kind(), .validation_fraction = options.validation_fraction, .context = options.context};
+}
+
+bool is_due(int64_t step, int64_t every, int64_t last) { return step == last || (every > 0 && step % every == 0); }
+
+// The loop: what start_run and resume_run have in common.
+RunResult run_loop(Trainer& trainer, const TextCorpus& corpus, const RunFolder& folder, Progress progress, bool quiet) {
+  const TrainerOptions& options = trainer.options();
+  progress.threads = at::get_num_threads();
+  progress.dtype = trainer.dtype();
+  progress.train_tokens = corpus.size(Split::kTrain);
+  progress.validation_tokens = corpus.size(Split::kValidation);
+
+  RunResult result;
+  result.parameters = trainer.model()->config().parameter_count();
+  result.checkpoint = folder.checkpoint();
+  const InterruptGuard interrupt;
+  MetricsLog log(folder / "metrics.jsonl", trainer.steps_done());
+  ProgressLine line(trainer.steps_done(), options.steps, quiet);
+  while (trainer.steps_done() < options.steps && !result.interrupted) {
+    const auto start = Clock::now();
+    const StepResult step = trainer.step();
+    const double seconds = seconds_since(start);
+    if (!std::isfinite(step.loss) || !std::isfinite(step.grad_norm)) {
+      throw std::runtime_error("the loss or its gradient isn't finite at step " + std::to_string(trainer.steps_done() + 1) +
+                               ": a lower learning rate, a longer warm-up or float32 may help");
+    }
+    progress.seconds += seconds;
+    result.interrupted = InterruptGuard::interrupted();
+
+    StepMetrics metrics;
+    metrics.step = trainer.steps_done();
+    metrics.loss = step.loss;
+    metrics.lr = step.lr;
+    metrics.grad_norm = step.grad_norm;
+    metrics.tokens = metrics.step * options.tokens_per_step();
+    metrics.tokens_per_second = static_cast<double>(options.tokens_per_step()) / std::max(seconds, 1e-9);
+    metrics.time = progress.seconds;
+    if (trainer.has_validation() && is_due(metrics.step, options.eval_every, options.steps)) {
+      metrics.val_loss = progress.val_loss = trainer.evaluate();
+      progress.best_val_loss = std::min(progress.best_val_loss.value_or(*metrics.val_loss), *metrics.val_loss);
+    }
+    log.append(metrics);
+    line.update(metrics);
+    result.loss = step.loss;
+    if (result.interrupted || is_due(metrics.step, options.save_every, options.steps)) trainer.save(result.checkpoint, progress);
+  }
+  line.finish();
+  const std::string problem = plot_losses({{folder.name(), read_metrics(folder / "metrics.jsonl")}}, folder / "loss");
+  if (!problem.empty()) line.note("latte: " + problem);
+  result.step = trainer.steps_done();
+  result.progress = progress;
+  return result;
+}
+
+// What `latte train --config` takes, to do the same again.
+void write_config(const RunFolder& folder, models::LanguageModelConfig model, const TrainerOptions& options) {
+  nlohmann::json object = {{"model", model.to_json()}, {"training", options.to_json()}};
+  object["model"].erase("vocab_size");
+  formats::write_file(folder / "config.json", object.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");
+}
+
+}  // namespace
+
+RunResult start_run(const models::LanguageModelConfig& model, const TrainerOptions& options, const RunOptions& run) {
+  options.validate();
+  const std::string existing = (std::filesystem::path(run.out) / kCheckpointName).string();
+  if (!run.overwrite && std::filesystem::exists(existing)) {
+    throw OptionError(existing +
+                      " is there already: --resume goes on with it, --overwrite starts again, --out names another folder");
+  }
+  const TextCorpus corpus(options.text, corpus_options(options));
+  models::LanguageModelConfig sized = model;
+  sized.vocab_size = corpus.vocabulary().size();
+  Trainer trainer(sized, options, corpus);
+
+  // Only now, when everything that could be wrong was read, does anything change on the disk.
+  const RunFolder folder(run.out);
+  std::error_code ignored;
+  std::filesystem::remove(folder.checkpoint(), ignored);
+  write_config(folder, sized, options);
+  return run_loop(trainer, corpus, folder, {}, run.quiet);
+}
+
+RunResult resume_run(const TrainerOptions& options, const RunOptions& run) {
+  options.validate();
+  const std::string path = (std::filesystem::path(run.out) / kCheckpointName).string();
+  if (!std::filesystem::exists(path)) throw formats::FileError("resume from", path, ENOENT);
+  const RunFolder folder(run.out);
+  const formats::CheckpointFile checkpoint(path);
+  const TrainingRecord record = TrainingRecord::from(checkpoint);
+  if (checkpoint.step() >= options.steps) {
+    throw OptionError("the checkpoint is at step " + std::to_string(checkpoint.step()) + " of " + std::to_string(options.steps) +
+                      " already: more steps go on");
+  }
+  if (options.vocabulary_kind() != record.vocabulary.kind()) {
+    throw OptionError("tokens is " + options.tokens + ", but the checkpoint was trained on " + record.options.tokens);
+  }
+  TextCorpusOptions corpus_settings = corpus_options(options);
+  corpus_settings.vocabulary = record.vocabulary;
+  const TextCorpus corpus(options.text, corpus_settings);
+  Trainer trainer(checkpoint, options, corpus);
+
+  ProgressLine notes(0, 0, run.quiet);
+  if (corpus.size(Split::kTrain) != record.progress.train_tokens ||
+      corpus.size(Split::kValidation) != record.progress.validation_tokens) {
+    notes.note("latte: the text has changed since the checkpoint: the run goes on with the new one");
+  }
+  if (record.progress.threads != at::get_num_threads()) {
+    notes.note("latte: " + std::to_string(at::get_num_threads()) + " threads, where the checkpoint was made with " +
+               std::to_string(record.progress.threads) + ": the same to rounding, not bit for bit");
+  }
+  write_config(folder, record.model, options);
+  return run_loop(trainer, corpus, folder, record.progress, run.quiet);
+}
+
+}  // namespace latte::train

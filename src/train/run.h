@@ -1,0 +1,37 @@
+// A whole training run in a folder: checkpoint.safetensors, metrics.jsonl, config.json, loss.svg and loss.png.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "models/language_model_config.h"
+#include "train/training_checkpoint.h"
+
+namespace latte::train {
+
+struct RunOptions {
+  std::string out;         // the folder; made when it isn't there
+  bool overwrite = false;  // start_run: a run that is there already goes
+  bool quiet = false;      // nothing on standard error
+};
+
+struct RunResult {
+  bool interrupted = false;  // by Ctrl-C or SIGTERM; everything is saved
+  int64_t step = 0;
+  int64_t parameters = 0;
+  double loss = 0.0;  // of the last step
+  Progress progress;
+  std::string checkpoint;
+};
+
+// Trains a model from the start; its vocab_size becomes the text's.
+// Throws formats::FileError and formats::FormatError (text, checkpoint, disk), ConfigError, OptionError, and std::runtime_error
+// where the loss stops being finite or another process trains in the folder. The checkpoint is then the one of before.
+RunResult start_run(const models::LanguageModelConfig& model, const TrainerOptions& options, const RunOptions& run);
+
+// Goes on with a run from its checkpoint. `options` as those in the checkpoint or changed; what they train on and the vocabulary
+// can't change.
+RunResult resume_run(const TrainerOptions& options, const RunOptions& run);
+
+}  // namespace latte::train

@@ -1,0 +1,311 @@
+#include "train/trainer.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <filesystem>
+#include <fstream>
+#include <limits>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "formats/error.h"
+#include "formats/test_files.h"
+#include "train/run.h"
+
+namespace latte::train {
+namespace {
+
+using formats::TestFolder;
+
+// Three letters in an order that a model learns at once.
+std::string pattern_text(int length) {
+  std::string text;
+  for (int i = 0; i < length; ++i) text += "abcacb"[i % 6];
+  return text;
+}
+
+class TrainerTest : public ::testing::Test {
+ protected:
+  TrainerTest() {
+    options_.text = folder_ / "text.txt";
+    formats::write_bytes(options_.text, pattern_text(3000));
+    options_.context = 16;
+    options_.batch = 4;
+    options_.steps = 8;
+    options_.warmup = 2;
+    options_.lr = 1e-2;
+    options_.min_lr = 1e-3;
+    options_.eval_batches = 2;
+    options_.dtype = "float32";
+    model_.vocab_size = 3;
+    model_.num_layers = 2;
+    model_.embed_dim = 16;
+    model_.num_heads = 2;
+    model_.attention = "macchiato";
+    model_.window = 4;
+  }
+
+  TextCorpus corpus() const { return TextCorpus(options_.text, {.context = options_.context}); }
+
+  TestFolder folder_;
+  TrainerOptions options_;
+  models::LanguageModelConfig model_;
+};
+
+// Every bit of the weights, the moments and the generator.
+std::map<std::string, std::string> tensors_of(const std::string& path) {
+  const formats::CheckpointFile checkpoint(path);
+  std::map<std::string, std::string> tensors;
+  for (const auto& tensor : checkpoint.file().tensors()) {
+    tensors[tensor.name] = {reinterpret_cast<const char*>(tensor.data.data()), tensor.data.size()};
+  }
+  return tensors;
+}
+
+TEST_F(TrainerTest, ResumesBitForBitWithDropoutAndAccumulation) {
+  model_.dropout = 0.2;
+  options_.accumulate = 2;
+  const TextCorpus text = corpus();
+  const std::string whole = folder_ / "whole", half = folder_ / "half", resumed = folder_ / "resumed";
+  {
+    Trainer trainer(model_, options_, text);
+    for (int i = 0; i < 8; ++i) {
+      trainer.step();
+      if (i == 2 || i == 5) trainer.evaluate();  // which must draw nothing
+      if (i == 3) trainer.save(half, {});
+    }
+    trainer.save(whole, {});
+  }
+  torch::rand({7});  // a new process has another generator
+  Trainer trainer(formats::CheckpointFile(half), options_, text);
+  ASSERT_EQ(trainer.steps_done(), 4);
+  for (int i = 0; i < 4; ++i) trainer.step();
+  trainer.save(resumed, {});
+  EXPECT_NE(tensors_of(whole), tensors_of(half));
+  EXPECT_EQ(tensors_of(whole), tensors_of(resumed));
+}
+
+TEST_F(TrainerTest, LearnsAPatternWithEveryAttention) {
+  options_.steps = 60;
+  const TextCorpus text = corpus();
+  for (const char* attention : {"softmax", "window", "latte", "macchiato"}) {
+    model_.attention = attention;
+    Trainer trainer(model_, options_, text);
+    const double before = trainer.evaluate();
+    EXPECT_NEAR(before, std::log(3.0), 0.2) << attention;
+    for (int i = 0; i < 60; ++i) trainer.step();
+    EXPECT_LT(trainer.evaluate(), 0.2) << attention;
+  }
+}
+
+TEST_F(TrainerTest, AccumulatedBatchesMakeOneGradient) {
+  const TextCorpus text = corpus();
+  model_.num_layers = 1;
+  options_.accumulate = 3;
+  Trainer trainer(model_, options_, text);
+  std::vector<at::Tensor> sums;
+  double loss = 0.0;
+  for (uint64_t i = 0; i < 3; ++i) {
+    const auto batch = text.sample_batch(Split::kTrain, options_.batch, options_.context, options_.seed, i);
+    const auto value = torch::nn::functional::cross_entropy(trainer.model()(batch.x).flatten(0, 1), batch.y.flatten());
+    const auto grads = torch::autograd::grad({value}, trainer.model()->parameters(), {}, {}, false, /*allow_unused=*/false);
+    for (size_t k = 0; k < grads.size(); ++k) {
+      if (i == 0) sums.push_back(at::zeros_like(grads[k]));
+      sums[k] += grads[k] / 3;
+    }
+    loss += value.item<double>() / 3;
+  }
+  double squares = 0.0;
+  for (const auto& sum : sums) squares += sum.pow(2).sum().item<double>();
+  const StepResult result = trainer.step();
+  EXPECT_NEAR(result.loss, loss, 1e-6 * loss);
+  EXPECT_NEAR(result.grad_norm, std::sqrt(squares), 1e-5 * std::sqrt(squares));
+}
+
+// arXiv 1711.05101, algorithm 2, in float64.
+TEST(AdamWTest, FollowsItsDefinitionAndDecaysMatricesOnly) {
+  torch::manual_seed(1);
+  const AdamWOptions options{.beta1 = 0.8, .beta2 = 0.9, .eps = 1e-8, .weight_decay = 0.3};
+  auto matrix = torch::randn({3, 5}).requires_grad_(), vector = torch::randn({7}).requires_grad_();
+  AdamW optimizer({{"matrix", matrix}, {"vector", vector}}, options);
+  for (auto* parameter : {&matrix, &vector}) {
+    auto expected = parameter->detach().to(at::kDouble).clone();
+    auto mean = at::zeros_like(expected), variance = at::zeros_like(expected);
+    const double decay = parameter->dim() == 2 ? options.weight_decay : 0.0;
+    torch::manual_seed(2);
+    optimizer.zero_grad();
+    for (int step = 1; step <= 5; ++step) {
+      const double lr = 0.1 / step;
+      parameter->mutable_grad() = torch::randn(parameter->sizes());
+      const auto grad = parameter->grad().to(at::kDouble);
+      mean = options.beta1 * mean + (1 - options.beta1) * grad;
+      variance = options.beta2 * variance + (1 - options.beta2) * grad * grad;
+      const auto corrected = mean / (1 - std::pow(options.beta1, step));
+      const auto scale = (variance / (1 - std::pow(options.beta2, step))).sqrt() + options.eps;
+      expected = expected - lr * decay * expected - lr * corrected / scale;
+      optimizer.step(lr, step);
+    }
+    const double error = (parameter->detach().to(at::kDouble) - expected).norm().item<double>();
+    EXPECT_LE(error, 1e-5 * expected.norm().item<double>());
+  }
+}
+
+TEST(ScheduleTest, WarmsUpAndFallsByACosine) {
+  TrainerOptions options;
+  options.lr = 1.0;
+  options.min_lr = 0.1;
+  options.warmup = 4;
+  options.steps = 15;
+  EXPECT_DOUBLE_EQ(learning_rate(options, 0), 0.25);
+  EXPECT_DOUBLE_EQ(learning_rate(options, 3), 1.0);
+  EXPECT_DOUBLE_EQ(learning_rate(options, 4), 1.0);
+  EXPECT_DOUBLE_EQ(learning_rate(options, 9), 0.55);
+  EXPECT_DOUBLE_EQ(learning_rate(options, 14), 0.1);
+  for (int step = 5; step < 15; ++step) EXPECT_LT(learning_rate(options, step), learning_rate(options, step - 1));
+  options.warmup = 0;
+  options.steps = 1;
+  EXPECT_DOUBLE_EQ(learning_rate(options, 0), 0.1);
+  options.warmup = 2;
+  EXPECT_DOUBLE_EQ(learning_rate(options, 0), 0.5);
+}
+
+TEST(TrainerOptionsTest, SurvivesJsonAndNamesWhatIsWrong) {
+  TrainerOptions options;
+  options.text = "a.txt";
+  options.lr = 0.1 + 0.2;
+  EXPECT_EQ(TrainerOptions::from_json(nlohmann::json::parse(options.to_json().dump())), options);
+  const auto problem = [](const char* json) {
+    return formats::error_text<OptionError>([&] { TrainerOptions::from_json(nlohmann::json::parse(json)); });
+  };
+  EXPECT_CONTAINS(problem(R"({"stepz": 1})"), "stepz");
+  EXPECT_CONTAINS(problem(R"({"steps": "1"})"), "an integer");
+  EXPECT_CONTAINS(problem(R"({"steps": 0})"), "steps is 0");
+  EXPECT_CONTAINS(problem(R"({"batch": 18446744073709551615})"), "an integer");
+  EXPECT_CONTAINS(problem(R"({"batch": 1099511627776})"), "batch");
+  EXPECT_CONTAINS(problem(R"({"lr": -1})"), "lr is -1");
+  EXPECT_CONTAINS(problem(R"({"min_lr": 1})"), "min_lr");
+  EXPECT_CONTAINS(problem(R"({"tokens": "\n"})"), "tokens");
+  EXPECT_CONTAINS(problem("[]"), "an object");
+}
+
+TEST_F(TrainerTest, RefusesCheckpointsThatDoNotFit) {
+  const TextCorpus text = corpus();
+  const std::string path = folder_ / "checkpoint";
+  Trainer(model_, options_, text).save(path, {});
+  const std::string good = formats::read_bytes(path);
+  const formats::CheckpointFile checkpoint(path);
+  EXPECT_NO_THROW(load_model(path));
+
+  formats::write_bytes(path + ".cut", good.substr(0, good.size() / 2));
+  formats::error_text<formats::FormatError>([&] { load_model(path + ".cut"); });
+  std::string damaged = good;
+  damaged[damaged.size() - 9] ^= 1;
+  formats::write_bytes(path + ".damaged", damaged);
+  EXPECT_CONTAINS(formats::error_text<formats::FormatError>([&] { load_model(path + ".damaged"); }), "damaged");
+
+  // Whole files with a wrong content.
+  const auto refusal = [&](const std::string& config, const std::vector<formats::TensorView>& tensors) {
+    formats::write_checkpoint(path + ".odd", {config, 1}, tensors);
+    return formats::error_text<formats::FormatError>([&] { Trainer(formats::CheckpointFile(path + ".odd"), options_, text); });
+  };
+  const auto& tensors = checkpoint.file().tensors();
+  auto config = nlohmann::json::parse(checkpoint.config());
+  EXPECT_CONTAINS(refusal("{}", tensors), "config");
+  config["model"]["num_layers"] = 4096;
+  EXPECT_CONTAINS(refusal(config.dump(), tensors), "parameters");
+  config["model"]["num_layers"] = 2;
+  config["vocabulary"] = "bytes";
+  EXPECT_CONTAINS(refusal(config.dump(), tensors), "vocabulary");
+  std::vector<formats::TensorView> fewer;
+  for (const auto& tensor : tensors) {
+    if (tensor.name != "random.torch") fewer.push_back(tensor);
+  }
+  EXPECT_CONTAINS(refusal(checkpoint.config(), fewer), "random.torch");
+  auto other = tensors;
+  const std::string zeros(5056, '\0');
+  for (auto& tensor : other) {
+    if (tensor.name == "random.torch") tensor.data = std::as_bytes(std::span(zeros)).first(tensor.data.size());
+  }
+  EXPECT_CONTAINS(refusal(checkpoint.config(), other), "generator");
+}
+
+// A disk that is full after `room` bytes.
+class FullDisk : public formats::FileOperations {
+ public:
+  explicit FullDisk(size_t room) : room_(room) {}
+  ssize_t write(int fd, const void* data, size_t size) override {
+    if (size > room_) return errno = ENOSPC, -1;
+    room_ -= size;
+    return FileOperations::write(fd, data, size);
+  }
+
+ private:
+  size_t room_;
+};
+
+TEST_F(TrainerTest, AFullDiskLeavesThePreviousCheckpoint) {
+  const TextCorpus text = corpus();
+  const std::string path = folder_ / "checkpoint";
+  Trainer trainer(model_, options_, text);
+  trainer.save(path, {});
+  const std::string before = formats::read_bytes(path);
+  trainer.step();
+  for (const size_t room : {size_t{0}, size_t{100}, before.size() / 2}) {
+    FullDisk disk(room);
+    const auto problem = formats::error_text<formats::FileError>([&] { trainer.save(path, {}, disk); });
+    EXPECT_CONTAINS(problem, "No space left on device");
+    EXPECT_EQ(formats::read_bytes(path), before);
+  }
+  EXPECT_EQ(folder_.names(), (std::set<std::string>{"text.txt", "checkpoint"}));
+}
+
+TEST_F(TrainerTest, KeepsWeightsWhereTheLossIsNotFinite) {
+  const TextCorpus text = corpus();
+  Trainer trainer(model_, options_, text);
+  {
+    const torch::NoGradGuard no_grad;
+    trainer.model()->final_norm->weight.fill_(std::numeric_limits<float>::quiet_NaN());
+  }
+  const auto before = trainer.model()->token_embedding->weight.detach().clone();
+  EXPECT_TRUE(std::isnan(trainer.step().loss));
+  EXPECT_EQ(trainer.steps_done(), 0);
+  EXPECT_TRUE(before.equal(trainer.model()->token_embedding->weight));
+}
+
+TEST_F(TrainerTest, RunsInAFolderAndResumesThere) {
+  RunOptions run{.out = folder_ / "run", .quiet = true};
+  options_.eval_every = 2;
+  options_.save_every = 3;
+  start_run(model_, options_, run);
+  EXPECT_CONTAINS(formats::error_text<OptionError>([&] { start_run(model_, options_, run); }), "--resume");
+  EXPECT_CONTAINS(formats::error_text<OptionError>([&] { resume_run(options_, run); }), "more steps");
+  const auto metrics = read_metrics(run.out + "/metrics.jsonl");
+  ASSERT_EQ(metrics.size(), 8);
+  EXPECT_FALSE(metrics[0].val_loss);
+  EXPECT_TRUE(metrics[1].val_loss);
+
+  // A longer run that was killed after step 10 and wrote half of a line.
+  options_.steps = 12;
+  std::ofstream(run.out + "/metrics.jsonl", std::ios::app) << to_json_line({.step = 9}) << to_json_line({.step = 10}) << "{\"ste";
+  formats::write_bytes(run.out + "/.checkpoint.safetensors.1-0.tmp", "half");
+  const RunResult result = resume_run(options_, run);
+  EXPECT_EQ(result.step, 12);
+  const auto resumed = read_metrics(run.out + "/metrics.jsonl");
+  ASSERT_EQ(resumed.size(), 12);
+  for (size_t i = 0; i < resumed.size(); ++i) EXPECT_EQ(resumed[i].step, static_cast<int64_t>(i) + 1);
+  EXPECT_EQ(resumed[7].loss, metrics[7].loss);
+  EXPECT_GT(resumed[8].loss, 0.0);
+  EXPECT_GT(resumed[11].time, metrics[7].time);
+  EXPECT_FALSE(std::filesystem::exists(run.out + "/.checkpoint.safetensors.1-0.tmp"));
+
+  run.overwrite = true;
+  EXPECT_EQ(start_run(model_, options_, run).step, 12);
+  EXPECT_EQ(read_metrics(run.out + "/metrics.jsonl").size(), 12);
+}
+
+}  // namespace
+}  // namespace latte::train
