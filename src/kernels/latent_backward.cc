@@ -246,8 +246,8 @@ class CausalBackward {
     const size_t rounded = RoundUp(count, std::max<size_t>(4, lanes));
     std::fill(chunk_.values + count * columns, chunk_.values + rounded * columns, 0.0f);
     Transpose(rounded, columns, chunk_.values, columns, values_transposed_, kChunk);
-    Transpose(RoundUp(dims_.latents, 4), columns, state_.sum, columns, sum_transposed_, row);
-    Transpose(RoundUp(dims_.latents, 4), columns, carried.sum, columns, grad_sum_transposed_, row);
+    Transpose(row, columns, state_.sum, columns, sum_transposed_, row);
+    Transpose(row, columns, carried.sum, columns, grad_sum_transposed_, row);
 
     // What the state after the stretch asks of its keys and values.
     MatMul<false>(d, count, columns, dims_.latents, Left{chunk_.weights, row, 1}, carried.sum, columns, grad_values_, columns);
@@ -364,7 +364,7 @@ void BidirectionalBackward(const LatentArgs& args, const LatentGradients& gradie
     float* sum = state.sum + l * columns;
     for (size_t j = 0; j < columns; j += lanes) hn::Store(hn::Mul(hn::Load(d, sum + j), scale), d, sum + j);
   }
-  Transpose(RoundUp(dims.latents, 4), columns, state.sum, columns, average_transposed, row);
+  Transpose(row, columns, state.sum, columns, average_transposed, row);
 
   const int64_t length = slice.sequence.length;
   for (int64_t token = 0; token < length; token += static_cast<int64_t>(kChunk)) {
@@ -398,7 +398,7 @@ void BidirectionalBackward(const LatentArgs& args, const LatentGradients& gradie
     }
     carried.normaliser[l] = -hn::ReduceSum(d, sum);
   }
-  Transpose(RoundUp(dims.latents, 4), columns, carried.sum, columns, grad_sum_transposed, row);
+  Transpose(row, columns, carried.sum, columns, grad_sum_transposed, row);
   for (int64_t token = 0; token < length; token += static_cast<int64_t>(kChunk)) {
     const size_t count = static_cast<size_t>(std::min<int64_t>(kChunk, length - token));
     LoadChunk(args, dims, slice, token, count, chunk);

@@ -14,6 +14,7 @@
 #include "hwy/base.h"
 #include "hwy/targets.h"
 #include "kernels/latent_reference.h"
+#include "kernels/scratch.h"
 
 namespace latte::kernels {
 namespace {
@@ -62,6 +63,13 @@ class Buffer {
   std::vector<float> floats_;
   std::vector<uint16_t> halves_;
 };
+
+// What a kernel doesn't write it mustn't read: scratch memory that an earlier call left behind is NaN here.
+void SpoilScratch() {
+  constexpr size_t kFloats = size_t{1} << 18;
+  Scratch scratch(kFloats);
+  std::fill_n(scratch.Take(kFloats), kFloats, std::nanf(""));
+}
 
 struct Case {
   int64_t time, latents, head_dim, heads = 1, kv_heads = 1;
@@ -141,6 +149,7 @@ struct Problem {
   }
 
   void Forward() {
+    SpoilScratch();
     const LatentArgs args = Args();
     saved.assign(static_cast<size_t>(LatentSavedFloats(args)), 0.0f);
     final_state.assign(static_cast<size_t>(args.sequences * c.kv_heads * c.latents * (c.head_dim + kStateExtra)), 0.0f);
@@ -152,6 +161,7 @@ struct Problem {
   }
 
   void Backward() {
+    SpoilScratch();
     LatentArgs args = Args();
     LatentGradients gradients;
     gradients.grad_out = Of(grad_out, c.heads * c.head_dim, c.head_dim);
@@ -382,6 +392,7 @@ TEST_P(LatentTest, WholeEqualsChunkedEqualsStepsEqualsMerged) {
     for (int64_t t = 0; t < c.time; ++t) {
       const LatentArgs args = part(t, t + 1);
       for (int64_t slice = 0; slice < LatentSlices(args); ++slice) {
+        SpoilScratch();
         LatentStep(args, outputs_at(stepped, t), running.data() + slice * state_size, slice);
       }
     }

@@ -30,7 +30,7 @@ bool KernelsAnswer() {
   latte::kernels::LatentOutputs outputs;
   outputs.out = {out.data(), kTime * kHeadDim, kHeadDim, kHeadDim};
   for (int64_t slice = 0; slice < latte::kernels::LatentSlices(args); ++slice)
-    latte::kernels::LatentForward(args, outputs, slice);
+    latte::kernels::LatentForward(args, outputs, slice, slice + 1);
 
   for (size_t i = 0; i < out.size(); ++i) {
     if (!(std::abs(out[i] - expected[i]) <= 1e-6f * expected[i])) {
