@@ -40,6 +40,7 @@ function(latte_rung name)
     target_compile_definitions(${target}_test PRIVATE LATTE_SOURCE_DIR="${PROJECT_SOURCE_DIR}")
     if(RUNG_TORCH AND TARGET latte_torch_pch)
       target_precompile_headers(${target}_test REUSE_FROM latte_torch_pch)
+      target_compile_options(${target}_test PRIVATE -fPIC)  # as the header was: a program's -fPIE would reject it
     endif()
     add_test(NAME ${name} COMMAND ${target}_test)
   endif()
