@@ -212,6 +212,7 @@ int Generate(const Options& options) {
 void AddGenerate(CLI::App& app, int& exit_code) {
   auto options = std::make_shared<Options>();
   CLI::App* command = app.add_subcommand("generate", "Write text with a trained model");
+  command->option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
   command->add_option("checkpoint,--checkpoint", options->checkpoint, "A run's folder, or its checkpoint.safetensors")
       ->required()
       ->type_name("PATH");

@@ -238,6 +238,7 @@ int Train(const Options& options) {
 void AddTrain(CLI::App& app, int& exit_code) {
   auto options = std::make_shared<Options>();
   CLI::App* command = app.add_subcommand("train", "Train a language model on a text");
+  command->option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
   AddTrainingOptions(*command, options->training);
   AddModelOptions(*command, options->model);
   command

@@ -18,7 +18,7 @@ std::string format(const char* pattern, Args... args) {
   return text.data();
 }
 
-double smoothed(double before, double now) { return before == 0.0 ? now : 0.95 * before + 0.05 * now; }
+double smoothed(double before, double now) { return before == 0.0 ? now : 0.8 * before + 0.2 * now; }
 
 }  // namespace
 

@@ -33,8 +33,8 @@ int64_t Sampler::sample(const at::Tensor& logits) {
 
 at::Tensor sampling_probabilities(const at::Tensor& logits, const SamplingOptions& options) {
   constexpr double kNever = -std::numeric_limits<double>::infinity();
-  // The greatest becomes 0, so that no temperature, however low, makes it infinite.
-  at::Tensor scores = logits.to(at::kFloat);
+  // The greatest becomes 0, and float64 holds any temperature: however low, it makes nothing but zeros and -inf.
+  at::Tensor scores = logits.to(at::kDouble);
   scores = (scores - scores.max()) / options.temperature;
   if (options.top_k > 0 && options.top_k < scores.size(0)) {
     const auto [kept, places] = scores.topk(options.top_k);

@@ -28,7 +28,7 @@ class Sampler {
   at::Generator generator_;
 };
 
-// float32 [V], the probabilities to draw from: zero for tokens that the options rule out. Takes temperature > 0.
+// float64 [V], the probabilities to draw from: zero for tokens that the options rule out. Takes temperature > 0.
 at::Tensor sampling_probabilities(const at::Tensor& logits, const SamplingOptions& options);
 
 }  // namespace latte::train

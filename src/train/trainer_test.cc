@@ -14,6 +14,7 @@
 
 #include "formats/error.h"
 #include "formats/test_files.h"
+#include "train/metrics.h"
 #include "train/run.h"
 
 namespace latte::train {
@@ -90,14 +91,14 @@ TEST_F(TrainerTest, ResumesBitForBitWithDropoutAndAccumulation) {
 }
 
 TEST_F(TrainerTest, LearnsAPatternWithEveryAttention) {
-  options_.steps = 60;
+  options_.steps = 120;
   const TextCorpus text = corpus();
   for (const char* attention : {"softmax", "window", "latte", "macchiato"}) {
     model_.attention = attention;
     Trainer trainer(model_, options_, text);
     const double before = trainer.evaluate();
     EXPECT_NEAR(before, std::log(3.0), 0.2) << attention;
-    for (int i = 0; i < 60; ++i) trainer.step();
+    for (int i = 0; i < 120; ++i) trainer.step();
     EXPECT_LT(trainer.evaluate(), 0.2) << attention;
   }
 }
@@ -189,7 +190,7 @@ TEST(TrainerOptionsTest, SurvivesJsonAndNamesWhatIsWrong) {
   EXPECT_CONTAINS(problem(R"({"lr": -1})"), "lr is -1");
   EXPECT_CONTAINS(problem(R"({"min_lr": 1})"), "min_lr");
   EXPECT_CONTAINS(problem(R"({"tokens": "\n"})"), "tokens");
-  EXPECT_CONTAINS(problem("[]"), "an object");
+  EXPECT_CONTAINS(problem("[]"), "a JSON object");
 }
 
 TEST_F(TrainerTest, RefusesCheckpointsThatDoNotFit) {
