@@ -13,7 +13,7 @@ export CCACHE_SLOPPINESS := pch_defines,time_macros
 export CCACHE_BASEDIR := $(CURDIR)
 
 PYTHON := .venv/bin/python
-CPP_FILES = $(shell find src bench tests -name '*.cc' -o -name '*.h')
+CPP_FILES = $(shell find src tests -name '*.cc' -o -name '*.h')
 PYTHON_FOLDERS := python scripts
 
 .PHONY: help setup build test demo bench format check-format lint ladder sanitize install clean

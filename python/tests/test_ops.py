@@ -98,11 +98,11 @@ def test_fused_is_float64(name: str, dtype: torch.dtype) -> None:
     # Cotangents that every dtype holds exactly.
     cotangents = [normal(*x.shape, seed=90 + i).bfloat16().double() for i, x in enumerate(expected)]
     assert [x.dtype for x in got][0] == dtype
-    for i, (a, b) in enumerate(zip(got, expected)):
+    for i, (a, b) in enumerate(zip(got, expected, strict=False)):
         assert_close(a, b, TOLERANCE[dtype], f"output {i}")
-    grads = torch.autograd.grad(got, list(tensors.values()), [c.to(x.dtype) for c, x in zip(cotangents, got)])
+    grads = torch.autograd.grad(got, list(tensors.values()), [c.to(x.dtype) for c, x in zip(cotangents, got, strict=False)])
     exact_grads = torch.autograd.grad(expected, list(exact.values()), cotangents)
-    for key, a, b in zip(tensors, grads, exact_grads):
+    for key, a, b in zip(tensors, grads, exact_grads, strict=False):
         assert_close(a, b, TOLERANCE[dtype], f"gradient of {key}")
 
 
@@ -143,7 +143,7 @@ def test_extreme_logits(kind: str) -> None:
     assert_close(got, expected, tolerance)
     grads = torch.autograd.grad(got, list(tensors.values()), cotangent.float())
     exact_grads = torch.autograd.grad(expected, list(exact.values()), cotangent)
-    for key, a, b in zip(tensors, grads, exact_grads):
+    for key, a, b in zip(tensors, grads, exact_grads, strict=False):
         assert_close(a, b, tolerance, f"gradient of {key}")
 
 
@@ -151,7 +151,7 @@ def pieces_of(case: Case, tensors: dict[str, Tensor], cuts: list[int], over_time
     """The outputs of the pieces, each from the state of the one before."""
     results, state = [], None
     time = tensors["values" if "values" in tensors else "x"].shape[1]
-    for begin, end in zip([0, *cuts], [*cuts, time]):
+    for begin, end in zip([0, *cuts], [*cuts, time], strict=False):
         rest = {name: x[:, begin:end] if name in over_time else x for name, x in case.rest.items()}
         arguments = {name: x[:, begin:end] if name in over_time else x for name, x in tensors.items()} | rest
         arguments |= {"output_final_state": True, "initial_state": state}
@@ -180,7 +180,7 @@ def test_whole_is_pieces(operator: str, dtype: torch.dtype, cuts: list[int]) -> 
     out, state = getattr(ops, operator)(**tensors, **case.rest, output_final_state=True)
     results = pieces_of(case, tensors, cuts, OVER_TIME)
     assert_close(torch.cat([r[0] for r in results], 1), out, TOLERANCE[dtype])
-    for i, (a, b) in enumerate(zip(*([x] if isinstance(x, Tensor) else x for x in (results[-1][1], state)))):
+    for i, (a, b) in enumerate(zip(*([x] if isinstance(x, Tensor) else x for x in (results[-1][1], state)), strict=False)):
         if operator != "window_attention" and i == 0:
             a, b = meaning(a)[0], meaning(b)[0]
         if a.is_floating_point():
@@ -200,7 +200,7 @@ def test_pieces_carry_gradients() -> None:
             cotangent = normal(*whole.shape, seed=4).to(dtype)
             expected = torch.autograd.grad(whole, list(tensors.values()), cotangent)
             got = torch.autograd.grad(joined, list(tensors.values()), cotangent)
-            for key, a, b in zip(tensors, got, expected):
+            for key, a, b in zip(tensors, got, expected, strict=False):
                 assert_close(a, b, TOLERANCE[dtype], f"{case.operator}, gradient of {key}")
 
 
@@ -219,10 +219,10 @@ def test_whole_is_merged_pieces(dtype: torch.dtype) -> None:
     cotangents = [normal(*x.shape, seed=5 + i).to(dtype) for i, x in enumerate(meaning(whole))]
     expected = torch.autograd.grad(meaning(whole), list(tensors.values()), cotangents, allow_unused=True)
     for merged in (left, right):
-        for a, b in zip(meaning(merged), meaning(whole)):
+        for a, b in zip(meaning(merged), meaning(whole), strict=False):
             assert_close(a, b, TOLERANCE[dtype])
         got = torch.autograd.grad(meaning(merged), list(tensors.values()), cotangents, retain_graph=True, allow_unused=True)
-        for key, a, b in zip(tensors, got, expected):
+        for key, a, b in zip(tensors, got, expected, strict=False):
             if b is not None and key != "query_logits":
                 assert_close(a, b, TOLERANCE[dtype], f"gradient of {key}")
     empty = fresh_state(2, 2, 5, 6).to(dtype)
@@ -240,7 +240,7 @@ def test_packed_is_separate(name: str, dtype: torch.dtype) -> None:
     packed = case(tensors)
     separate = []
     states = {*case.states, *case.caches} - {"weight", "bias", "lambda_"}
-    for n, (begin, end) in enumerate(zip(ends, ends[1:])):
+    for n, (begin, end) in enumerate(zip(ends, ends[1:], strict=False)):
         one = Case(case.operator, case.inputs, case.states, dict(case.rest), case.caches)
         del one.rest["cu_seqlens"]
         for key, x in one.rest.items():
@@ -299,11 +299,11 @@ def test_any_strides(name: str) -> None:
         assert not y.is_contiguous()
         strided[key] = y.requires_grad_()
     got, expected = case(strided), case(tensors)
-    for a, b in zip(got, expected):
+    for a, b in zip(got, expected, strict=False):
         assert torch.equal(a, b)
     grads = torch.autograd.grad(got[0].sum(), list(strided.values()), allow_unused=True)
     exact = torch.autograd.grad((expected[0] * torch.ones_like(expected[0])).sum(), list(tensors.values()), allow_unused=True)
-    for key, a, b in zip(tensors, grads, exact):
+    for key, a, b in zip(tensors, grads, exact, strict=False):
         assert (a is None) == (b is None)
         if a is not None:
             assert_close(a, b, 1e-6, key)
@@ -320,10 +320,23 @@ def test_autocast(name: str) -> None:
     assert outputs[0].dtype == plain.dtype == torch.bfloat16
     assert all(x.dtype == torch.float32 for x in outputs[1:2] if case.operator != "window_attention")
     rounded = case({key: x.bfloat16() if key in case.inputs or key in case.caches else x for key, x in tensors.items()})
-    for a, b in zip(outputs, rounded):
+    for a, b in zip(outputs, rounded, strict=False):
         assert torch.equal(a, b)
     for grad in torch.autograd.grad(outputs[0].float().sum(), list(tensors.values()), allow_unused=True):
         assert grad is None or (grad.dtype == torch.float32 and grad.isfinite().all())
+
+
+@pytest.mark.parametrize("packed, time", [(True, 2), (True, 6), (True, 37), (False, 0), (False, 2), (False, 6), (False, 37)])
+def test_caches_are_the_same_with_and_without_gradients(packed: bool, time: int) -> None:
+    """Copied by a kernel where nothing is to be differentiated, by torch's own operators where something is."""
+    for state in (True, False):
+        case = macchiato(time=time, packed=packed, state=state, sinks=7, window=9, mask=True)
+        case.rest["output_final_state"] = True
+        for dtype in (torch.float64, torch.bfloat16):
+            fast, slow = case(case.tensors(dtype)), case(case.tensors(dtype, requires_grad=True))
+            assert len(fast) == len(slow)
+            for a, b in zip(fast[2:], slow[2:], strict=False):
+                assert a.dtype == b.dtype and torch.equal(a, b)
 
 
 def test_inference_keeps_states_float32() -> None:

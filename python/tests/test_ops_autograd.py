@@ -13,7 +13,7 @@ def followed(case: Case):
     """The case as a function of its tensors."""
     tensors = case.tensors(torch.float64, requires_grad=True)
     names = list(tensors)
-    return lambda *values: tuple(case.readable(dict(zip(names, values)))), tuple(tensors.values())
+    return lambda *values: tuple(case.readable(dict(zip(names, values, strict=False)))), tuple(tensors.values())
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -61,7 +61,7 @@ def test_double_backward_in_float32(name: str) -> None:
                                     allow_unused=True)  # fmt: skip
         penalty = sum((g * g).sum() for g in grads if g is not None)
         results.append(torch.autograd.grad(penalty, list(tensors.values()), allow_unused=True))
-    for key, a, b in zip(tensors, *results):
+    for key, a, b in zip(tensors, *results, strict=False):
         assert (a is None) == (b is None), key
         if a is not None:
             assert_close(a, b, 1e-4, key)
@@ -76,7 +76,7 @@ def test_double_backward_in_float32(name: str) -> None:
 def test_opcheck(name: str, dtype: torch.dtype) -> None:
     case = CASES[name]()
     tensors = case.tensors(dtype, requires_grad=True)
-    arguments = dict(tensors) | {key: x for key, x in case.rest.items()}
+    arguments = dict(tensors) | dict(case.rest.items())
     if case.operator == "macchiato_attention" and case.caches:
         parts = ("latents", "keys", "values_", "mask", "sink_keys", "sink_values", "sink_mask", "position")
         arguments["initial_state"] = [arguments.pop(part) for part in parts]
@@ -101,6 +101,10 @@ def test_opcheck_of_the_core(dtype: torch.dtype) -> None:
     opcheck(ops.window_attention_core.default, (*inputs, True))
     out, lse = ops.window_attention_core(*inputs, True)
     opcheck(ops.window_attention_core_backward.default, (torch.ones_like(out), out, lse, *inputs))
+    past = (torch.tensor([1, 7]), *(normal(2, 4, 2, n, seed=n).to(dtype) for n in (6, 5)), torch.ones(2, 4) > 0)
+    sinks = (*(normal(2, 2, 2, n, seed=20 + n).to(dtype) for n in (6, 5)), torch.ones(2, 2) > 0)
+    opcheck(ops.window_state.default, (query, key, v, None, *past, *sinks, None, 4, 2))
+    opcheck(ops.window_state.default, (query, key, v, *[None] * 9, 4, 2))
     x = normal(2, 9, 5, seed=8).to(dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     weight, bias, lambda_ = normal(5, 3, seed=9).to(wide), normal(5, seed=10).to(wide), normal(5, seed=11).to(wide)
@@ -123,14 +127,14 @@ def test_compile(name: str, dynamic: bool) -> None:
     compiled = torch.compile(case, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     got, expected = compiled(tensors), case(tensors)
     assert len(got) == len(expected)
-    for a, b in zip(got, expected):
+    for a, b in zip(got, expected, strict=False):
         assert a.dtype == b.dtype and torch.equal(a, b)
     sums = [[(x * x.detach().cos()).sum() for x in outputs if x.requires_grad] for outputs in (
         [got[0], *(x for x in got[1:] if x.requires_grad and x.isfinite().all())],
         [expected[0], *(x for x in expected[1:] if x.requires_grad and x.isfinite().all())],
     )]  # fmt: skip
     grads = [torch.autograd.grad(s, list(tensors.values()), allow_unused=True) for s in sums]
-    for key, a, b in zip(tensors, *grads):
+    for key, a, b in zip(tensors, *grads, strict=False):
         a, b = (torch.zeros_like(tensors[key]) if g is None else g for g in (a, b))
         assert_close(a, b, TOLERANCE[torch.float32], f"gradient of {key}")
 
@@ -142,6 +146,6 @@ def test_compile_of_several_lengths() -> None:
     for time in (5, 300, 513, 7):
         q, k, v = (normal(2, time, *s, seed=time).float().requires_grad_() for s in ((4, 3), (2, 3), (2, 5)))
         got, expected = function(q, k, v), ops.causal_attention(q, k, v, output_final_state=True)
-        for a, b in zip(got, expected):
+        for a, b in zip(got, expected, strict=False):
             assert torch.equal(a, b)
         got[0].sum().backward()

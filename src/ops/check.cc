@@ -82,6 +82,11 @@ void Checker::CuSeqlens(const OptionalTensor& cu_seqlens, const at::Tensor& like
                     ", expected B = 1 with packed sequences");
 }
 
+void Checker::Past(const at::Tensor& past_key, int64_t window) const {
+  TORCH_CHECK_VALUE(past_key.sym_size(1) == window, "[latte.", op_, "] past_key: got P = ", past_key.sym_size(1),
+                    ", expected the window, ", window);
+}
+
 void Checker::CuSeqlensData(const at::Tensor& cu_seqlens, int64_t time) const {
   const auto* ends = cu_seqlens.const_data_ptr<int64_t>();
   const int64_t count = cu_seqlens.numel();

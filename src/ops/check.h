@@ -34,6 +34,8 @@ class Checker {
   // Shapes and dtypes of what every operator over time takes. `like` is [B, T, …].
   void KeyMask(const OptionalTensor& key_mask, const at::Tensor& like) const;
   void CuSeqlens(const OptionalTensor& cu_seqlens, const at::Tensor& like) const;
+  // The caches of a state hold `window` rows.
+  void Past(const at::Tensor& past_key, int64_t window) const;
   // Reads the data: cu_seqlens (on the CPU) starts at 0, never decreases and ends at `time`.
   void CuSeqlensData(const at::Tensor& cu_seqlens, int64_t time) const;
   // Reads the data: 0 <= position, and no sum with a length can overflow.

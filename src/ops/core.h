@@ -14,7 +14,7 @@ namespace latte {
 std::tuple<at::Tensor, at::Tensor> CallLatentAttention(const LatentInputs& inputs, bool output_final_state);
 // out [B, T, H, D] in AccumulateType.
 at::Tensor CallWindowAttention(const WindowInputs& inputs);
-std::tuple<at::Tensor, at::Tensor> CallCausalConv1d(const Conv1dInputs& inputs, bool output_final_state);
-std::tuple<at::Tensor, at::Tensor> CallRgLru(const RgLruInputs& inputs, bool output_final_state);
+// The caches after these tokens: MacchiatoState's tensors behind `latents`. past_key has `window` rows where present.
+std::vector<at::Tensor> NextWindowState(const WindowInputs& inputs);
 
 }  // namespace latte

@@ -129,11 +129,13 @@ Forward ForwardCpu(LATTE_LATENT_PARAMETERS, bool output_final_state, bool save) 
   const int64_t slices = kernels::LatentSlices(args);
   const bool step = args.time == 1 && causal && !save && args.cu_seqlens == nullptr && args.initial_state != nullptr;
   if (step) {
-    const auto state = call.in.initial_state->clone(at::MemoryFormat::Contiguous);
+    const auto state = at::empty(call.in.initial_state->sizes(), call.in.initial_state->options());
     auto* states = state.mutable_data_ptr<float>();
     const int64_t size = args.latents * (args.head_dim + kernels::kStateExtra);
-    cpu::ForEachSlice(slices, call.work,
-                      [&](int64_t slice) { kernels::LatentStep(args, outputs, states + slice * size, slice); });
+    cpu::ForEachSlice(slices, call.work, [&](int64_t slice) {
+      std::copy_n(args.initial_state + slice * size, size, states + slice * size);
+      kernels::LatentStep(args, outputs, states + slice * size, slice);
+    });
     return {out, output_final_state ? state : AbsentOutput(query_logits, at::kFloat), saved};
   }
   const auto state = output_final_state ? at::empty({args.sequences, args.kv_heads, args.latents, args.head_dim + 3},

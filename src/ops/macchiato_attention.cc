@@ -72,91 +72,9 @@ WindowInputs MakeWindowInputs(const char* op, const at::Tensor& query, const at:
   return in;
 }
 
-// The caches of a sequence that begins: zeros that nothing reads.
-WindowInputs WithPast(WindowInputs in) {
-  if (Present(in.position)) return in;
-  const auto sequences = SequenceCount(in.query, in.cu_seqlens);
-  const auto booleans = in.query.options().dtype(at::kBool);
-  const auto rows = [&](const c10::SymInt& count, const at::Tensor& like) {
-    return at::zeros_symint({sequences, count, like.sym_size(2), like.sym_size(3)}, like.options());
-  };
-  in.position = at::zeros_symint({sequences}, in.query.options().dtype(at::kLong));
-  in.past_key = rows(in.window, in.key);
-  in.past_values = rows(in.window, in.values);
-  in.past_mask = at::zeros_symint({sequences, in.window}, booleans);
-  in.sink_key = rows(in.sinks, in.key);
-  in.sink_values = rows(in.sinks, in.values);
-  in.sink_mask = at::zeros_symint({sequences, in.sinks}, booleans);
-  return in;
-}
-
-// Rows of x along dimension 1, chosen for each n by index [N, R].
-at::Tensor GatherRows(const at::Tensor& x, const at::Tensor& index) {
-  auto wide = index;
-  for (int64_t d = 2; d < x.dim(); ++d) wide = wide.unsqueeze(-1);
-  auto shape = index.sym_sizes().vec();
-  for (int64_t d = 2; d < x.dim(); ++d) shape.push_back(x.sym_size(d));
-  return x.gather(1, wide.expand_symint(shape));
-}
-
-// What follows the last W tokens and the sinks after this call's tokens. Rows of a batch move by slices, packed sequences, whose
-// lengths are data, by indices.
-State NextWindowState(const WindowInputs& given) {
-  const auto in = WithPast(given);
-  const auto options = in.query.options();
-  const auto time = in.query.sym_size(1);
-  const auto mask = Present(in.key_mask) ? *in.key_mask : at::ones_symint({in.query.sym_size(0), time}, options.dtype(at::kBool));
-  const auto integers = options.dtype(at::kLong);
-  const auto sink = at::arange(in.sinks, integers).unsqueeze(0);
-  const auto token = sink - in.position->unsqueeze(1);  // [N, S]: which of this call's tokens is sink s
-  State state(kStateSize);
-  if (!Present(in.cu_seqlens)) {
-    const auto window = [&](const at::Tensor& old, const at::Tensor& now) {
-      return at::cat({old.slice_symint(1, time), now.slice_symint(1, -in.window)}, 1);
-    };
-    state[kKeys] = window(*in.past_key, in.key);
-    state[kValues] = window(*in.past_values, in.values);
-    state[kMask] = window(*in.past_mask, mask);
-    const auto index = at::where(token.ge(0).logical_and(token.lt(c10::Scalar(time))), token + in.sinks, sink);
-    const auto sinks = [&](const at::Tensor& old, const at::Tensor& now) {
-      return GatherRows(at::cat({old, now.slice_symint(1, 0, in.sinks)}, 1), index);
-    };
-    state[kSinkKeys] = sinks(*in.sink_key, in.key);
-    state[kSinkValues] = sinks(*in.sink_values, in.values);
-    state[kSinkMask] = sinks(*in.sink_mask, mask);
-    state[kPosition] = *in.position + c10::Scalar(time);
-    return state;
-  }
-  // index [N, R] of this call's tokens, where `taken`; elsewhere the old rows `old_index` remain.
-  const auto begins = in.cu_seqlens->slice(0, 0, -1).unsqueeze(1);
-  const auto lengths = in.cu_seqlens->slice(0, 1).unsqueeze(1) - begins;  // [N, 1]
-  const auto last = at::arange(in.window, integers).unsqueeze(0);
-  const auto recent = lengths - in.window + last;  // [N, W]: the sequence's token in that row
-  const auto choose = [&](const at::Tensor& old, const at::Tensor& now, const at::Tensor& index, const at::Tensor& taken,
-                          const at::Tensor& old_index) {
-    // One row more keeps the index valid where there is no token.
-    const auto row = now.select(0, 0);
-    const auto padded = at::cat({row, at::zeros_symint(old.sym_sizes().slice(1), old.options()).slice(0, 0, 1)}, 0);
-    const auto safe = at::where(taken, begins + index, at::zeros_like(index));
-    auto shape = index.sym_sizes().vec();
-    for (int64_t d = 2; d < old.dim(); ++d) shape.push_back(old.sym_size(d));
-    const auto fresh = padded.index_select(0, safe.reshape({-1})).reshape_symint(shape);
-    auto wide = taken;
-    for (int64_t d = 2; d < old.dim(); ++d) wide = wide.unsqueeze(-1);
-    return at::where(wide, fresh, GatherRows(old, old_index));
-  };
-  const auto window_taken = recent.ge(0);
-  const auto window_old = at::where(window_taken, at::zeros_like(recent), last + lengths);
-  state[kKeys] = choose(*in.past_key, in.key, recent, window_taken, window_old);
-  state[kValues] = choose(*in.past_values, in.values, recent, window_taken, window_old);
-  state[kMask] = choose(*in.past_mask, mask, recent, window_taken, window_old);
-  const auto sink_taken = token.ge(0).logical_and(token < lengths);
-  const auto sink_old = sink.expand_symint(token.sym_sizes());
-  state[kSinkKeys] = choose(*in.sink_key, in.key, token, sink_taken, sink_old);
-  state[kSinkValues] = choose(*in.sink_values, in.values, token, sink_taken, sink_old);
-  state[kSinkMask] = choose(*in.sink_mask, mask, token, sink_taken, sink_old);
-  state[kPosition] = *in.position + lengths.squeeze(1);
-  return state;
+State JoinState(const at::Tensor& latents, std::vector<at::Tensor> caches) {
+  caches.insert(caches.begin(), latents);
+  return caches;
 }
 
 std::tuple<at::Tensor, State> Macchiato(const at::Tensor& query, const at::Tensor& key, const at::Tensor& values,
@@ -180,9 +98,7 @@ std::tuple<at::Tensor, State> Macchiato(const at::Tensor& query, const at::Tenso
   CheckLatent(kName, latent);
   auto [out, latents] = CallLatentAttention(latent, options.output_final_state);
   if (!options.output_final_state) return {out, {}};
-  auto state = NextWindowState(window);
-  state[kLatents] = latents;
-  return {out, state};
+  return {out, JoinState(latents, NextWindowState(window))};
 }
 
 std::tuple<at::Tensor, State> Window(const at::Tensor& query, const at::Tensor& key, const at::Tensor& values,
@@ -190,9 +106,8 @@ std::tuple<at::Tensor, State> Window(const at::Tensor& query, const at::Tensor& 
   const auto window = MakeWindowInputs("window_attention", query, key, values, options);
   const auto out = CallWindowAttention(window).to(window.query.scalar_type());
   if (!options.output_final_state) return {out, {}};
-  auto state = NextWindowState(window);
-  state[kLatents] = AbsentOutput(window.query, AccumulateType(window.query.scalar_type()));
-  return {out, state};
+  const auto no_latents = AbsentOutput(window.query, AccumulateType(window.query.scalar_type()));
+  return {out, JoinState(no_latents, NextWindowState(window))};
 }
 
 WindowOptions OptionsOf(const MacchiatoAttentionOptions& options) {
