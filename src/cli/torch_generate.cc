@@ -58,9 +58,10 @@ class CostMeter {
     while (next_ <= decoder.position()) next_ *= 10;
   }
 
-  // At the end, also where no decade was reached.
+  // At the end, unless a decade was reached just before.
   void Finish(const train::Decoder& decoder) {
-    if (count_ > 0 && (rows_.empty() || rows_.back().position != decoder.position())) rows_.push_back(Measure(decoder));
+    if (count_ == 0 || (!rows_.empty() && rows_.back().position > decoder.position() * 9 / 10)) return;
+    rows_.push_back(Measure(decoder));
   }
 
   const std::vector<Row>& rows() const { return rows_; }

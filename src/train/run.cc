@@ -86,6 +86,9 @@ RunResult run_loop(Trainer& trainer, const TextCorpus& corpus, const RunFolder& 
   const InterruptGuard interrupt;
   MetricsLog log(folder / "metrics.jsonl", trainer.steps_done());
   ProgressLine line(trainer.steps_done(), options.steps, quiet);
+  if (trainer.dtype() == "bfloat16" && !has_bfloat16_products()) {
+    line.note("latte: this processor has no bfloat16 products: float32 would be many times faster");
+  }
   while (trainer.steps_done() < options.steps && !result.interrupted) {
     const auto start = Clock::now();
     const StepResult step = trainer.step();

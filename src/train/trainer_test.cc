@@ -103,6 +103,20 @@ TEST_F(TrainerTest, LearnsAPatternWithEveryAttention) {
   }
 }
 
+// Products round to eight bits, weights and moments don't: the losses of both dtypes stay within a few of bfloat16's roundings.
+TEST_F(TrainerTest, MixedPrecisionFollowsFloat32) {
+  const TextCorpus text = corpus();
+  std::vector<double> losses[2];
+  for (const char* dtype : {"float32", "bfloat16"}) {
+    options_.dtype = dtype;
+    Trainer trainer(model_, options_, text);
+    for (int i = 0; i < 8; ++i) losses[trainer.dtype() == "bfloat16" ? 1 : 0].push_back(trainer.step().loss);
+    for (const auto& parameter : trainer.model()->parameters()) EXPECT_EQ(parameter.scalar_type(), at::kFloat);
+  }
+  EXPECT_NE(losses[0], losses[1]);
+  for (size_t i = 0; i < 8; ++i) EXPECT_NEAR(losses[1][i], losses[0][i], 4 * 0x1p-8 * losses[0][i]) << i;
+}
+
 TEST_F(TrainerTest, AccumulatedBatchesMakeOneGradient) {
   const TextCorpus text = corpus();
   model_.num_layers = 1;
