@@ -4,6 +4,12 @@
 
 #include <gtest/gtest.h>
 
+#include <mutex>
+#include <set>
+#include <thread>
+
+#include "ops/cpu.h"
+
 namespace latte {
 namespace {
 
@@ -130,6 +136,20 @@ TEST(Ops, VaporAndItsInverseAreTheIdentity) {
   const auto rotated = vapor(x);
   EXPECT_GT((rotated - x).norm().item<double>(), 1.0);
   ExpectClose(vapor(rotated, {}, 10000.0, /*inverse=*/true), x);
+}
+
+// Compiled without OpenMP, at::parallel_for runs everything on the calling thread.
+TEST(Ops, SlicesRunOnAllThreads) {
+  const int threads = at::get_num_threads();
+  at::set_num_threads(2);
+  std::mutex mutex;
+  std::set<std::thread::id> seen;
+  cpu::ForRanges(8, int64_t{1} << 20, [&](int64_t, int64_t) {
+    const std::lock_guard lock(mutex);
+    seen.insert(std::this_thread::get_id());
+  });
+  at::set_num_threads(threads);
+  EXPECT_EQ(seen.size(), 2U);
 }
 
 TEST(Ops, WrongInputsThrowTypedErrors) {
