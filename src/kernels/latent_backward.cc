@@ -161,11 +161,17 @@ class CausalBackward {
   }
 
   void Run() {
-    ForEachSegment(args_, first_, last_, true, [this](const Slice& slice, int64_t index, int64_t begin, int64_t end) HWY_ATTR {
-      ReplaySegment(slice, begin, end);
+    ForEachTurn(args_, first_, last_, kSegmentTokens, true, [this](const Turn& turn, const Turn* next) HWY_ATTR {
+      ReplaySegment(turn);
       for (size_t i = stretches_.size(); i-- > 0;) {
+        prefetch_.Begin(0);
+        if (i > 0) {
+          PrefetchQueries(turn.slice, stretches_[i - 1].token, stretches_[i - 1].count);
+        } else if (next != nullptr) {
+          PrefetchKeys(next->slice, next->begin, std::min<size_t>(kChunk, static_cast<size_t>(next->end - next->begin)));
+        }
         std::copy_n(states_.data() + i * SnapshotFloats(), SnapshotFloats(), state_.sum);
-        StretchBackward(slice, stretches_[i], carried_[static_cast<size_t>(index)]);
+        StretchBackward(turn.slice, stretches_[i], carried_[static_cast<size_t>(turn.index)]);
       }
     });
     for (int64_t slice = first_; slice < last_; ++slice)
@@ -213,8 +219,32 @@ class CausalBackward {
     }
   }
 
+  void PrefetchKeys(const Slice& slice, int64_t token, size_t count) {
+    prefetch_.Begin(count);
+    prefetch_.Add(slice, args_.key_logits, token, slice.kv_head, args_.dtype, args_.latents);
+    prefetch_.Add(slice, args_.values, token, slice.kv_head, args_.dtype, args_.head_dim);
+    prefetch_.Add(slice, args_.log_decay, token, slice.kv_head, args_.dtype, args_.latents);
+  }
+
+  // What a stretch reads and writes besides keys and values, which its segment's replay has read before.
+  void PrefetchQueries(const Slice& slice, int64_t token, size_t count) {
+    prefetch_.Begin(count);
+    const int64_t gate = args_.window_out ? 1 : 0;
+    for (int64_t head = slice.first_head; head < slice.first_head + static_cast<int64_t>(dims_.group); ++head) {
+      prefetch_.Add(slice, args_.query_logits, token, head, args_.dtype, args_.latents + gate);
+      prefetch_.Add(slice, args_.window_out, token, head, DType::kFloat32, args_.head_dim);
+      prefetch_.Add(slice, gradients_.grad_out, token, head, args_.dtype, args_.head_dim);
+      prefetch_.Add(slice, gradients_.grad_query_logits, token, head, args_.dtype, args_.latents + gate);
+      prefetch_.Add(slice, gradients_.grad_window_out, token, head, DType::kFloat32, args_.head_dim);
+    }
+    prefetch_.Add(slice, gradients_.grad_key_logits, token, slice.kv_head, args_.dtype, args_.latents);
+    prefetch_.Add(slice, gradients_.grad_values, token, slice.kv_head, args_.dtype, args_.head_dim);
+    prefetch_.Add(slice, gradients_.grad_log_decay, token, slice.kv_head, args_.dtype, args_.latents);
+  }
+
   // Runs the state through a segment again and keeps it before each stretch.
-  void ReplaySegment(const Slice& slice, int64_t begin, int64_t end) {
+  void ReplaySegment(const Turn& turn) {
+    const auto& [slice, index, begin, end] = turn;
     stretches_.clear();
     states_.clear();
     ReadState(dims_, gradients_.saved + SavedOffset(args_, dims_, slice, begin / kSegmentTokens), state_);
@@ -228,8 +258,9 @@ class CausalBackward {
       states_.insert(states_.end(), state_.sum, state_.sum + SnapshotFloats());
       token += static_cast<int64_t>(count);
       if (token == end) break;
-      WeighStretch(dims_, chunk_, count, state_);
-      AddValues(args_, dims_, chunk_, count, state_);
+      PrefetchKeys(slice, token, std::min<size_t>(kChunk, static_cast<size_t>(end - token)));
+      WeighStretch<false>(dims_, chunk_, count, state_);
+      AddValues(args_, dims_, chunk_, count, state_, prefetch_);
     }
   }
 
@@ -241,7 +272,7 @@ class CausalBackward {
     const size_t count = stretch.count;
     LoadChunk(args_, dims_, slice, stretch.token, count, chunk_);
     MeasureStretch(args_, dims_, chunk_, count, state_.maximum);
-    WeighStretch(dims_, chunk_, count, state_);
+    WeighStretch<true>(dims_, chunk_, count, state_);
     TransposeWeights(dims_, chunk_, count);
     const size_t rounded = RoundUp(count, std::max<size_t>(4, lanes));
     std::fill(chunk_.values + count * columns, chunk_.values + rounded * columns, 0.0f);
@@ -250,8 +281,10 @@ class CausalBackward {
     Transpose(row, columns, carried.sum, columns, grad_sum_transposed_, row);
 
     // What the state after the stretch asks of its keys and values.
-    MatMul<false>(d, count, columns, dims_.latents, Left{chunk_.weights, row, 1}, carried.sum, columns, grad_values_, columns);
-    MatMul<false>(d, count, row, dims_.head_dim, Left{chunk_.values, columns, 1}, grad_sum_transposed_, row, grad_weights_, row);
+    MatMul<false>(d, count, columns, dims_.latents, Left{chunk_.weights, row, 1}, carried.sum, columns, grad_values_, columns,
+                  prefetch_);
+    MatMul<false>(d, count, row, dims_.head_dim, Left{chunk_.values, columns, 1}, grad_sum_transposed_, row, grad_weights_, row,
+                  prefetch_);
     std::fill_n(grad_normalisers_, count * row, 0.0f);
     for (size_t g = 0; g < dims_.group; ++g) {
       QueryBackward(slice, stretch, slice.first_head + static_cast<int64_t>(g), carried);
@@ -285,22 +318,20 @@ class CausalBackward {
     const size_t columns = dims_.head_dim_padded;
     const size_t count = stretch.count;
     LoadGradOut(args_, dims_, slice, gradients_, stretch.token, count, head, query_.grad_out);
-    for (size_t i = 0; i < count; ++i) {
-      float* p = query_.probabilities + i * row;
-      query_.gates[i] = LoadProbabilities(args_, dims_, slice, stretch.token + static_cast<int64_t>(i), head, p);
-      for (size_t l = 0; l < row; l += lanes) {
-        const VF share = hn::Mul(hn::Load(d, p + l), hn::Load(d, chunk_.inverse_normaliser + i * row + l));
-        hn::Store(share, d, query_.shares + i * row + l);
-      }
+    LoadProbabilities(args_, dims_, slice, stretch.token, count, head, query_.probabilities, query_.gates);
+    for (size_t i = 0; i < count * row; i += lanes) {
+      const VF share = hn::Mul(hn::Load(d, query_.probabilities + i), hn::Load(d, chunk_.inverse_normaliser + i));
+      hn::Store(share, d, query_.shares + i);
     }
-    TriangularScores(count, dims_.latents, query_.shares, row, chunk_.weights_transposed, scores_);
-    TriangularScores(count, dims_.head_dim, query_.grad_out, columns, values_transposed_, grad_scores_);
-    AddUpperProduct(count, columns, scores_, query_.grad_out, grad_values_);
-    AddUpperProduct(count, row, grad_scores_, query_.shares, grad_weights_);
-    MatMul<false>(d, count, row, dims_.head_dim, Left{query_.grad_out, columns, 1}, sum_transposed_, row, query_.grad_shares,
-                  row);
-    AddLowerProduct(count, row, grad_scores_, chunk_.weights, query_.grad_shares);
-    MatMul<true>(d, dims_.latents, columns, count, Left{query_.shares, 1, row}, query_.grad_out, columns, carried.sum, columns);
+    TriangularScores(count, dims_.latents, query_.shares, row, chunk_.weights_transposed, scores_, kChunk, prefetch_);
+    TriangularScores(count, dims_.head_dim, query_.grad_out, columns, values_transposed_, grad_scores_, kChunk, prefetch_);
+    AddUpperProduct(count, columns, scores_, query_.grad_out, grad_values_, prefetch_);
+    AddUpperProduct(count, row, grad_scores_, query_.shares, grad_weights_, prefetch_);
+    MatMul<false>(d, count, row, dims_.head_dim, Left{query_.grad_out, columns, 1}, sum_transposed_, row, query_.grad_shares, row,
+                  prefetch_);
+    AddLowerProduct(count, row, grad_scores_, chunk_.weights, query_.grad_shares, prefetch_);
+    MatMul<true>(d, dims_.latents, columns, count, Left{query_.shares, 1, row}, query_.grad_out, columns, carried.sum, columns,
+                 prefetch_);
 
     for (size_t i = 0; i < count; ++i) {
       float* grad = query_.grad_shares + i * row;
@@ -335,6 +366,7 @@ class CausalBackward {
   std::vector<StateGradient> carried_;  // one a slice
   std::vector<Stretch> stretches_;
   std::vector<float> states_;  // before each stretch
+  Prefetch prefetch_;
 };
 
 void BidirectionalBackward(const LatentArgs& args, const LatentGradients& gradients, const Slice& slice) {
@@ -372,10 +404,7 @@ void BidirectionalBackward(const LatentArgs& args, const LatentGradients& gradie
     for (size_t g = 0; g < dims.group; ++g) {
       const int64_t head = slice.first_head + static_cast<int64_t>(g);
       LoadGradOut(args, dims, slice, gradients, token, count, head, query.grad_out);
-      for (size_t i = 0; i < count; ++i) {
-        query.gates[i] =
-            LoadProbabilities(args, dims, slice, token + static_cast<int64_t>(i), head, query.probabilities + i * row);
-      }
+      LoadProbabilities(args, dims, slice, token, count, head, query.probabilities, query.gates);
       MatMul<true>(d, dims.latents, columns, count, Left{query.probabilities, 1, row}, query.grad_out, columns, carried.sum,
                    columns);
       MatMul<false>(d, count, row, dims.head_dim, Left{query.grad_out, columns, 1}, average_transposed, row, query.grad_shares,

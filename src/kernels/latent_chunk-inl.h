@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <vector>
 
 #include "hwy/highway.h"
 #include "kernels/latent.h"
@@ -35,7 +36,10 @@ constexpr size_t kStrip = 8;
 // and those that vanish against a maximum of their own time (17 lower) still do not underflow.
 constexpr float kMaxDrift = 60.0f;
 
-static_assert(kSegmentTokens % kChunk == 0);
+// Tokens of one head that are worked on before the next head's turn.
+constexpr int64_t kTurnTokens = 64;
+
+static_assert(kSegmentTokens % kTurnTokens == 0 && kTurnTokens % kChunk == 0);
 
 inline size_t RoundUp(size_t n, size_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -52,15 +56,16 @@ struct Dims {
   size_t StateFloats() const { return latents_padded * head_dim_padded; }
 };
 
-// A key-value head's state, its rows padded to whole vectors (zeros) and to whole vectors of latents (m = -inf).
+// A key-value head's state, its rows padded to whole vectors (zeros) and to whole vectors of latents (m = -inf). Room for
+// `more_rows` follows the sum: with a chunk's values there, one product reads both.
 struct State {
-  State(const Dims& dims, Scratch& scratch)
-      : sum(scratch.Take(dims.StateFloats())),
+  State(const Dims& dims, Scratch& scratch, size_t more_rows = 0)
+      : sum(scratch.Take(dims.StateFloats() + more_rows * dims.head_dim_padded)),
         normaliser(scratch.Take(dims.latents_padded)),
         maximum(scratch.Take(dims.latents_padded)),
         decay(scratch.Take(dims.latents_padded)) {}
-  static size_t Floats(const Dims& dims) {
-    return Scratch::Rounded(dims.StateFloats()) + 3 * Scratch::Rounded(dims.latents_padded);
+  static size_t Floats(const Dims& dims, size_t more_rows = 0) {
+    return Scratch::Rounded(dims.StateFloats() + more_rows * dims.head_dim_padded) + 3 * Scratch::Rounded(dims.latents_padded);
   }
 
   float* sum;         // [L, D]
@@ -115,14 +120,6 @@ struct Slice {
   int64_t Offset(const MutableView& view, int64_t token, int64_t head) const {
     return sequence.batch * view.batch_stride + (sequence.begin + token) * view.time_stride + head * view.head_stride;
   }
-  // Prefetches the row of the token a chunk later, if there is one.
-  template <class AnyView>
-  void PrefetchNext(const AnyView& view, int64_t token, int64_t head, DType dtype, int64_t elements) const {
-    const int64_t next = token + static_cast<int64_t>(kChunk);
-    if (!view || next >= sequence.length) return;
-    PrefetchRow(static_cast<const char*>(view.data) + Offset(view, next, head) * SizeOf(dtype),
-                static_cast<size_t>(elements * SizeOf(dtype)));
-  }
   bool Masked(const MaskView& mask, int64_t token) const {
     return mask && !mask.data[sequence.batch * mask.batch_stride + (sequence.begin + token) * mask.time_stride];
   }
@@ -136,23 +133,78 @@ struct Slice {
   }
 };
 
-// Calls work(slice, i, begin, end) for the tokens [begin, end) of each segment of each slice first + i in [first, last). Slices
-// of one sequence take turns segment by segment: their rows share pages, which then are still known to the processor.
+// The rows of a later chunk, which lie pages apart, where no hardware prefetcher follows. They are asked for a few at a time,
+// between this chunk's arithmetic: in one go they would fill the processor's queue of misses, and wait.
+class Prefetch {
+ public:
+  // The rows of `tokens` tokens, of each tensor that is added.
+  void Begin(size_t tokens) {
+    streams_.clear();
+    next_ = 0;
+    left_ = tokens;
+  }
+  template <class AnyView>
+  void Add(const Slice& slice, const AnyView& view, int64_t token, int64_t head, DType dtype, int64_t elements) {
+    if (!view) return;
+    const int64_t item = SizeOf(dtype);
+    streams_.push_back({static_cast<const char*>(view.data) + slice.Offset(view, token, head) * item, view.time_stride * item,
+                        static_cast<size_t>(elements * item)});
+  }
+  // Called between blocks of products: with L = D = 64 and blocks two vectors wide a chunk has 24 of them or more for the rows of
+  // each two tensors, with wider blocks about a third of that.
+  HWY_INLINE void operator()() {
+    constexpr size_t kRows = kBlockVectors == 2 ? 3 : 10;
+    for (size_t i = 0; i < kRows && left_ > 0; ++i) {
+      Stream& stream = streams_[next_];
+      PrefetchRow(stream.data, stream.bytes);
+      stream.data += stream.stride;
+      if (++next_ < streams_.size()) continue;
+      next_ = 0;
+      --left_;
+    }
+  }
+
+ private:
+  struct Stream {
+    const char* data;
+    int64_t stride;
+    size_t bytes;
+  };
+  std::vector<Stream> streams_;
+  size_t next_ = 0;  // stream
+  size_t left_ = 0;  // tokens
+};
+
+// Tokens of a slice that are worked on in one turn.
+struct Turn {
+  Slice slice;
+  int64_t index;  // of the slice, counted from the call's first
+  int64_t begin, end;
+};
+
+// Calls work(turn, next) for the tokens of each slice in [first, last), `tokens` of them at a time; `next` is the turn after it,
+// or null. Slices of one sequence take turns: their rows share pages and lines, which then are still near.
 template <class Work>
-HWY_INLINE void ForEachSegment(const LatentArgs& args, int64_t first, int64_t last, bool reversed, const Work& work) {
+HWY_INLINE void ForEachTurn(const LatentArgs& args, int64_t first, int64_t last, int64_t tokens, bool reversed,
+                            const Work& work) {
+  const Turn* waiting = nullptr;
+  Turn turns[2] = {{Slice(args, first), 0, 0, 0}, {Slice(args, first), 0, 0, 0}};
   for (int64_t begin = first; begin < last;) {
     const Slice front(args, begin);
     const int64_t end = std::min(last, (front.sequence_index + 1) * args.kv_heads);
-    const int64_t segments = (front.sequence.length + kSegmentTokens - 1) / kSegmentTokens;
-    for (int64_t i = 0; i < segments; ++i) {
-      const int64_t segment = reversed ? segments - 1 - i : i;
-      const int64_t token = segment * kSegmentTokens;
+    const int64_t rounds = (front.sequence.length + tokens - 1) / tokens;
+    for (int64_t i = 0; i < rounds; ++i) {
+      const int64_t token = (reversed ? rounds - 1 - i : i) * tokens;
       for (int64_t index = begin; index < end; ++index) {
-        work(Slice(args, index), index - first, token, std::min(front.sequence.length, token + kSegmentTokens));
+        Turn& turn = turns[waiting == turns ? 1 : 0];
+        turn = {Slice(args, index), index - first, token, std::min(front.sequence.length, token + tokens)};
+        if (waiting != nullptr) work(*waiting, &turn);
+        waiting = &turn;
       }
     }
     begin = end;
   }
+  if (waiting != nullptr) work(*waiting, static_cast<const Turn*>(nullptr));
 }
 
 // Where the forward pass keeps the state that precedes a segment of kSegmentTokens tokens.
@@ -187,7 +239,7 @@ struct Chunk {
   float* logits;              // k [C, L]; -inf where masked and in the padding
   float* log_decay;           // g [C, L], 0 where masked
   float* values;              // v [C, D]; 0 where masked
-  float* reference;           // [L]: the largest logit of the stretch or of the state before it, finite
+  float* reference;           // [L]: the largest logit of the stretch or of the state before it; WeighStretch makes -inf 0
   float* total_decay;         // [L]: decay from the stretch's first token to its last, the first's own left out
   float* carry;               // [L]: exp(m_before - reference), what the earlier state is worth
   float* weights;             // e = exp(k - reference) [C, L]
@@ -201,9 +253,6 @@ HWY_INLINE void LoadChunk(const LatentArgs& args, const Dims& dims, const Slice&
   const F d;
   for (size_t i = 0; i < count; ++i) {
     const int64_t t = token + static_cast<int64_t>(i);
-    slice.PrefetchNext(args.key_logits, t, slice.kv_head, args.dtype, args.latents);
-    slice.PrefetchNext(args.values, t, slice.kv_head, args.dtype, args.head_dim);
-    slice.PrefetchNext(args.log_decay, t, slice.kv_head, args.dtype, args.latents);
     float* logits = chunk.logits + i * dims.latents_padded;
     float* values = chunk.values + i * dims.head_dim_padded;
     float* log_decay = chunk.log_decay + i * dims.latents_padded;
@@ -306,31 +355,39 @@ HWY_INLINE void DecayState(const Dims& dims, const float* log_decay, const State
   }
 }
 
-// Sets the stretch's reference, carry, weights and inverse normalisers, moves the state to the reference and adds the weights to
-// its normaliser. The state's maximum is left at the reference (or -inf) and its sum lacks the stretch's values: AddValues.
+// Sets the stretch's carry and weights, moves the state to the chunk's reference and adds the weights to its normaliser;
+// kInverse: sets the inverse normalisers too. The state's maximum is left at the reference (or -inf) and its sum lacks the
+// stretch's values: AddValues.
+template <bool kInverse>
 HWY_INLINE void WeighStretch(const Dims& dims, const Chunk& chunk, size_t count, const State& state) {
   const F d;
   const size_t lanes = hn::Lanes(d);
   const size_t row = dims.latents_padded;
   const VF none = hn::Set(d, kNegativeInfinity);
-  const VF one = hn::Set(d, 1.0f);
   auto moved = hn::MaskFalse(d);
   for (size_t l = 0; l < row; l += lanes) {
-    const VF before = hn::Load(d, state.maximum + l);
     const VF high = hn::Load(d, chunk.reference + l);
     const VF reference = hn::IfThenZeroElse(hn::Eq(high, none), high);
-    const VF carry = Exp(d, hn::Sub(before, reference));
+    const VF carry = Exp(d, hn::Sub(hn::Load(d, state.maximum + l), reference));
     hn::Store(high, d, state.maximum + l);
+    hn::Store(reference, d, chunk.reference + l);
     hn::Store(carry, d, chunk.carry + l);
-    moved = hn::Or(moved, hn::Ne(carry, one));
-    VF z = hn::Mul(hn::Load(d, state.normaliser + l), carry);
-    for (size_t i = 0; i < count; ++i) {
-      const VF weight = Exp(d, hn::Sub(hn::Load(d, chunk.logits + i * row + l), reference));
-      z = hn::Add(z, weight);
-      hn::Store(weight, d, chunk.weights + i * row + l);
-      hn::Store(hn::IfThenElseZero(hn::Gt(z, hn::Zero(d)), hn::Div(one, z)), d, chunk.inverse_normaliser + i * row + l);
-    }
-    hn::Store(z, d, state.normaliser + l);
+    hn::Store(hn::Mul(hn::Load(d, state.normaliser + l), carry), d, state.normaliser + l);
+    moved = hn::Or(moved, hn::Ne(carry, hn::Set(d, 1.0f)));
+  }
+  const float* HWY_RESTRICT reference = chunk.reference;
+  float* HWY_RESTRICT normaliser = state.normaliser;
+  for (size_t i = 0; i < count; ++i) {
+    const float* HWY_RESTRICT logits = chunk.logits + i * row;
+    float* HWY_RESTRICT weights = chunk.weights + i * row;
+    float* HWY_RESTRICT inverse = chunk.inverse_normaliser + i * row;
+    const auto distance = [&](size_t l) HWY_ATTR { return hn::Sub(hn::Load(d, logits + l), hn::Load(d, reference + l)); };
+    ForEachExp(d, row, distance, [&](size_t l, VF weight) HWY_ATTR {
+      const VF z = hn::Add(hn::Load(d, normaliser + l), weight);
+      hn::Store(weight, d, weights + l);
+      hn::Store(z, d, normaliser + l);
+      if constexpr (kInverse) hn::Store(hn::IfThenElseZero(hn::Gt(z, hn::Zero(d)), Reciprocal(d, z)), d, inverse + l);
+    });
   }
   if (hn::AllFalse(d, moved)) return;
   for (size_t l = 0; l < dims.latents; ++l) {
@@ -348,10 +405,11 @@ HWY_INLINE void TransposeWeights(const Dims& dims, const Chunk& chunk, size_t co
 }
 
 // S += eᵀ v, and the decay of the stretch after its first token.
-HWY_INLINE void AddValues(const LatentArgs& args, const Dims& dims, const Chunk& chunk, size_t count, const State& state) {
+HWY_INLINE void AddValues(const LatentArgs& args, const Dims& dims, const Chunk& chunk, size_t count, const State& state,
+                          Prefetch& prefetch) {
   const F d;
   MatMul<true>(d, dims.latents, dims.head_dim_padded, count, Left{chunk.weights, 1, dims.latents_padded}, chunk.values,
-               dims.head_dim_padded, state.sum, dims.head_dim_padded);
+               dims.head_dim_padded, state.sum, dims.head_dim_padded, prefetch);
   if (!args.log_decay) return;
   for (size_t l = 0; l < dims.latents; ++l) {
     state.maximum[l] += chunk.total_decay[l];
@@ -359,89 +417,105 @@ HWY_INLINE void AddValues(const LatentArgs& args, const Dims& dims, const Chunk&
   }
 }
 
-// The softmax of one token's query logits, before its division: p(l | t) = weights[l] scale, p(0 | t) = gate scale (0 without a
-// window).
+// The softmax of a chunk's query logits, before its division: p(l | t) = weights[t, l] scales[t], p(0 | t) = gates[t] scales[t]
+// (0 without a window).
 struct Softmax {
-  float gate;
-  float scale;
+  HWY_ALIGN float gates[kChunk];
+  HWY_ALIGN float scales[kChunk];
 };
 
-// All logits -inf: all zero.
-HWY_INLINE Softmax LoadSoftmax(const LatentArgs& args, const Dims& dims, const Slice& slice, int64_t token, int64_t head,
-                               float* weights) {
+// Sets weights [count, L], their rows `weights_row` apart, and `softmax`; where all logits are -inf: all zero. Each pass is over
+// all rows, so that none waits for the end of the one before.
+HWY_INLINE void LoadSoftmax(const LatentArgs& args, const Dims& dims, const Slice& slice, int64_t token, size_t count,
+                            int64_t head, float* weights, size_t weights_row, Softmax& softmax) {
   const F d;
   const size_t lanes = hn::Lanes(d);
-  int64_t offset = slice.Offset(args.query_logits, token, head);
-  slice.PrefetchNext(args.query_logits, token, head, args.dtype, args.latents + (args.window_out ? 1 : 0));
-  slice.PrefetchNext(args.window_out, token, head, DType::kFloat32, args.head_dim);
-  float gate = kNegativeInfinity;
-  if (args.window_out) {
-    HWY_ALIGN float first[hn::MaxLanes(F())] = {};
-    LoadRow(d, args.dtype, args.query_logits.data, offset, 1, first, lanes);
-    gate = first[0];
-    ++offset;
+  const size_t row = dims.latents_padded;
+  const VF none = hn::Set(d, kNegativeInfinity);
+  HWY_ALIGN float references[kChunk];
+  for (size_t i = 0; i < count; ++i) {
+    float* weight = weights + i * weights_row;
+    int64_t offset = slice.Offset(args.query_logits, token + static_cast<int64_t>(i), head);
+    VF high = none;
+    softmax.gates[i] = kNegativeInfinity;
+    if (args.window_out) {
+      HWY_ALIGN float first[hn::MaxLanes(F())] = {};
+      LoadRow(d, args.dtype, args.query_logits.data, offset, 1, first, lanes);
+      softmax.gates[i] = first[0];
+      high = hn::Set(d, first[0]);
+      ++offset;
+    }
+    LoadRow(d, args.dtype, args.query_logits.data, offset, dims.latents, weight, row, kNegativeInfinity);
+    for (size_t l = 0; l < row; l += lanes) high = hn::Max(high, hn::Load(d, weight + l));
+    const VF maximum = hn::MaxOfLanes(d, high);
+    references[i] = hn::GetLane(hn::IfThenZeroElse(hn::Eq(maximum, none), maximum));
   }
-  LoadRow(d, args.dtype, args.query_logits.data, offset, dims.latents, weights, dims.latents_padded, kNegativeInfinity);
-  VF high = hn::Set(d, gate);
-  for (size_t l = 0; l < dims.latents_padded; l += lanes) high = hn::Max(high, hn::Load(d, weights + l));
-  const VF reference = hn::MaxOfLanes(d, high);
-  const float maximum = hn::GetLane(reference);
-  if (HWY_UNLIKELY(maximum == kNegativeInfinity)) {
-    std::fill_n(weights, dims.latents_padded, 0.0f);
-    return {0.0f, 0.0f};
+  for (size_t i = 0; i < count; ++i) {
+    float* weight = weights + i * weights_row;
+    const VF reference = hn::Set(d, references[i]);
+    VF total = hn::Zero(d);
+    const auto distance = [&](size_t l) HWY_ATTR { return hn::Sub(hn::Load(d, weight + l), reference); };
+    ForEachExp(d, row, distance, [&](size_t l, VF exp) HWY_ATTR {
+      total = hn::Add(total, exp);
+      hn::Store(exp, d, weight + l);
+    });
+    softmax.scales[i] = hn::ReduceSum(d, total);
   }
-  VF total = hn::Zero(d);
-  for (size_t l = 0; l < dims.latents_padded; l += lanes) {
-    const VF weight = Exp(d, hn::Sub(hn::Load(d, weights + l), reference));
-    total = hn::Add(total, weight);
-    hn::Store(weight, d, weights + l);
+  for (size_t i = 0; i < count; ++i) {
+    softmax.gates[i] = args.window_out ? std::exp(softmax.gates[i] - references[i]) : 0.0f;
+    const float total = softmax.scales[i] + softmax.gates[i];
+    softmax.scales[i] = total > 0.0f ? 1.0f / total : 0.0f;
   }
-  const float gate_weight = args.window_out ? std::exp(gate - maximum) : 0.0f;
-  return {gate_weight, 1.0f / (hn::ReduceSum(d, total) + gate_weight)};
 }
 
-// Probabilities p(l | t) of one token, `row` [L]; returns p(0 | t).
-HWY_INLINE float LoadProbabilities(const LatentArgs& args, const Dims& dims, const Slice& slice, int64_t token, int64_t head,
-                                   float* row) {
+// Probabilities p(l | t) of the tokens [token, token + count), `rows` [count, L], and p(0 | t), `gates` [count].
+HWY_INLINE void LoadProbabilities(const LatentArgs& args, const Dims& dims, const Slice& slice, int64_t token, size_t count,
+                                  int64_t head, float* rows, float* gates) {
   const F d;
-  const Softmax softmax = LoadSoftmax(args, dims, slice, token, head, row);
-  const VF scale = hn::Set(d, softmax.scale);
-  for (size_t l = 0; l < dims.latents_padded; l += hn::Lanes(d)) hn::Store(hn::Mul(hn::Load(d, row + l), scale), d, row + l);
-  return softmax.gate * softmax.scale;
+  Softmax softmax;
+  LoadSoftmax(args, dims, slice, token, count, head, rows, dims.latents_padded, softmax);
+  for (size_t i = 0; i < count; ++i) {
+    float* row = rows + i * dims.latents_padded;
+    const VF scale = hn::Set(d, softmax.scales[i]);
+    for (size_t l = 0; l < dims.latents_padded; l += hn::Lanes(d)) hn::Store(hn::Mul(hn::Load(d, row + l), scale), d, row + l);
+    gates[i] = softmax.gates[i] * softmax.scales[i];
+  }
 }
 
-// scores[t, s] = Σ_l left[t, l] transposed[l, s] for s <= t < count, 0 for s > t within the strip that t lies in. Rows lie kChunk
-// apart in both.
+// scores[t, s] = Σ_l left[t, l] transposed[l, s] for s <= t < count, 0 for s > t within the strip that t lies in. Rows of
+// `transposed` lie kChunk apart.
 HWY_INLINE void TriangularScores(size_t count, size_t inner, const float* left, size_t left_row, const float* transposed,
-                                 float* scores) {
+                                 float* scores, size_t scores_row, Prefetch& prefetch) {
   const F d;
   const size_t lanes = hn::Lanes(d);
   for (size_t first = 0; first < count; first += kStrip) {
     const size_t rows = std::min(kStrip, count - first);
     const size_t end = first + rows;
     MatMul<false>(d, rows, RoundUp(end, lanes), inner, Left{left + first * left_row, left_row, 1}, transposed, kChunk,
-                  scores + first * kChunk, kChunk);
-    for (size_t t = first; t < end; ++t) std::fill(scores + t * kChunk + t + 1, scores + t * kChunk + end, 0.0f);
+                  scores + first * scores_row, scores_row, prefetch);
+    for (size_t t = first; t < end; ++t) std::fill(scores + t * scores_row + t + 1, scores + t * scores_row + end, 0.0f);
   }
 }
 
 // out[t, :] += Σ_{s <= t} scores[t, s] right[s, :].
-HWY_INLINE void AddLowerProduct(size_t count, size_t columns, const float* scores, const float* right, float* out) {
+HWY_INLINE void AddLowerProduct(size_t count, size_t columns, const float* scores, const float* right, float* out,
+                                Prefetch& prefetch) {
   const F d;
   for (size_t first = 0; first < count; first += kStrip) {
     const size_t rows = std::min(kStrip, count - first);
     MatMul<true>(d, rows, columns, first + rows, Left{scores + first * kChunk, kChunk, 1}, right, columns, out + first * columns,
-                 columns);
+                 columns, prefetch);
   }
 }
 
 // out[s, :] += Σ_{t >= s} scores[t, s] right[t, :].
-HWY_INLINE void AddUpperProduct(size_t count, size_t columns, const float* scores, const float* right, float* out) {
+HWY_INLINE void AddUpperProduct(size_t count, size_t columns, const float* scores, const float* right, float* out,
+                                Prefetch& prefetch) {
   const F d;
   for (size_t first = 0; first < count; first += kStrip) {
     const size_t rows = std::min(kStrip, count - first);
     MatMul<true>(d, rows, columns, count - first, Left{scores + first * kChunk + first, 1, kChunk}, right + first * columns,
-                 columns, out + first * columns, columns);
+                 columns, out + first * columns, columns, prefetch);
   }
 }
 

@@ -29,7 +29,6 @@ void StoreOutput(const LatentArgs& args, const Dims& dims, const Slice& slice, c
         hn::Store(hn::MulAdd(gate, share, hn::Load(d, row + j)), d, row + j);
       }
     }
-    slice.PrefetchNext(outputs.out, t, head, args.dtype, args.head_dim);
     StoreRow(d, args.dtype, row, dims.head_dim, outputs.out.data, slice.Offset(outputs.out, t, head));
   }
 }
@@ -43,30 +42,30 @@ class ForwardPass {
         first_(first),
         last_(last),
         dims_(args),
-        scratch_(static_cast<size_t>(last - first) * State::Floats(dims_) + Chunk::Floats(dims_) +
-                 Scratch::Rounded(kChunk * dims_.latents_padded) + Scratch::Rounded(kChunk * kChunk) +
-                 Scratch::Rounded(kChunk * dims_.head_dim_padded)),
+        shares_row_(dims_.latents_padded + kChunk),
+        scratch_(static_cast<size_t>(last - first) * State::Floats(dims_, kChunk) + Chunk::Floats(dims_) +
+                 Scratch::Rounded(kChunk * shares_row_) + Scratch::Rounded(kChunk * dims_.head_dim_padded)),
         chunk_(dims_, scratch_),
-        shares_(scratch_.Take(kChunk * dims_.latents_padded)),
-        scores_(scratch_.Take(kChunk * kChunk)),
+        shares_(scratch_.Take(kChunk * shares_row_)),
         out_(scratch_.Take(kChunk * dims_.head_dim_padded)) {
     states_.reserve(static_cast<size_t>(last - first));
     for (int64_t slice = first; slice < last; ++slice) {
-      states_.emplace_back(dims_, scratch_);
+      states_.emplace_back(dims_, scratch_, kChunk);
       ReadState(dims_, Slice(args, slice).PackedState(args.initial_state, dims_, args.kv_heads), states_.back());
     }
   }
 
   void Causal() {
-    ForEachSegment(args_, first_, last_, false, [this](const Slice& slice, int64_t i, int64_t begin, int64_t end) HWY_ATTR {
-      const State& state = states_[static_cast<size_t>(i)];
-      if (outputs_.saved != nullptr) {
-        WriteState(dims_, state, outputs_.saved + SavedOffset(args_, dims_, slice, begin / kSegmentTokens));
+    ForEachTurn(args_, first_, last_, kTurnTokens, false, [this](const Turn& turn, const Turn* next) HWY_ATTR {
+      const State& state = states_[static_cast<size_t>(turn.index)];
+      if (outputs_.saved != nullptr && turn.begin % kSegmentTokens == 0) {
+        WriteState(dims_, state, outputs_.saved + SavedOffset(args_, dims_, turn.slice, turn.begin / kSegmentTokens));
       }
-      for (int64_t token = begin; token < end;) {
-        const int64_t next_chunk = (token / static_cast<int64_t>(kChunk) + 1) * static_cast<int64_t>(kChunk);
-        token += CausalStretch(slice, state, token, static_cast<size_t>(std::min(end, next_chunk) - token));
-      }
+      ForEachChunk(turn, next, [&](int64_t token, size_t count) HWY_ATTR {
+        for (size_t done = 0; done < count;) {
+          done += CausalStretch(turn.slice, state, token + static_cast<int64_t>(done), count - done);
+        }
+      });
     });
     WriteStates(outputs_.final_state);
   }
@@ -74,15 +73,15 @@ class ForwardPass {
   void Bidirectional() {
     const F d;
     const size_t lanes = hn::Lanes(d);
-    ForEachSegment(args_, first_, last_, false, [this](const Slice& slice, int64_t i, int64_t begin, int64_t end) HWY_ATTR {
-      const State& state = states_[static_cast<size_t>(i)];
-      for (int64_t token = begin; token < end; token += static_cast<int64_t>(kChunk)) {
-        const size_t count = static_cast<size_t>(std::min<int64_t>(kChunk, end - token));
-        LoadChunk(args_, dims_, slice, token, count, chunk_);
+    read_queries_ = false;
+    ForEachTurn(args_, first_, last_, kTurnTokens, false, [this](const Turn& turn, const Turn* next) HWY_ATTR {
+      const State& state = states_[static_cast<size_t>(turn.index)];
+      ForEachChunk(turn, next, [&](int64_t token, size_t count) HWY_ATTR {
+        LoadChunk(args_, dims_, turn.slice, token, count, chunk_);
         FindReference(dims_, chunk_, count, state.maximum);
-        WeighStretch(dims_, chunk_, count, state);
-        AddValues(args_, dims_, chunk_, count, state);
-      }
+        WeighStretch<false>(dims_, chunk_, count, state);
+        AddValues(args_, dims_, chunk_, count, state, prefetch_);
+      });
     });
     WriteStates(outputs_.saved);
     for (const State& state : states_) {  // averages: S / z
@@ -94,54 +93,98 @@ class ForwardPass {
         }
       }
     }
-    ForEachSegment(args_, first_, last_, false, [this](const Slice& slice, int64_t i, int64_t begin, int64_t end) HWY_ATTR {
-      for (int64_t token = begin; token < end; token += static_cast<int64_t>(kChunk)) {
-        const size_t count = static_cast<size_t>(std::min<int64_t>(kChunk, end - token));
+    read_queries_ = true;
+    read_keys_ = false;
+    ForEachTurn(args_, first_, last_, kTurnTokens, false, [&, this](const Turn& turn, const Turn* next) HWY_ATTR {
+      ForEachChunk(turn, next, [&](int64_t token, size_t count) HWY_ATTR {
         for (size_t g = 0; g < dims_.group; ++g) {
-          ReadSum(slice, states_[static_cast<size_t>(i)], token, count, g, false);
-          StoreOutput(args_, dims_, slice, outputs_, token, count, slice.first_head + static_cast<int64_t>(g), gates_, out_);
+          LoadShares<false>(turn.slice, token, count, g);
+          MatMul<false>(d, count, dims_.head_dim_padded, dims_.latents, Left{shares_, shares_row_, 1},
+                        states_[static_cast<size_t>(turn.index)].sum, dims_.head_dim_padded, out_, dims_.head_dim_padded,
+                        prefetch_);
+          StoreOutput(args_, dims_, turn.slice, outputs_, token, count, turn.slice.first_head + static_cast<int64_t>(g), gates_,
+                      out_);
         }
-      }
+      });
     });
   }
 
  private:
+  // Asks for the rows that the chunk of `turn` at `token` reads and writes.
+  void LookAhead(const Turn& turn, int64_t token) {
+    const Slice& slice = turn.slice;
+    prefetch_.Begin(static_cast<size_t>(std::min<int64_t>(turn.end - token, kChunk)));
+    if (read_keys_) {
+      prefetch_.Add(slice, args_.key_logits, token, slice.kv_head, args_.dtype, args_.latents);
+      prefetch_.Add(slice, args_.values, token, slice.kv_head, args_.dtype, args_.head_dim);
+      prefetch_.Add(slice, args_.log_decay, token, slice.kv_head, args_.dtype, args_.latents);
+    }
+    for (int64_t head = slice.first_head; read_queries_ && head < slice.first_head + static_cast<int64_t>(dims_.group); ++head) {
+      prefetch_.Add(slice, args_.query_logits, token, head, args_.dtype, args_.latents + (args_.window_out ? 1 : 0));
+      prefetch_.Add(slice, args_.window_out, token, head, DType::kFloat32, args_.head_dim);
+      prefetch_.Add(slice, outputs_.out, token, head, args_.dtype, args_.head_dim);
+    }
+  }
+
+  // Calls work(token, count) for the chunks of a turn; meanwhile the chunk after it is fetched.
+  template <class Work>
+  void ForEachChunk(const Turn& turn, const Turn* next, const Work& work) {
+    constexpr int64_t kTokens = static_cast<int64_t>(kChunk);
+    for (int64_t token = turn.begin; token < turn.end; token += kTokens) {
+      const int64_t end = std::min(turn.end, token + kTokens);
+      if (end < turn.end) {
+        LookAhead(turn, end);
+      } else if (next != nullptr) {
+        LookAhead(*next, next->begin);
+      }
+      work(token, static_cast<size_t>(end - token));
+    }
+  }
+
   // Reads and writes the tokens [token, token + left) that share a reference; returns how many these are.
-  int64_t CausalStretch(const Slice& slice, const State& state, int64_t token, size_t left) {
+  size_t CausalStretch(const Slice& slice, const State& state, int64_t token, size_t left) {
+    const F d;
+    const size_t columns = dims_.head_dim_padded;
+    chunk_.values = state.sum + dims_.StateFloats();
     LoadChunk(args_, dims_, slice, token, left, chunk_);
     if (args_.log_decay) DecayState(dims_, chunk_.log_decay, state);
     const size_t count = MeasureStretch(args_, dims_, chunk_, left, state.maximum);
-    WeighStretch(dims_, chunk_, count, state);
+    WeighStretch<true>(dims_, chunk_, count, state);
     TransposeWeights(dims_, chunk_, count);
     for (size_t g = 0; g < dims_.group; ++g) {
-      ReadSum(slice, state, token, count, g, true);
-      TriangularScores(count, dims_.latents, shares_, dims_.latents_padded, chunk_.weights_transposed, scores_);
-      AddLowerProduct(count, dims_.head_dim_padded, scores_, chunk_.values, out_);
+      LoadShares<true>(slice, token, count, g);
+      float* scores = shares_ + dims_.latents_padded;
+      TriangularScores(count, dims_.latents, shares_, shares_row_, chunk_.weights_transposed, scores, shares_row_, prefetch_);
+      // [shares, scores] [S; v]: what the tokens read from the state and from each other.
+      for (size_t first = 0; first < count; first += kStrip) {
+        const size_t rows = std::min(kStrip, count - first);
+        MatMul<false>(d, rows, columns, dims_.latents_padded + first + rows, Left{shares_ + first * shares_row_, shares_row_, 1},
+                      state.sum, columns, out_ + first * columns, columns, prefetch_);
+      }
       StoreOutput(args_, dims_, slice, outputs_, token, count, slice.first_head + static_cast<int64_t>(g), gates_, out_);
     }
-    AddValues(args_, dims_, chunk_, count, state);
-    return static_cast<int64_t>(count);
+    AddValues(args_, dims_, chunk_, count, state, prefetch_);
+    return count;
   }
 
-  // shares = p(l | t), divided by z with `normalise`; out = shares S.
-  void ReadSum(const Slice& slice, const State& state, int64_t token, size_t count, size_t g, bool normalise) {
+  // shares = p(l | t), divided by z with kNormalise.
+  template <bool kNormalise>
+  void LoadShares(const Slice& slice, int64_t token, size_t count, size_t g) {
     const F d;
     const size_t lanes = hn::Lanes(d);
-    const size_t row = dims_.latents_padded;
+    Softmax softmax;
+    LoadSoftmax(args_, dims_, slice, token, count, slice.first_head + static_cast<int64_t>(g), shares_, shares_row_, softmax);
     for (size_t i = 0; i < count; ++i) {
-      float* share = shares_ + i * row;
-      const Softmax softmax =
-          LoadSoftmax(args_, dims_, slice, token + static_cast<int64_t>(i), slice.first_head + static_cast<int64_t>(g), share);
-      gates_[i] = softmax.gate * softmax.scale;
-      const VF scale = hn::Set(d, softmax.scale);
-      const float* inverse = chunk_.inverse_normaliser + i * row;
-      for (size_t l = 0; l < row; l += lanes) {
-        const VF factor = normalise ? hn::Mul(scale, hn::Load(d, inverse + l)) : scale;
+      float* share = shares_ + i * shares_row_;
+      gates_[i] = softmax.gates[i] * softmax.scales[i];
+      const VF scale = hn::Set(d, softmax.scales[i]);
+      const float* inverse = chunk_.inverse_normaliser + i * dims_.latents_padded;
+      for (size_t l = 0; l < dims_.latents_padded; l += lanes) {
+        VF factor = scale;
+        if constexpr (kNormalise) factor = hn::Mul(scale, hn::Load(d, inverse + l));
         hn::Store(hn::Mul(hn::Load(d, share + l), factor), d, share + l);
       }
     }
-    MatMul<false>(d, count, dims_.head_dim_padded, dims_.latents, Left{shares_, row, 1}, state.sum, dims_.head_dim_padded, out_,
-                  dims_.head_dim_padded);
   }
 
   void WriteStates(float* packed) const {
@@ -156,13 +199,15 @@ class ForwardPass {
   const LatentOutputs& outputs_;
   const int64_t first_, last_;
   const Dims dims_;
+  const size_t shares_row_;
   Scratch scratch_;
-  const Chunk chunk_;
-  float* shares_;  // p / z, or p [C, L]
-  float* scores_;  // [C, C]
+  Chunk chunk_;
+  float* shares_;  // p / z, or p [C, L], and the scores beside them [C, C]
   float* out_;     // [C, D]
   float gates_[kChunk];
   std::vector<State> states_;  // one a slice
+  Prefetch prefetch_;
+  bool read_keys_ = true, read_queries_ = true;  // by the chunks of this pass over the tokens
 };
 
 void Forward(const LatentArgs& args, const LatentOutputs& outputs, int64_t first, int64_t last) {
@@ -230,7 +275,8 @@ void Step(const LatentArgs& args, const LatentOutputs& outputs, float* packed, i
   }
   for (size_t g = 0; g < dims.group; ++g) {
     const int64_t head = slice.first_head + static_cast<int64_t>(g);
-    const float gate = LoadProbabilities(args, dims, slice, 0, head, share);
+    float gate;
+    LoadProbabilities(args, dims, slice, 0, 1, head, share, &gate);
     for (size_t l = 0; l < dims.latents; ++l) {
       const float z = packed[l * packed_row + dims.head_dim];
       share[l] = z > 0.0f ? share[l] / z : 0.0f;

@@ -17,7 +17,7 @@ HWY_BEFORE_NAMESPACE();
 namespace latte::kernels::HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
-// Asks for a row of `bytes` before it is needed: rows of one head lie pages apart, where no hardware prefetcher follows.
+// Asks for a row of `bytes` before it is needed.
 HWY_INLINE void PrefetchRow(const void* data, size_t bytes) {
   for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(data) + i, 0, 2);
 }

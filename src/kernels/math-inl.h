@@ -12,23 +12,61 @@ HWY_BEFORE_NAMESPACE();
 namespace latte::kernels::HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
-// exp(x) for x <= 88, to 2 ulp; 0 below -87.3 (the smallest normal float), -inf included; NaN stays NaN. Cephes' polynomial.
+// x = exp(x) for x <= 88, to 2 ulp; 0 below -87.3 (the smallest normal float), -inf included; NaN stays NaN. Cephes' polynomial.
+// Several vectors take each step together: the steps of one depend on each other, and a processor that had to look past them for
+// independent work would wait.
+template <size_t kVectors, class D, class V = hn::Vec<D>>
+HWY_INLINE void ExpTogether(D d, V (&x)[kVectors]) {
+  const hn::RebindToSigned<D> di;
+  // Adding this rounds to an integer n, and leaves n + 127, the exponent's bits, in the lowest bits of the sum.
+  const V round = hn::Set(d, 12582912.0f + 127.0f);
+  V sum[kVectors], n[kVectors], r[kVectors], p[kVectors];
+  for (size_t i = 0; i < kVectors; ++i) sum[i] = hn::MulAdd(x[i], hn::Set(d, 1.44269504088896341f), round);
+  for (size_t i = 0; i < kVectors; ++i) n[i] = hn::Sub(sum[i], round);
+  for (size_t i = 0; i < kVectors; ++i) r[i] = hn::NegMulAdd(n[i], hn::Set(d, 0.693359375f), x[i]);
+  for (size_t i = 0; i < kVectors; ++i) r[i] = hn::NegMulAdd(n[i], hn::Set(d, -2.12194440e-4f), r[i]);
+  for (size_t i = 0; i < kVectors; ++i) p[i] = hn::MulAdd(hn::Set(d, 1.9875691500e-4f), r[i], hn::Set(d, 1.3981999507e-3f));
+  for (size_t i = 0; i < kVectors; ++i) p[i] = hn::MulAdd(p[i], r[i], hn::Set(d, 8.3334519073e-3f));
+  for (size_t i = 0; i < kVectors; ++i) p[i] = hn::MulAdd(p[i], r[i], hn::Set(d, 4.1665795894e-2f));
+  for (size_t i = 0; i < kVectors; ++i) p[i] = hn::MulAdd(p[i], r[i], hn::Set(d, 1.6666665459e-1f));
+  for (size_t i = 0; i < kVectors; ++i) p[i] = hn::MulAdd(p[i], r[i], hn::Set(d, 5.0000001201e-1f));
+  for (size_t i = 0; i < kVectors; ++i) n[i] = hn::Add(r[i], hn::Set(d, 1.0f));
+  for (size_t i = 0; i < kVectors; ++i) p[i] = hn::MulAdd(p[i], hn::Mul(r[i], r[i]), n[i]);
+  for (size_t i = 0; i < kVectors; ++i) p[i] = hn::Mul(p[i], hn::BitCast(d, hn::ShiftLeft<23>(hn::BitCast(di, sum[i]))));
+  for (size_t i = 0; i < kVectors; ++i) x[i] = hn::IfThenZeroElse(hn::Lt(x[i], hn::Set(d, -87.33f)), p[i]);
+}
+
 template <class D, class V = hn::Vec<D>>
 HWY_INLINE V Exp(D d, V x) {
-  const hn::RebindToSigned<D> di;
-  const auto underflow = hn::Lt(x, hn::Set(d, -87.33f));
-  const V n = hn::Round(hn::Mul(x, hn::Set(d, 1.44269504088896341f)));
-  V r = hn::NegMulAdd(n, hn::Set(d, 0.693359375f), x);
-  r = hn::NegMulAdd(n, hn::Set(d, -2.12194440e-4f), r);
-  V p = hn::Set(d, 1.9875691500e-4f);
-  p = hn::MulAdd(p, r, hn::Set(d, 1.3981999507e-3f));
-  p = hn::MulAdd(p, r, hn::Set(d, 8.3334519073e-3f));
-  p = hn::MulAdd(p, r, hn::Set(d, 4.1665795894e-2f));
-  p = hn::MulAdd(p, r, hn::Set(d, 1.6666665459e-1f));
-  p = hn::MulAdd(p, r, hn::Set(d, 5.0000001201e-1f));
-  p = hn::MulAdd(p, hn::Mul(r, r), hn::Add(r, hn::Set(d, 1.0f)));
-  const auto bits = hn::ShiftLeft<23>(hn::Add(hn::NearestInt(n), hn::Set(di, 127)));
-  return hn::IfThenZeroElse(underflow, hn::Mul(p, hn::BitCast(d, bits)));
+  V one[1] = {x};
+  ExpTogether(d, one);
+  return one[0];
+}
+
+// use(i, exp(x(i))) for each vector i = 0, lanes, … of [0, n), in order; n is a multiple of the vector length.
+template <class D, class X, class Use>
+HWY_INLINE void ForEachExp(D d, size_t n, const X& x, const Use& use) {
+  constexpr size_t kTogether = 4;
+  const size_t lanes = hn::Lanes(d);
+  size_t i = 0;
+  for (; i + kTogether * lanes <= n; i += kTogether * lanes) {
+    hn::Vec<D> e[kTogether];
+    for (size_t j = 0; j < kTogether; ++j) e[j] = x(i + j * lanes);
+    ExpTogether(d, e);
+    for (size_t j = 0; j < kTogether; ++j) use(i + j * lanes, e[j]);
+  }
+  for (; i < n; i += lanes) use(i, HWY_NAMESPACE::Exp(d, x(i)));
+}
+
+// 1 / x to 2 ulp for x > 0, without the division's latency where an estimate of 12 bits is to be had.
+template <class D, class V = hn::Vec<D>>
+HWY_INLINE V Reciprocal(D d, V x) {
+#if HWY_ARCH_X86
+  const V estimate = hn::ApproximateReciprocal(x);
+  return hn::Mul(estimate, hn::NegMulAdd(estimate, x, hn::Set(d, 2.0f)));
+#else
+  return hn::Div(hn::Set(d, 1.0f), x);
+#endif
 }
 
 }  // namespace latte::kernels::HWY_NAMESPACE

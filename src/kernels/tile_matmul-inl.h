@@ -79,11 +79,18 @@ HWY_INLINE void MatMulRows(D d, size_t rows, size_t K, Left a, const float* b, s
   }
 }
 
+// What MatMul does between blocks, if nothing is asked of it.
+struct Nothing {
+  HWY_INLINE void operator()() const {}
+};
+
 // A panel of kVectors vectors of columns, all M rows, cut in blocks of nearly equal height.
-template <bool kAccumulate, size_t kVectors, class D>
-HWY_NOINLINE void MatMulPanel(D d, size_t M, size_t K, Left a, const float* b, size_t b_row, float* c, size_t c_row) {
+template <bool kAccumulate, size_t kVectors, class D, class Between>
+HWY_NOINLINE void MatMulPanel(D d, size_t M, size_t K, Left a, const float* b, size_t b_row, float* c, size_t c_row,
+                              Between& between) {
   size_t blocks = (M + kBlockRows - 1) / kBlockRows;
   while (M > 0) {
+    between();
     const size_t rows = (M + blocks - 1) / blocks;
     MatMulRows<kAccumulate, kVectors>(d, rows, K, a, b, b_row, c, c_row);
     a.data += rows * a.row;
@@ -94,26 +101,34 @@ HWY_NOINLINE void MatMulPanel(D d, size_t M, size_t K, Left a, const float* b, s
 }
 
 // c[m, n] = Σ_k a(m, k) b[k, n], or += with kAccumulate, for m < M, k < K and n < N. N is a multiple of the vector length; rows
-// of b and c lie b_row and c_row elements apart. c overlaps neither a nor b.
-template <bool kAccumulate, class D>
-HWY_INLINE void MatMul(D d, size_t M, size_t N, size_t K, Left a, const float* b, size_t b_row, float* c, size_t c_row) {
+// of b and c lie b_row and c_row elements apart. c overlaps neither a nor b. Calls between() before each block of sums: a place
+// to ask for memory, while the arithmetic units are busy.
+template <bool kAccumulate, class D, class Between>
+HWY_INLINE void MatMul(D d, size_t M, size_t N, size_t K, Left a, const float* b, size_t b_row, float* c, size_t c_row,
+                       Between& between) {
   const size_t lanes = hn::Lanes(d);
   size_t vectors = N / lanes;
   while (vectors >= kBlockVectors) {
-    MatMulPanel<kAccumulate, kBlockVectors>(d, M, K, a, b, b_row, c, c_row);
+    MatMulPanel<kAccumulate, kBlockVectors>(d, M, K, a, b, b_row, c, c_row, between);
     b += kBlockVectors * lanes;
     c += kBlockVectors * lanes;
     vectors -= kBlockVectors;
   }
   if constexpr (kBlockVectors > 2) {
     if (vectors >= 2) {
-      MatMulPanel<kAccumulate, 2>(d, M, K, a, b, b_row, c, c_row);
+      MatMulPanel<kAccumulate, 2>(d, M, K, a, b, b_row, c, c_row, between);
       b += 2 * lanes;
       c += 2 * lanes;
       vectors -= 2;
     }
   }
-  if (vectors == 1) MatMulPanel<kAccumulate, 1>(d, M, K, a, b, b_row, c, c_row);
+  if (vectors == 1) MatMulPanel<kAccumulate, 1>(d, M, K, a, b, b_row, c, c_row, between);
+}
+
+template <bool kAccumulate, class D>
+HWY_INLINE void MatMul(D d, size_t M, size_t N, size_t K, Left a, const float* b, size_t b_row, float* c, size_t c_row) {
+  Nothing nothing;
+  MatMul<kAccumulate>(d, M, N, K, a, b, b_row, c, c_row, nothing);
 }
 
 // out[n, m] = in[m, n] for m < M and n < N, both multiples of 4; rows lie in_row and out_row elements apart.

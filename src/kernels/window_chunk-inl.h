@@ -355,11 +355,11 @@ HWY_INLINE float WeighRow(D d, float max, size_t n, float* row) {
   // While nothing has been read, any finite maximum gives weights of zero.
   const auto shift = hn::Set(d, max == kMinusInfinity ? 0.0f : max);
   auto sum = hn::Zero(d);
-  for (size_t i = 0; i < n; i += hn::Lanes(d)) {
-    const auto weight = Exp(d, hn::Sub(hn::Load(d, row + i), shift));
+  const auto distance = [&](size_t i) HWY_ATTR { return hn::Sub(hn::Load(d, row + i), shift); };
+  ForEachExp(d, n, distance, [&](size_t i, hn::Vec<D> weight) HWY_ATTR {
     hn::Store(weight, d, row + i);
     sum = hn::Add(sum, weight);
-  }
+  });
   return hn::ReduceSum(d, sum);
 }
 
