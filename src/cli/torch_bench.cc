@@ -39,17 +39,40 @@ double Seconds(const std::function<void()>& work) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-// The median over as many runs as fit in `budget`, at least one; a first run that isn't counted warms up unless it takes longer
-// than that.
-double MedianSeconds(const std::function<void()>& work, double budget) {
-  const double first = Seconds(work);
-  if (first > budget) return first;
-  std::vector<double> runs;
-  for (double spent = 0.0; runs.size() < 3 || (spent < budget && runs.size() < 100); spent += runs.back()) {
-    runs.push_back(Seconds(work));
+// Something to time, and the seconds its runs took.
+struct Contestant {
+  std::function<void()> work;
+  std::vector<double> runs = {};
+  double spent = 0.0;
+
+  double Median() {
+    std::nth_element(runs.begin(), runs.begin() + static_cast<std::ptrdiff_t>(runs.size() / 2), runs.end());
+    return runs[runs.size() / 2];
   }
-  std::nth_element(runs.begin(), runs.begin() + static_cast<std::ptrdiff_t>(runs.size() / 2), runs.end());
-  return runs[runs.size() / 2];
+};
+
+// Times each contestant for about `budget` seconds, at least three runs, in turns: whoever has had the least time is next, so that
+// a machine whose speed changes meanwhile changes it for all of them. A first run that isn't counted warms up, unless it takes
+// longer than the budget: then it is the only one.
+void Race(std::vector<Contestant*> contestants, double budget) {
+  for (Contestant* contestant : contestants) {
+    const double first = Seconds(contestant->work);
+    if (first <= budget) continue;
+    contestant->runs.push_back(first);
+    contestant->spent = budget;
+  }
+  std::erase_if(contestants, [](const Contestant* contestant) { return !contestant->runs.empty(); });
+  const auto done = [budget](const Contestant* contestant) {
+    return contestant->spent >= budget && contestant->runs.size() >= 3;
+  };
+  while (true) {
+    std::erase_if(contestants, done);
+    if (contestants.empty()) return;
+    Contestant* next = *std::min_element(contestants.begin(), contestants.end(),
+                                         [](const Contestant* a, const Contestant* b) { return a->spent < b->spent; });
+    next->runs.push_back(Seconds(next->work));
+    next->spent += next->runs.back();
+  }
 }
 
 // Peak of what torch's CPU allocator hands out on this thread, above what it held at the start.
@@ -238,15 +261,14 @@ double StepMicroseconds(const Options& options) {
   step.output_final_state = true;
   auto [out, state] = causal_attention(problem.query_logits, problem.key_logits, problem.values, step);
   const int steps = 2000;
-  const double seconds = MedianSeconds(
-      [&] {
-        for (int i = 0; i < steps; ++i) {
-          step.initial_state = state;
-          state = std::get<1>(causal_attention(problem.query_logits, problem.key_logits, problem.values, step));
-        }
-      },
-      1.0);
-  return seconds / steps / static_cast<double>(options.heads * options.batch) * 1e6;
+  Contestant decoding{[&] {
+    for (int i = 0; i < steps; ++i) {
+      step.initial_state = state;
+      state = std::get<1>(causal_attention(problem.query_logits, problem.key_logits, problem.values, step));
+    }
+  }};
+  Race({&decoding}, 1.0);
+  return decoding.Median() / steps / static_cast<double>(options.heads * options.batch) * 1e6;
 }
 
 int BenchAttention(const Options& options) {
@@ -262,30 +284,35 @@ int BenchAttention(const Options& options) {
       for (const int64_t tokens : options.tokens) {
         Problem problem(options, tokens, dtype);
         problem.RequireGrad(backward);
-        std::map<bool, std::optional<double>> rival;
+        std::map<std::string, Contestant> ours;
+        std::map<bool, Contestant> rivals;  // causal or not
         std::map<bool, std::string> note;
+        for (const std::string& attention : options.attention) {
+          ours[attention].work = [&, attention] { problem.Run([&] { return problem.Latent(attention); }, backward); };
+          const bool causal = attention != "bidirectional";
+          const auto last = rival_last.find(causal);
+          const double ratio = last == rival_last.end() ? 0.0 : static_cast<double>(tokens) / static_cast<double>(last->second.first);
+          if (last != rival_last.end() && last->second.second * ratio * ratio > options.rival_seconds) {
+            note[causal] = "sdpa skipped: over " + std::to_string(static_cast<int>(options.rival_seconds)) + " s";
+          } else {
+            rivals[causal].work = [&, causal] { problem.Run([&] { return problem.Sdpa(causal); }, backward); };
+          }
+        }
+        std::vector<Contestant*> contestants;
+        for (auto& [attention, contestant] : ours) contestants.push_back(&contestant);
+        for (auto& [causal, contestant] : rivals) contestants.push_back(&contestant);
+        Race(contestants, options.repeat_seconds);
+        for (auto& [causal, contestant] : rivals) {
+          rival_last[causal] = {tokens, contestant.Median()};
+          series[causal ? "sdpa" : "sdpa bidirectional"].emplace_back(tokens, contestant.Median());
+        }
         for (const std::string& attention : options.attention) {
           Row row{attention, dtype_name, backward ? "forward + backward" : "forward", tokens};
           const bool causal = attention != "bidirectional";
-          const auto ours = [&] { problem.Run([&] { return problem.Latent(attention); }, backward); };
-          row.seconds = MedianSeconds(ours, options.repeat_seconds);
+          row.seconds = ours[attention].Median();
           problem.ClearGradients();  // what was allocated outside the meter mustn't be freed inside
-          row.peak_bytes = PeakBytes(ours);
-          if (!rival.count(causal)) {
-            rival[causal] = std::nullopt;
-            const auto last = rival_last.find(causal);
-            const double ratio =
-                last == rival_last.end() ? 0.0 : static_cast<double>(tokens) / static_cast<double>(last->second.first);
-            if (last != rival_last.end() && last->second.second * ratio * ratio > options.rival_seconds) {
-              note[causal] = "sdpa skipped: over " + std::to_string(static_cast<int>(options.rival_seconds)) + " s";
-            } else {
-              rival[causal] =
-                  MedianSeconds([&] { problem.Run([&] { return problem.Sdpa(causal); }, backward); }, options.repeat_seconds);
-              rival_last[causal] = {tokens, *rival[causal]};
-              series[causal ? "sdpa" : "sdpa bidirectional"].emplace_back(tokens, *rival[causal]);
-            }
-          }
-          row.sdpa_seconds = rival[causal];
+          row.peak_bytes = PeakBytes(ours[attention].work);
+          if (rivals.count(causal)) row.sdpa_seconds = rivals[causal].Median();
           row.sdpa_note = note[causal];
           CountWork(options, row, dtype == at::kFloat ? 4 : 2);
           series[attention].emplace_back(tokens, row.seconds);
@@ -360,7 +387,7 @@ void AddBench(CLI::App& app, int& exit_code) {
       ->capture_default_str();
   command->add_flag("--json", options->json, "Print JSON");
   command->footer(
-      "Times are medians of runs in this process. \"fma\" and \"read\" are shares of the limits measured at the start.\n\n"
+      "Times are medians of runs in this process, which take turns. \"fma\" and \"read\" are shares of the limits measured at the start.\n\n"
       "Examples:\n  latte bench attention\n  latte bench attention --tokens 512,2048 --dtypes float32 --threads 2 --json");
   command->callback([options, &exit_code] { exit_code = BenchAttention(*options); });
 }

@@ -122,7 +122,7 @@ Forward ForwardCpu(LATTE_LATENT_PARAMETERS, bool output_final_state, bool save) 
   CheckForward(given, output_final_state);
   const CpuCall call(given);
   const auto& args = call.args;
-  const auto out = at::empty({query_logits.size(0), args.time, args.heads, args.head_dim}, query_logits.options());
+  const auto out = cpu::Empty({query_logits.size(0), args.time, args.heads, args.head_dim}, query_logits.options());
   const auto saved = EmptySaved(given, save);
   kernels::LatentOutputs outputs;
   outputs.out = cpu::WriteTo(out);
