@@ -51,9 +51,9 @@ struct Contestant {
   }
 };
 
-// Times each contestant for about `budget` seconds, at least three runs, in turns: whoever has had the least time is next, so that
-// a machine whose speed changes meanwhile changes it for all of them. A first run that isn't counted warms up, unless it takes
-// longer than the budget: then it is the only one.
+// Times each contestant for about `budget` seconds, at least three runs, in turns: whoever has had the least time is next, so
+// that a machine whose speed changes meanwhile changes it for all of them. A first run that isn't counted warms up, unless it
+// takes longer than the budget: then it is the only one.
 void Race(std::vector<Contestant*> contestants, double budget) {
   for (Contestant* contestant : contestants) {
     const double first = Seconds(contestant->work);
@@ -291,7 +291,8 @@ int BenchAttention(const Options& options) {
           ours[attention].work = [&, attention] { problem.Run([&] { return problem.Latent(attention); }, backward); };
           const bool causal = attention != "bidirectional";
           const auto last = rival_last.find(causal);
-          const double ratio = last == rival_last.end() ? 0.0 : static_cast<double>(tokens) / static_cast<double>(last->second.first);
+          const double ratio =
+              last == rival_last.end() ? 0.0 : static_cast<double>(tokens) / static_cast<double>(last->second.first);
           if (last != rival_last.end() && last->second.second * ratio * ratio > options.rival_seconds) {
             note[causal] = "sdpa skipped: over " + std::to_string(static_cast<int>(options.rival_seconds)) + " s";
           } else {
@@ -387,7 +388,8 @@ void AddBench(CLI::App& app, int& exit_code) {
       ->capture_default_str();
   command->add_flag("--json", options->json, "Print JSON");
   command->footer(
-      "Times are medians of runs in this process, which take turns. \"fma\" and \"read\" are shares of the limits measured at the start.\n\n"
+      "Times are medians of runs in this process, which take turns. \"fma\" and \"read\" are shares of the limits measured at "
+      "the start.\n\n"
       "Examples:\n  latte bench attention\n  latte bench attention --tokens 512,2048 --dtypes float32 --threads 2 --json");
   command->callback([options, &exit_code] { exit_code = BenchAttention(*options); });
 }

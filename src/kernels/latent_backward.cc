@@ -164,11 +164,11 @@ class CausalBackward {
     ForEachTurn(args_, first_, last_, kSegmentTokens, true, [this](const Turn& turn, const Turn* next) HWY_ATTR {
       ReplaySegment(turn);
       for (size_t i = stretches_.size(); i-- > 0;) {
-        prefetch_.Begin(0);
+        prefetch_.Clear();
         if (i > 0) {
-          PrefetchQueries(turn.slice, stretches_[i - 1].token, stretches_[i - 1].count);
+          FetchQueries(turn.slice, stretches_[i - 1].token, stretches_[i - 1].count);
         } else if (next != nullptr) {
-          PrefetchKeys(next->slice, next->begin, std::min<size_t>(kChunk, static_cast<size_t>(next->end - next->begin)));
+          FetchKeys(next->slice, next->begin, std::min<size_t>(kChunk, static_cast<size_t>(next->end - next->begin)));
         }
         std::copy_n(states_.data() + i * SnapshotFloats(), SnapshotFloats(), state_.sum);
         StretchBackward(turn.slice, stretches_[i], carried_[static_cast<size_t>(turn.index)]);
@@ -219,27 +219,31 @@ class CausalBackward {
     }
   }
 
-  void PrefetchKeys(const Slice& slice, int64_t token, size_t count) {
-    prefetch_.Begin(count);
-    prefetch_.Add(slice, args_.key_logits, token, slice.kv_head, args_.dtype, args_.latents);
-    prefetch_.Add(slice, args_.values, token, slice.kv_head, args_.dtype, args_.head_dim);
-    prefetch_.Add(slice, args_.log_decay, token, slice.kv_head, args_.dtype, args_.latents);
+  void FetchKeys(const Slice& slice, int64_t token, size_t count) {
+    const auto fetch = [&](const View& view, int64_t elements) {
+      FetchRows(slice, view, token, count, slice.kv_head, args_.dtype, elements, prefetch_);
+    };
+    fetch(args_.key_logits, args_.latents);
+    fetch(args_.values, args_.head_dim);
+    fetch(args_.log_decay, args_.latents);
   }
 
   // What a stretch reads and writes besides keys and values, which its segment's replay has read before.
-  void PrefetchQueries(const Slice& slice, int64_t token, size_t count) {
-    prefetch_.Begin(count);
+  void FetchQueries(const Slice& slice, int64_t token, size_t count) {
+    const auto fetch = [&](const auto& view, int64_t head, DType dtype, int64_t elements) {
+      FetchRows(slice, view, token, count, head, dtype, elements, prefetch_);
+    };
     const int64_t gate = args_.window_out ? 1 : 0;
     for (int64_t head = slice.first_head; head < slice.first_head + static_cast<int64_t>(dims_.group); ++head) {
-      prefetch_.Add(slice, args_.query_logits, token, head, args_.dtype, args_.latents + gate);
-      prefetch_.Add(slice, args_.window_out, token, head, DType::kFloat32, args_.head_dim);
-      prefetch_.Add(slice, gradients_.grad_out, token, head, args_.dtype, args_.head_dim);
-      prefetch_.Add(slice, gradients_.grad_query_logits, token, head, args_.dtype, args_.latents + gate);
-      prefetch_.Add(slice, gradients_.grad_window_out, token, head, DType::kFloat32, args_.head_dim);
+      fetch(args_.query_logits, head, args_.dtype, args_.latents + gate);
+      fetch(args_.window_out, head, DType::kFloat32, args_.head_dim);
+      fetch(gradients_.grad_out, head, args_.dtype, args_.head_dim);
+      fetch(gradients_.grad_query_logits, head, args_.dtype, args_.latents + gate);
+      fetch(gradients_.grad_window_out, head, DType::kFloat32, args_.head_dim);
     }
-    prefetch_.Add(slice, gradients_.grad_key_logits, token, slice.kv_head, args_.dtype, args_.latents);
-    prefetch_.Add(slice, gradients_.grad_values, token, slice.kv_head, args_.dtype, args_.head_dim);
-    prefetch_.Add(slice, gradients_.grad_log_decay, token, slice.kv_head, args_.dtype, args_.latents);
+    fetch(gradients_.grad_key_logits, slice.kv_head, args_.dtype, args_.latents);
+    fetch(gradients_.grad_values, slice.kv_head, args_.dtype, args_.head_dim);
+    fetch(gradients_.grad_log_decay, slice.kv_head, args_.dtype, args_.latents);
   }
 
   // Runs the state through a segment again and keeps it before each stretch.
@@ -258,7 +262,8 @@ class CausalBackward {
       states_.insert(states_.end(), state_.sum, state_.sum + SnapshotFloats());
       token += static_cast<int64_t>(count);
       if (token == end) break;
-      PrefetchKeys(slice, token, std::min<size_t>(kChunk, static_cast<size_t>(end - token)));
+      prefetch_.Clear();
+      FetchKeys(slice, token, std::min<size_t>(kChunk, static_cast<size_t>(end - token)));
       WeighStretch<false>(dims_, chunk_, count, state_);
       AddValues(args_, dims_, chunk_, count, state_, prefetch_);
     }

@@ -10,12 +10,12 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <vector>
 
 #include "hwy/highway.h"
 #include "kernels/latent.h"
 #include "kernels/load-inl.h"
 #include "kernels/math-inl.h"
+#include "kernels/prefetch-inl.h"
 #include "kernels/scratch.h"
 #include "kernels/tile_matmul-inl.h"
 
@@ -133,47 +133,15 @@ struct Slice {
   }
 };
 
-// The rows of a later chunk, which lie pages apart, where no hardware prefetcher follows. They are asked for a few at a time,
-// between this chunk's arithmetic: in one go they would fill the processor's queue of misses, and wait.
-class Prefetch {
- public:
-  // The rows of `tokens` tokens, of each tensor that is added.
-  void Begin(size_t tokens) {
-    streams_.clear();
-    next_ = 0;
-    left_ = tokens;
-  }
-  template <class AnyView>
-  void Add(const Slice& slice, const AnyView& view, int64_t token, int64_t head, DType dtype, int64_t elements) {
-    if (!view) return;
-    const int64_t item = SizeOf(dtype);
-    streams_.push_back({static_cast<const char*>(view.data) + slice.Offset(view, token, head) * item, view.time_stride * item,
-                        static_cast<size_t>(elements * item)});
-  }
-  // Called between blocks of products: with L = D = 64 and blocks two vectors wide a chunk has 24 of them or more for the rows of
-  // each two tensors, with wider blocks about a third of that.
-  HWY_INLINE void operator()() {
-    constexpr size_t kRows = kBlockVectors == 2 ? 3 : 10;
-    for (size_t i = 0; i < kRows && left_ > 0; ++i) {
-      Stream& stream = streams_[next_];
-      PrefetchRow(stream.data, stream.bytes);
-      stream.data += stream.stride;
-      if (++next_ < streams_.size()) continue;
-      next_ = 0;
-      --left_;
-    }
-  }
-
- private:
-  struct Stream {
-    const char* data;
-    int64_t stride;
-    size_t bytes;
-  };
-  std::vector<Stream> streams_;
-  size_t next_ = 0;  // stream
-  size_t left_ = 0;  // tokens
-};
+// Has the rows of tokens [token, token + count) of a tensor fetched.
+template <class AnyView>
+void FetchRows(const Slice& slice, const AnyView& view, int64_t token, size_t count, int64_t head, DType dtype, int64_t elements,
+               Prefetch& prefetch) {
+  if (!view) return;
+  const int64_t item = SizeOf(dtype);
+  prefetch.Add(static_cast<const char*>(view.data) + slice.Offset(view, token, head) * item, view.time_stride * item,
+               static_cast<size_t>(elements * item), count);
+}
 
 // Tokens of a slice that are worked on in one turn.
 struct Turn {

@@ -113,16 +113,20 @@ class ForwardPass {
   // Asks for the rows that the chunk of `turn` at `token` reads and writes.
   void LookAhead(const Turn& turn, int64_t token) {
     const Slice& slice = turn.slice;
-    prefetch_.Begin(static_cast<size_t>(std::min<int64_t>(turn.end - token, kChunk)));
+    const size_t count = static_cast<size_t>(std::min<int64_t>(turn.end - token, kChunk));
+    const auto fetch = [&](const auto& view, int64_t head, DType dtype, int64_t elements) {
+      FetchRows(slice, view, token, count, head, dtype, elements, prefetch_);
+    };
+    prefetch_.Clear();
     if (read_keys_) {
-      prefetch_.Add(slice, args_.key_logits, token, slice.kv_head, args_.dtype, args_.latents);
-      prefetch_.Add(slice, args_.values, token, slice.kv_head, args_.dtype, args_.head_dim);
-      prefetch_.Add(slice, args_.log_decay, token, slice.kv_head, args_.dtype, args_.latents);
+      fetch(args_.key_logits, slice.kv_head, args_.dtype, args_.latents);
+      fetch(args_.values, slice.kv_head, args_.dtype, args_.head_dim);
+      fetch(args_.log_decay, slice.kv_head, args_.dtype, args_.latents);
     }
     for (int64_t head = slice.first_head; read_queries_ && head < slice.first_head + static_cast<int64_t>(dims_.group); ++head) {
-      prefetch_.Add(slice, args_.query_logits, token, head, args_.dtype, args_.latents + (args_.window_out ? 1 : 0));
-      prefetch_.Add(slice, args_.window_out, token, head, DType::kFloat32, args_.head_dim);
-      prefetch_.Add(slice, outputs_.out, token, head, args_.dtype, args_.head_dim);
+      fetch(args_.query_logits, head, args_.dtype, args_.latents + (args_.window_out ? 1 : 0));
+      fetch(args_.window_out, head, DType::kFloat32, args_.head_dim);
+      fetch(outputs_.out, head, args_.dtype, args_.head_dim);
     }
   }
 

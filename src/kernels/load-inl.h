@@ -17,11 +17,6 @@ HWY_BEFORE_NAMESPACE();
 namespace latte::kernels::HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
-// Asks for a row of `bytes` before it is needed.
-HWY_INLINE void PrefetchRow(const void* data, size_t bytes) {
-  for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(data) + i, 0, 2);
-}
-
 // dst[0, n) = src[0, n) as float32, dst[n, padded) = pad. padded >= n is a multiple of the vector length, dst is aligned to it.
 template <class D>
 HWY_INLINE void LoadFloatRow(D d, const float* src, size_t n, float* dst, size_t padded, float pad) {

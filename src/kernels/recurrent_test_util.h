@@ -181,6 +181,14 @@ inline void RunSlices(int64_t slices, const std::function<void(int64_t)>& run) {
   for (const int64_t slice : order) run(slice);
 }
 
+// Runs every slice once, in ranges of one, two, three … slices, the last range first.
+inline void RunRanges(int64_t slices, const std::function<void(int64_t, int64_t)>& run) {
+  std::vector<std::pair<int64_t, int64_t>> ranges;
+  for (int64_t first = 0, size = 1; first < slices; first += size, ++size)
+    ranges.emplace_back(first, std::min(slices, first + size));
+  std::for_each(ranges.rbegin(), ranges.rend(), [&](const auto& range) { run(range.first, range.second); });
+}
+
 // Runs `test` on each SIMD target that this machine and this build have.
 inline void ForEachTarget(const std::function<void()>& test) {
   for (const int64_t target : hwy::SupportedAndGeneratedTargets()) {

@@ -3,6 +3,7 @@
 #include "kernels/window.h"
 
 #include <cmath>
+#include <deque>
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/window.cc"
@@ -16,49 +17,100 @@ HWY_BEFORE_NAMESPACE();
 namespace latte::kernels::HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
+constexpr int64_t kTurnBlocks = 16;  // blocks of one slice before the next slice's turn
+
+// What the slices of a sequence share: arrays that live no longer than a block.
+struct Workspace {
+  void Carve(size_t rows, const Widths& widths, bool sink_query, ScratchLayout& layout) {
+    query = layout.Take(rows, widths.key_stride);
+    this->sink_query = sink_query ? layout.Take(rows, widths.key_stride) : query;
+    scores = layout.Take(rows, kScoreStride);
+    sum_values = layout.Take(rows, widths.value_stride);
+    max = layout.Take(1, rows);
+    sum = layout.Take(1, rows);
+  }
+
+  static constexpr size_t kGroupColumns = 512;
+  static constexpr size_t kScoreStride = RowStride(kGroupColumns);
+
+  float* query = nullptr;       // [rows, key_stride], times the scale
+  float* sink_query = nullptr;  // likewise
+  float* scores = nullptr;      // [rows, kScoreStride], then weights
+  float* sum_values = nullptr;  // [rows, value_stride]
+  float* max = nullptr;         // [rows]
+  float* sum = nullptr;         // [rows]
+  Prefetch prefetch;            // of the next block's rows
+};
+
 class ForwardSlice {
  public:
   using D = hn::ScalableTag<float>;
 
-  ForwardSlice(const Band& band, const WindowOutputs& outputs)
-      : args_(band.args),
+  ForwardSlice(const WindowArgs& args, const WindowOutputs& outputs, int64_t slice)
+      : args_(args),
         outputs_(outputs),
-        band_(band),
+        band_(args, slice),
         widths_(D(), args_),
-        block_tokens_(band_.BlockTokens(band_.behind <= kNarrow ? 24 : 48)),
+        block_tokens_(band_.BlockTokens(band_.behind <= kNarrow ? 12 : 48)),
         window_({band_, widths_, KeyRows::Kind::kWindow}, widths_, std::min(band_.BlockTiles(block_tokens_), kMaxTiles), false),
         sinks_({band_, widths_, KeyRows::Kind::kSinks}, widths_, std::min(band_.SinkTiles(), kMaxTiles), false) {}
+  ForwardSlice(const ForwardSlice&) = delete;
+  ForwardSlice& operator=(const ForwardSlice&) = delete;
 
-  void Run() {
-    const size_t rows = block_tokens_ * band_.group;
-    const auto carve = [&](ScratchLayout& layout) {
-      window_.Carve(layout);
-      if (band_.sinks > 0) sinks_.Carve(layout);
-      query_ = layout.Take(rows, widths_.key_stride);
-      sink_query_ = band_.sinks > 0 && args_.sink_query ? layout.Take(rows, widths_.key_stride) : query_;
-      scores_ = layout.Take(rows, kScoreStride);
-      sum_values_ = layout.Take(rows, widths_.value_stride);
-      max_ = layout.Take(1, rows);
-      sum_ = layout.Take(1, rows);
-    };
-    ScratchLayout counted(nullptr);
-    carve(counted);
-    const WindowScratch memory(counted.used());
-    ScratchLayout layout(memory.data());
-    carve(layout);
+  const Band& band() const { return band_; }
+  int64_t block_tokens() const { return static_cast<int64_t>(block_tokens_); }
 
-    const int64_t step = static_cast<int64_t>(block_tokens_);
-    for (int64_t t = band_.position; t < band_.end; t += step) Block(t, static_cast<size_t>(std::min(step, band_.end - t)));
+  void Carve(ScratchLayout& layout) {
+    window_.Carve(layout);
+    if (band_.sinks > 0) sinks_.Carve(layout);
+  }
+  void Carve(Workspace& work, ScratchLayout& layout) const {
+    work.Carve(block_tokens_ * band_.group, widths_, band_.sinks > 0 && args_.sink_query, layout);
+  }
+
+  // One block, the queries of up to block_tokens() tokens from t0 on.
+  void Block(int64_t t0, Workspace& work) {
+    work_ = &work;
+    t0_ = t0;
+    tokens_ = TokensAt(t0);
+    const size_t rows = tokens_ * band_.group;
+    const int64_t last = t0 + static_cast<int64_t>(tokens_) - 1;
+    std::fill_n(work.max, rows, kMinusInfinity);
+    std::fill_n(work.sum, rows, 0.0f);
+    fresh_ = true;
+    LoadQueries(d_, band_, widths_, args_.query, t0, tokens_, work.query);
+    const Span far = band_.FarSinks(last);
+    if (far.begin < far.end) {
+      if (args_.sink_query) LoadQueries(d_, band_, widths_, args_.sink_query, t0, tokens_, work.sink_query);
+      Score(sinks_, far, work.sink_query, true);
+    }
+    Score(window_, {band_.Window(t0).begin, band_.Window(last).end}, work.query, false);
+    FinishGroup();
+    Store();
+  }
+
+  // Has the rows fetched that the block at t0 reads and writes; t0 may lie behind the last one.
+  void Fetch(int64_t t0, Prefetch& prefetch) const {
+    if (t0 >= band_.end) return;
+    const size_t tokens = TokensAt(t0);
+    const int64_t item = SizeOf(args_.dtype);
+    const int64_t keys = t0 + band_.ahead;
+    window_.rows().Fetch(keys, std::min(band_.end, keys + static_cast<int64_t>(tokens)), prefetch);
+    for (size_t g = 0; g < band_.group; ++g) {
+      prefetch.Add(static_cast<const char*>(args_.query.data) + QueryOffset(band_, args_.query, t0, g) * item,
+                   args_.query.time_stride * item, static_cast<size_t>(args_.key_dim * item), tokens);
+      prefetch.Add(outputs_.out + band_.OutRow(t0, g) * args_.head_dim, args_.heads * args_.head_dim * 4,
+                   static_cast<size_t>(args_.head_dim) * 4, tokens);
+    }
   }
 
  private:
   // Few rows waste little work at the band's slanted edges and keep the scores in the first-level cache; a wide band has small
   // edges, and wants each tile used by many rows.
   static constexpr int64_t kNarrow = 256;
-  static constexpr size_t kMaxTiles = 32;  // beyond it, the tiles of a wide band are loaded again by each block
-  static constexpr size_t kGroupColumns = 512;
+  static constexpr size_t kMaxTiles = 32;      // beyond it, the tiles of a wide band are loaded again by each block
   static constexpr size_t kGroupSegments = 8;  // fewer than kMaxTiles: a group's tiles are all in their slots
-  static constexpr size_t kScoreStride = RowStride(kGroupColumns);
+  static constexpr size_t kScoreStride = Workspace::kScoreStride;
 
   struct Scored {
     const Tile* tile;
@@ -67,60 +119,29 @@ class ForwardSlice {
     bool ragged;    // some token of the block doesn't read all of it
   };
 
-  void Block(int64_t t0, size_t tokens) {
-    t0_ = t0;
-    tokens_ = tokens;
-    const size_t rows = tokens * band_.group;
-    const int64_t last = t0 + static_cast<int64_t>(tokens) - 1;
-    std::fill_n(max_, rows, kMinusInfinity);
-    std::fill_n(sum_, rows, 0.0f);
-    fresh_ = true;
-    LoadQueries(d_, band_, widths_, args_.query, t0, tokens, query_);
-    const Span far = band_.FarSinks(last);
-    if (far.begin < far.end) {
-      if (args_.sink_query) LoadQueries(d_, band_, widths_, args_.sink_query, t0, tokens, sink_query_);
-      Score(sinks_, far, sink_query_, true);
-    }
-    Score(window_, {band_.Window(t0).begin, band_.Window(last).end}, query_, false);
-    FinishGroup(true);
-    Store();
-  }
+  size_t TokensAt(int64_t t0) const { return static_cast<size_t>(std::min(block_tokens(), band_.end - t0)); }
 
   void Score(TileRing& ring, Span keys, const float* query, bool far) {
     for (int64_t k = ring.TileOf(keys.begin); k <= ring.TileOf(keys.end - 1); ++k) {
       const Segment segment(d_, ring, k, keys, far);
-      if (group_.size() == kGroupSegments || columns_ + segment.columns > kGroupColumns) FinishGroup(false);
+      if (group_.size() == kGroupSegments || columns_ + segment.columns > Workspace::kGroupColumns) FinishGroup();
       const Tile& tile = ring.Load(d_, k, segment.end);
       MatMul<false>(d_, tokens_ * band_.group, segment.columns, static_cast<size_t>(args_.key_dim),
-                    Left{query, widths_.key_stride, 1}, tile.keys_t + segment.column, kTileStride, scores_ + columns_,
-                    kScoreStride);
+                    Left{query, widths_.key_stride, 1}, tile.keys_t + segment.column, kTileStride, work_->scores + columns_,
+                    kScoreStride, work_->prefetch);
       const bool ragged = segment.Ragged(band_.Common(t0_, tokens_, far));
       group_.push_back({&tile, segment, columns_, ragged});
       columns_ += segment.columns;
     }
   }
 
-  // Asks for what the next block reads of token t's successor and what this one writes of t.
-  void Prefetch(int64_t t) const {
-    const int64_t item = SizeOf(args_.dtype);
-    const int64_t next = t + static_cast<int64_t>(tokens_);
-    window_.rows().Prefetch(next + band_.ahead);
-    for (size_t g = 0; g < band_.group; ++g) {
-      PrefetchRow(outputs_.out + band_.OutRow(t, g) * args_.head_dim, static_cast<size_t>(args_.head_dim) * sizeof(float));
-      if (next >= band_.end) continue;
-      PrefetchRow(static_cast<const char*>(args_.query.data) + QueryOffset(band_, args_.query, next, g) * item,
-                  static_cast<size_t>(args_.key_dim * item));
-    }
-  }
-
-  // Turns the group's scores into weights and adds the weighted values. `last`: the block has no further group.
-  void FinishGroup(bool last) {
+  // Turns the group's scores into weights and adds the weighted values.
+  void FinishGroup() {
     for (size_t c = 0; c < tokens_; ++c) {
       const int64_t t = t0_ + static_cast<int64_t>(c);
-      if (last) Prefetch(t);  // one token at a time, while there is arithmetic to hide it behind
       for (size_t g = 0; g < band_.group; ++g) {
         const size_t r = c * band_.group + g;
-        float* row = scores_ + r * kScoreStride;
+        float* row = work_->scores + r * kScoreStride;
         for (const Scored& scored : group_) {
           if (scored.ragged) {
             MaskRow(scored.segment, scored.segment.far ? band_.FarSinks(t) : band_.Window(t), row + scored.offset);
@@ -135,13 +156,15 @@ class ForwardSlice {
     const size_t rows = tokens_ * band_.group;
     for (const Scored& scored : group_) {
       const Segment& segment = scored.segment;
-      const Left weights{scores_ + scored.offset + (segment.begin - segment.column), kScoreStride, 1};
+      const Left weights{work_->scores + scored.offset + (segment.begin - segment.column), kScoreStride, 1};
       const float* values = scored.tile->values + segment.begin * widths_.value_stride;
       const size_t keys = segment.end - segment.begin;
       if (fresh_) {
-        MatMul<false>(d_, rows, widths_.value, keys, weights, values, widths_.value_stride, sum_values_, widths_.value_stride);
+        MatMul<false>(d_, rows, widths_.value, keys, weights, values, widths_.value_stride, work_->sum_values,
+                      widths_.value_stride, work_->prefetch);
       } else {
-        MatMul<true>(d_, rows, widths_.value, keys, weights, values, widths_.value_stride, sum_values_, widths_.value_stride);
+        MatMul<true>(d_, rows, widths_.value, keys, weights, values, widths_.value_stride, work_->sum_values,
+                     widths_.value_stride, work_->prefetch);
       }
       fresh_ = false;
     }
@@ -150,23 +173,23 @@ class ForwardSlice {
   }
 
   void SoftmaxRow(size_t r, float* row) {
-    const float old_max = max_[r];
+    const float old_max = work_->max[r];
     const float new_max = MaxOfRow(d_, row, columns_, old_max);
     if (!fresh_ && new_max != old_max) {
       const float factor = old_max == kMinusInfinity ? 0.0f : std::exp(old_max - new_max);
-      sum_[r] *= factor;
-      ScaleRow(d_, factor, widths_.value, sum_values_ + r * widths_.value_stride);
+      work_->sum[r] *= factor;
+      ScaleRow(d_, factor, widths_.value, work_->sum_values + r * widths_.value_stride);
     }
-    max_[r] = new_max;
-    sum_[r] += WeighRow(d_, new_max, columns_, row);
+    work_->max[r] = new_max;
+    work_->sum[r] += WeighRow(d_, new_max, columns_, row);
   }
 
   void Store() {
     for (size_t c = 0; c < tokens_; ++c) {
       for (size_t g = 0; g < band_.group; ++g) {
         const size_t r = c * band_.group + g;
-        StoreOut(d_, band_, widths_, outputs_, t0_ + static_cast<int64_t>(c), g, sum_values_ + r * widths_.value_stride, max_[r],
-                 sum_[r]);
+        StoreOut(d_, band_, widths_, outputs_, t0_ + static_cast<int64_t>(c), g, work_->sum_values + r * widths_.value_stride,
+                 work_->max[r], work_->sum[r]);
       }
     }
   }
@@ -174,18 +197,12 @@ class ForwardSlice {
   const D d_;
   const WindowArgs& args_;
   const WindowOutputs& outputs_;
-  const Band& band_;
+  const Band band_;
   const Widths widths_;
   const size_t block_tokens_;
   TileRing window_;
   TileRing sinks_;
-
-  float* query_ = nullptr;       // [rows, key_stride], times the scale
-  float* sink_query_ = nullptr;  // likewise
-  float* scores_ = nullptr;      // [rows, kScoreStride], then weights
-  float* sum_values_ = nullptr;  // [rows, value_stride]
-  float* max_ = nullptr;         // [rows]
-  float* sum_ = nullptr;         // [rows]
+  Workspace* work_ = nullptr;
 
   int64_t t0_ = 0;
   size_t tokens_ = 0;
@@ -194,12 +211,35 @@ class ForwardSlice {
   size_t columns_ = 0;
 };
 
-void WindowForwardSlice(const WindowArgs& args, const WindowOutputs& outputs, int64_t slice) {
-  const Band band(args, slice);
-  if (band.sequence.length == 1) {
-    WindowStep(band, outputs);
-  } else if (band.sequence.length > 1) {
-    ForwardSlice(band, outputs).Run();
+// The slices [first, last) of one sequence, in turns: their rows share pages and lines, which then are still near.
+void ForwardSequence(const WindowArgs& args, const WindowOutputs& outputs, int64_t first, int64_t last) {
+  std::deque<ForwardSlice> slices;
+  for (int64_t slice = first; slice < last; ++slice) slices.emplace_back(args, outputs, slice);
+  Workspace work;
+  const auto carve = [&](ScratchLayout& layout) {
+    for (ForwardSlice& slice : slices) slice.Carve(layout);
+    slices.front().Carve(work, layout);
+  };
+  ScratchLayout counted(nullptr);
+  carve(counted);
+  const WindowScratch memory(counted.used());
+  ScratchLayout layout(memory.data());
+  carve(layout);
+
+  RunInTurns(slices, kTurnBlocks, work);
+}
+
+void WindowForwardSlices(const WindowArgs& args, const WindowOutputs& outputs, int64_t first, int64_t last) {
+  const int64_t together = args.window <= kTurnWindow ? args.kv_heads : 1;
+  while (first < last) {
+    const Band band(args, first);
+    const int64_t end = std::min({last, (band.index + 1) * args.kv_heads, first + together});
+    if (band.sequence.length > 1) {
+      ForwardSequence(args, outputs, first, end);
+    } else if (band.sequence.length == 1) {
+      for (int64_t slice = first; slice < end; ++slice) WindowStep(Band(args, slice), outputs);
+    }
+    first = end;
   }
 }
 
@@ -209,12 +249,12 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace latte::kernels {
 
-HWY_EXPORT(WindowForwardSlice);
+HWY_EXPORT(WindowForwardSlices);
 
 int64_t WindowSlices(const WindowArgs& args) { return args.sequences * args.kv_heads; }
 
-void WindowForward(const WindowArgs& args, const WindowOutputs& outputs, int64_t slice) {
-  HWY_DYNAMIC_DISPATCH(WindowForwardSlice)(args, outputs, slice);
+void WindowForward(const WindowArgs& args, const WindowOutputs& outputs, int64_t first, int64_t last) {
+  HWY_DYNAMIC_DISPATCH(WindowForwardSlices)(args, outputs, first, last);
 }
 
 }  // namespace latte::kernels

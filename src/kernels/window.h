@@ -69,7 +69,8 @@ struct WindowGradients {
 };
 
 int64_t WindowSlices(const WindowArgs& args);  // sequences * kv_heads
-void WindowForward(const WindowArgs& args, const WindowOutputs& outputs, int64_t slice);
-void WindowBackward(const WindowArgs& args, const WindowGradients& gradients, int64_t slice);
+// Runs the slices [first, last). A thread does best with neighbouring slices in one call, as in latent.h.
+void WindowForward(const WindowArgs& args, const WindowOutputs& outputs, int64_t first, int64_t last);
+void WindowBackward(const WindowArgs& args, const WindowGradients& gradients, int64_t first, int64_t last);
 
 }  // namespace latte::kernels

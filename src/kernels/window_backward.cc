@@ -1,6 +1,7 @@
 // Backward pass of window.h. A block of queries meets the tiles of its band one by one: the weights are computed again from
 // `lse`, and the gradients of a tile's keys and values stay in float32 until the band has left the tile.
 #include <cstring>
+#include <deque>
 
 #include "kernels/window.h"
 
@@ -15,169 +16,202 @@ HWY_BEFORE_NAMESPACE();
 namespace latte::kernels::HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
-class BackwardSlice {
- public:
-  using D = hn::ScalableTag<float>;
+constexpr int64_t kTurnBlocks = 4;  // blocks of one slice before the next slice's turn
 
-  BackwardSlice(const WindowArgs& args, const WindowGradients& gradients, int64_t slice)
-      : args_(args), gradients_(gradients), band_(args, slice), widths_(D(), args) {}
-
-  void Run() {
-    ZeroUnreadPast();
-    if (band_.sequence.length == 0) return;
-    // A key's gradient is a product over the block's rows: more of them than in the forward pass pay for its loads and stores.
-    const size_t tokens = band_.BlockTokens(48);
-    rows_ = tokens * band_.group;
-    TileRing window({band_, widths_, KeyRows::Kind::kWindow}, widths_, band_.BlockTiles(tokens), true);
-    // Any token may read a sink, so all of them keep their gradients to the end.
-    TileRing sinks({band_, widths_, KeyRows::Kind::kSinks}, widths_, band_.SinkTiles(), true);
-    const auto carve = [&](ScratchLayout& layout) {
-      window.Carve(layout);
-      if (band_.sinks > 0) sinks.Carve(layout);
-      const bool far = band_.sinks > 0 && args_.sink_query;
-      near_.query = layout.Take(rows_, widths_.key_stride);
-      near_.grad = layout.Take(rows_, widths_.key_stride);
-      far_ = near_;
-      if (far) far_.query = layout.Take(rows_, widths_.key_stride);
-      if (far) far_.grad = layout.Take(rows_, widths_.key_stride);
-      grad_out_ = layout.Take(rows_, widths_.value_stride);
-      weights_ = layout.Take(rows_, kTileStride);
-      grad_scores_ = layout.Take(rows_, kTileStride);
-      lse_ = layout.Take(1, rows_);
-      delta_ = layout.Take(1, rows_);
-      row_ = layout.Take(1, std::max(widths_.key, widths_.value));
-    };
-    ScratchLayout counted(nullptr);
-    carve(counted);
-    const WindowScratch memory(counted.used());
-    ScratchLayout layout(memory.data());
-    carve(layout);
-    for (Tile& tile : sinks.tiles()) ZeroGradients(tile);
-
-    for (int64_t t = band_.position; t < band_.end; t += static_cast<int64_t>(tokens)) {
-      Block(window, sinks, t, static_cast<size_t>(std::min<int64_t>(static_cast<int64_t>(tokens), band_.end - t)));
-    }
-    for (int64_t k = 0; k < static_cast<int64_t>(band_.WindowTiles()); ++k) {
-      if (window.Slot(k).index == k) FinishWindowTile(window, sinks, window.Slot(k));
-    }
-    for (int64_t s = 0; s < band_.sinks; ++s) FinishSink(sinks, s);
-  }
-
- private:
+// What the slices of a sequence share: arrays that live no longer than a block.
+struct BackwardWorkspace {
   // One of the two queries of a block, [rows, key_stride]: the near one reads the window, the far one the sinks that left it.
   struct Queries {
     float* query;  // times the scale
     float* grad;   // without it
   };
 
-  void Block(TileRing& window, TileRing& sinks, int64_t t0, size_t tokens) {
+  void Carve(size_t rows, const Widths& widths, bool sink_query, ScratchLayout& layout) {
+    near.query = layout.Take(rows, widths.key_stride);
+    near.grad = layout.Take(rows, widths.key_stride);
+    far = near;
+    if (sink_query) far.query = layout.Take(rows, widths.key_stride);
+    if (sink_query) far.grad = layout.Take(rows, widths.key_stride);
+    grad_out = layout.Take(rows, widths.value_stride);
+    weights = layout.Take(rows, kTileStride);
+    grad_scores = layout.Take(rows, kTileStride);
+    lse = layout.Take(1, rows);
+    delta = layout.Take(1, rows);
+    row = layout.Take(1, std::max(widths.key, widths.value));
+  }
+
+  Queries near{};
+  Queries far{};                 // near itself without sink_query
+  float* grad_out = nullptr;     // [rows, value_stride]
+  float* weights = nullptr;      // [rows, kTileStride], scores first
+  float* grad_scores = nullptr;  // [rows, kTileStride], the weights' gradients first
+  float* lse = nullptr;          // [rows]
+  float* delta = nullptr;        // [rows]: Σ grad_out · out
+  float* row = nullptr;          // [max(key, value)]
+  Prefetch prefetch;             // of the next block's rows
+};
+
+class BackwardSlice {
+ public:
+  using D = hn::ScalableTag<float>;
+
+  // A key's gradient is a product over the block's rows: more of them than in the forward pass pay for its loads and stores.
+  BackwardSlice(const WindowArgs& args, const WindowGradients& gradients, int64_t slice)
+      : args_(args),
+        gradients_(gradients),
+        band_(args, slice),
+        widths_(D(), args),
+        block_tokens_(band_.BlockTokens(48)),
+        window_({band_, widths_, KeyRows::Kind::kWindow}, widths_, band_.BlockTiles(block_tokens_), true),
+        // Any token may read a sink, so all of them keep their gradients to the end.
+        sinks_({band_, widths_, KeyRows::Kind::kSinks}, widths_, band_.SinkTiles(), true) {}
+  BackwardSlice(const BackwardSlice&) = delete;
+  BackwardSlice& operator=(const BackwardSlice&) = delete;
+
+  const Band& band() const { return band_; }
+  int64_t block_tokens() const { return static_cast<int64_t>(block_tokens_); }
+
+  void Carve(ScratchLayout& layout) {
+    window_.Carve(layout);
+    if (band_.sinks > 0) sinks_.Carve(layout);
+  }
+  void Carve(BackwardWorkspace& work, ScratchLayout& layout) const {
+    work.Carve(block_tokens_ * band_.group, widths_, band_.sinks > 0 && args_.sink_query, layout);
+  }
+
+  // Before the first block; all there is to do for an empty sequence, which needs no scratch memory.
+  void Start() {
+    ZeroUnreadPast();
+    if (band_.sequence.length == 0) return;
+    for (Tile& tile : sinks_.tiles()) ZeroGradients(tile);
+  }
+
+  // The queries of up to block_tokens() tokens from t0 on.
+  void Block(int64_t t0, BackwardWorkspace& work) {
+    work_ = &work;
     t0_ = t0;
-    tokens_ = tokens;
-    rows_ = tokens * band_.group;
-    const int64_t last = t0 + static_cast<int64_t>(tokens) - 1;
+    tokens_ = TokensAt(t0);
+    rows_ = tokens_ * band_.group;
+    const int64_t last = t0 + static_cast<int64_t>(tokens_) - 1;
     LoadRows();
     const Span far = band_.FarSinks(last);
-    const bool far_query = far_.query != near_.query;
-    if (far_query) std::memset(far_.grad, 0, rows_ * widths_.key_stride * sizeof(float));
+    const bool far_query = work.far.query != work.near.query;
+    if (far_query) std::memset(work.far.grad, 0, rows_ * widths_.key_stride * sizeof(float));
     if (far.begin < far.end) {
-      if (far_query) LoadQueries(d_, band_, widths_, args_.sink_query, t0, tokens, far_.query);
-      for (int64_t k = 0; k <= sinks.TileOf(far.end - 1); ++k) {
-        const Segment segment(d_, sinks, k, far, true);
-        Differentiate(sinks.Load(d_, k, segment.end), segment, far_, nullptr);
+      if (far_query) LoadQueries(d_, band_, widths_, args_.sink_query, t0, tokens_, work.far.query);
+      for (int64_t k = 0; k <= sinks_.TileOf(far.end - 1); ++k) {
+        const Segment segment(d_, sinks_, k, far, true);
+        Differentiate(sinks_.Load(d_, k, segment.end), segment, work.far);
       }
     }
     const Span keys{band_.Window(t0).begin, band_.Window(last).end};
-    for (int64_t k = window.TileOf(keys.begin); k <= window.TileOf(keys.end - 1); ++k) {
-      Tile& tile = window.Slot(k);
+    for (int64_t k = window_.TileOf(keys.begin); k <= window_.TileOf(keys.end - 1); ++k) {
+      Tile& tile = window_.Slot(k);
       if (tile.index != k) {
-        if (tile.index >= 0) FinishWindowTile(window, sinks, tile);
+        if (tile.index >= 0) FinishWindowTile(tile);
         ZeroGradients(tile);
       }
-      const Segment segment(d_, window, k, keys, false);
-      const bool last_tile = k == window.TileOf(keys.end - 1);
-      Differentiate(window.Load(d_, k, segment.end), segment, near_, last_tile ? &window.rows() : nullptr);
+      const Segment segment(d_, window_, k, keys, false);
+      Differentiate(window_.Load(d_, k, segment.end), segment, work.near);
     }
-    StoreQueryGradients(gradients_.grad_query, near_.grad);
-    if (gradients_.grad_sink_query) StoreQueryGradients(gradients_.grad_sink_query, far_query ? far_.grad : nullptr);
+    StoreQueryGradients(gradients_.grad_query, work.near.grad);
+    if (gradients_.grad_sink_query) StoreQueryGradients(gradients_.grad_sink_query, far_query ? work.far.grad : nullptr);
   }
+
+  // After the last block.
+  void Finish() {
+    for (int64_t k = 0; k < static_cast<int64_t>(band_.WindowTiles()); ++k) {
+      if (window_.Slot(k).index == k) FinishWindowTile(window_.Slot(k));
+    }
+    for (int64_t s = 0; s < band_.sinks; ++s) FinishSink(s);
+  }
+
+  // Has the rows fetched that the block at t0 reads and writes; t0 may lie behind the last one.
+  void Fetch(int64_t t0, Prefetch& prefetch) const {
+    if (t0 >= band_.end) return;
+    const size_t tokens = TokensAt(t0);
+    const int64_t keys = t0 + band_.ahead;
+    window_.rows().Fetch(keys, std::min(band_.end, keys + static_cast<int64_t>(tokens)), prefetch);
+    const auto fetch = [&](const auto& view, int64_t item, int64_t width, size_t g) {
+      prefetch.Add(static_cast<const char*>(view.data) + QueryOffset(band_, view, t0, g) * item, view.time_stride * item,
+                   static_cast<size_t>(width * item), tokens);
+    };
+    for (size_t g = 0; g < band_.group; ++g) {
+      fetch(args_.query, SizeOf(args_.dtype), args_.key_dim, g);
+      fetch(gradients_.grad_query, SizeOf(args_.dtype), args_.key_dim, g);
+      fetch(gradients_.grad_out, 4, args_.head_dim, g);
+      prefetch.Add(gradients_.out + band_.OutRow(t0, g) * args_.head_dim, args_.heads * args_.head_dim * 4,
+                   static_cast<size_t>(args_.head_dim) * 4, tokens);
+    }
+  }
+
+ private:
+  using Queries = BackwardWorkspace::Queries;
+
+  size_t TokensAt(int64_t t0) const { return static_cast<size_t>(std::min(block_tokens(), band_.end - t0)); }
 
   // The block's queries, output gradients, and what the softmax's gradient needs of each row.
   void LoadRows() {
-    LoadQueries(d_, band_, widths_, args_.query, t0_, tokens_, near_.query);
-    std::memset(near_.grad, 0, rows_ * widths_.key_stride * sizeof(float));
+    LoadQueries(d_, band_, widths_, args_.query, t0_, tokens_, work_->near.query);
+    std::memset(work_->near.grad, 0, rows_ * widths_.key_stride * sizeof(float));
     const size_t head_dim = static_cast<size_t>(args_.head_dim);
     for (size_t c = 0; c < tokens_; ++c) {
       const int64_t t = t0_ + static_cast<int64_t>(c);
       for (size_t g = 0; g < band_.group; ++g) {
         const size_t r = c * band_.group + g;
-        float* grad = grad_out_ + r * widths_.value_stride;
+        float* grad = work_->grad_out + r * widths_.value_stride;
         LoadRow(d_, DType::kFloat32, gradients_.grad_out.data, QueryOffset(band_, gradients_.grad_out, t, g), head_dim, grad,
                 widths_.value);
         const int64_t out_row = band_.OutRow(t, g);
-        LoadRow(d_, DType::kFloat32, gradients_.out, out_row * args_.head_dim, head_dim, row_, widths_.value);
+        LoadRow(d_, DType::kFloat32, gradients_.out, out_row * args_.head_dim, head_dim, work_->row, widths_.value);
         auto delta = hn::Zero(d_);
         for (size_t i = 0; i < widths_.value; i += hn::Lanes(d_)) {
-          delta = hn::MulAdd(hn::Load(d_, grad + i), hn::Load(d_, row_ + i), delta);
+          delta = hn::MulAdd(hn::Load(d_, grad + i), hn::Load(d_, work_->row + i), delta);
         }
-        delta_[r] = hn::ReduceSum(d_, delta);
+        work_->delta[r] = hn::ReduceSum(d_, delta);
         // A row that read nothing has scores of -inf only, which any finite lse turns to weights of zero.
         const float lse = gradients_.lse[out_row];
-        lse_[r] = lse == kMinusInfinity ? 0.0f : lse;
+        work_->lse[r] = lse == kMinusInfinity ? 0.0f : lse;
       }
     }
   }
 
-  // Asks for what the next block reads of token t's successor.
-  void Prefetch(const KeyRows& keys, int64_t t) const {
-    const int64_t next = t + static_cast<int64_t>(tokens_);
-    keys.Prefetch(next + band_.ahead);
-    if (next >= band_.end) return;
-    const int64_t item = SizeOf(args_.dtype);
-    const size_t value_bytes = static_cast<size_t>(args_.head_dim) * sizeof(float);
-    for (size_t g = 0; g < band_.group; ++g) {
-      PrefetchRow(static_cast<const char*>(args_.query.data) + QueryOffset(band_, args_.query, next, g) * item,
-                  static_cast<size_t>(args_.key_dim * item));
-      PrefetchRow(static_cast<const float*>(gradients_.grad_out.data) + QueryOffset(band_, gradients_.grad_out, next, g),
-                  value_bytes);
-      PrefetchRow(gradients_.out + band_.OutRow(next, g) * args_.head_dim, value_bytes);
-    }
-  }
-
-  // The gradients that a tile's part has in a block. `next`: keys to ask for on the way, or null.
-  void Differentiate(Tile& tile, const Segment& segment, const Queries& queries, const KeyRows* next) {
+  // The gradients that a tile's part has in a block.
+  void Differentiate(Tile& tile, const Segment& segment, const Queries& queries) {
     const size_t key_dim = static_cast<size_t>(args_.key_dim);
     const size_t head_dim = static_cast<size_t>(args_.head_dim);
     MatMul<false>(d_, rows_, segment.columns, key_dim, Left{queries.query, widths_.key_stride, 1}, tile.keys_t + segment.column,
-                  kTileStride, weights_, kTileStride);
-    MatMul<false>(d_, rows_, segment.columns, head_dim, Left{grad_out_, widths_.value_stride, 1}, tile.values_t + segment.column,
-                  kTileStride, grad_scores_, kTileStride);
+                  kTileStride, work_->weights, kTileStride, work_->prefetch);
+    MatMul<false>(d_, rows_, segment.columns, head_dim, Left{work_->grad_out, widths_.value_stride, 1},
+                  tile.values_t + segment.column, kTileStride, work_->grad_scores, kTileStride, work_->prefetch);
     const bool ragged = segment.Ragged(band_.Common(t0_, tokens_, segment.far));
     for (size_t c = 0; c < tokens_; ++c) {
-      if (next != nullptr) Prefetch(*next, t0_ + static_cast<int64_t>(c));
       const Span read = segment.far ? band_.FarSinks(t0_ + static_cast<int64_t>(c)) : band_.Window(t0_ + static_cast<int64_t>(c));
       for (size_t g = 0; g < band_.group; ++g) {
         const size_t r = c * band_.group + g;
-        if (ragged) MaskRow(segment, read, weights_ + r * kTileStride);
-        if (tile.masked) AddRow(d_, tile.bias + segment.column, segment.columns, weights_ + r * kTileStride);
+        if (ragged) MaskRow(segment, read, work_->weights + r * kTileStride);
+        if (tile.masked) AddRow(d_, tile.bias + segment.column, segment.columns, work_->weights + r * kTileStride);
         SoftmaxGradient(r, segment.columns);
       }
     }
     const size_t keys = segment.end - segment.begin;
     const size_t skipped = segment.begin - segment.column;
-    MatMul<true>(d_, keys, widths_.value, rows_, Left{weights_ + skipped, 1, kTileStride}, grad_out_, widths_.value_stride,
-                 tile.grad_values + segment.begin * widths_.value_stride, widths_.value_stride);
-    MatMul<true>(d_, keys, widths_.key, rows_, Left{grad_scores_ + skipped, 1, kTileStride}, queries.query, widths_.key_stride,
-                 tile.grad_keys + segment.begin * widths_.key_stride, widths_.key_stride);
-    MatMul<true>(d_, rows_, widths_.key, keys, Left{grad_scores_ + skipped, kTileStride, 1},
-                 tile.keys + segment.begin * widths_.key_stride, widths_.key_stride, queries.grad, widths_.key_stride);
+    MatMul<true>(d_, keys, widths_.value, rows_, Left{work_->weights + skipped, 1, kTileStride}, work_->grad_out,
+                 widths_.value_stride, tile.grad_values + segment.begin * widths_.value_stride, widths_.value_stride,
+                 work_->prefetch);
+    MatMul<true>(d_, keys, widths_.key, rows_, Left{work_->grad_scores + skipped, 1, kTileStride}, queries.query,
+                 widths_.key_stride, tile.grad_keys + segment.begin * widths_.key_stride, widths_.key_stride, work_->prefetch);
+    MatMul<true>(d_, rows_, widths_.key, keys, Left{work_->grad_scores + skipped, kTileStride, 1},
+                 tile.keys + segment.begin * widths_.key_stride, widths_.key_stride, queries.grad, widths_.key_stride,
+                 work_->prefetch);
   }
 
   // Scores to weights, and the weights' gradients to the scores'.
   void SoftmaxGradient(size_t r, size_t columns) {
-    float* weights = weights_ + r * kTileStride;
-    float* grads = grad_scores_ + r * kTileStride;
-    const auto lse = hn::Set(d_, lse_[r]);
-    const auto delta = hn::Set(d_, delta_[r]);
+    float* weights = work_->weights + r * kTileStride;
+    float* grads = work_->grad_scores + r * kTileStride;
+    const auto lse = hn::Set(d_, work_->lse[r]);
+    const auto delta = hn::Set(d_, work_->delta[r]);
     for (size_t i = 0; i < columns; i += hn::Lanes(d_)) {
       const auto weight = Exp(d_, hn::Sub(hn::Load(d_, weights + i), lse));
       hn::Store(weight, d_, weights + i);
@@ -192,10 +226,10 @@ class BackwardSlice {
 
   // Stores a block's gradients of queries, or zeros.
   void StoreQueryGradients(const MutableView& view, float* grads) {
-    if (grads == nullptr) std::fill_n(row_, widths_.key, 0.0f);
+    if (grads == nullptr) std::fill_n(work_->row, widths_.key, 0.0f);
     for (size_t c = 0; c < tokens_; ++c) {
       for (size_t g = 0; g < band_.group; ++g) {
-        float* row = grads == nullptr ? row_ : grads + (c * band_.group + g) * widths_.key_stride;
+        float* row = grads == nullptr ? work_->row : grads + (c * band_.group + g) * widths_.key_stride;
         if (grads != nullptr) ScaleRow(d_, args_.scale, widths_.key, row);
         StoreRow(d_, args_.dtype, row, static_cast<size_t>(args_.key_dim), view.data,
                  QueryOffset(band_, view, t0_ + static_cast<int64_t>(c), g));
@@ -204,17 +238,17 @@ class BackwardSlice {
   }
 
   // Stores the gradients of a tile that no later token reads. Those of this call's own sinks wait for the sinks' readers.
-  void FinishWindowTile(TileRing& window, TileRing& sinks, const Tile& tile) {
-    const size_t keys = window.Keys(tile.index);
+  void FinishWindowTile(const Tile& tile) {
+    const size_t keys = window_.Keys(tile.index);
     for (size_t i = 0; i < keys; ++i) {
-      const int64_t s = window.Origin(tile.index) + static_cast<int64_t>(i);
+      const int64_t s = window_.Origin(tile.index) + static_cast<int64_t>(i);
       const float* grad_key = tile.grad_keys + i * widths_.key_stride;
       const float* grad_value = tile.grad_values + i * widths_.value_stride;
       if (s < band_.position) {
         const int64_t row = args_.past - (band_.position - s);
         StoreKey(gradients_.grad_past_key, gradients_.grad_past_values, band_.index, row, grad_key, grad_value);
       } else if (s < band_.sinks) {
-        const Tile& sink = sinks.Slot(sinks.TileOf(s));
+        const Tile& sink = sinks_.Slot(sinks_.TileOf(s));
         const size_t sink_row = static_cast<size_t>(s) % kTileKeys;
         AddRow(d_, grad_key, widths_.key, sink.grad_keys + sink_row * widths_.key_stride);
         AddRow(d_, grad_value, widths_.value, sink.grad_values + sink_row * widths_.value_stride);
@@ -224,8 +258,8 @@ class BackwardSlice {
     }
   }
 
-  void FinishSink(TileRing& sinks, int64_t s) {
-    const Tile& sink = sinks.Slot(sinks.TileOf(s));
+  void FinishSink(int64_t s) {
+    const Tile& sink = sinks_.Slot(sinks_.TileOf(s));
     const float* grad_key = sink.grad_keys + static_cast<size_t>(s) % kTileKeys * widths_.key_stride;
     const float* grad_value = sink.grad_values + static_cast<size_t>(s) % kTileKeys * widths_.value_stride;
     if (s < band_.position) {
@@ -272,23 +306,46 @@ class BackwardSlice {
   const WindowGradients& gradients_;
   const Band band_;
   const Widths widths_;
-
-  Queries near_{};
-  Queries far_{};                 // near_ itself without sink_query
-  float* grad_out_ = nullptr;     // [rows, value_stride]
-  float* weights_ = nullptr;      // [rows, kTileStride], scores first
-  float* grad_scores_ = nullptr;  // [rows, kTileStride], the weights' gradients first
-  float* lse_ = nullptr;          // [rows]
-  float* delta_ = nullptr;        // [rows]: Σ grad_out · out
-  float* row_ = nullptr;          // [max(key, value)]
+  const size_t block_tokens_;
+  TileRing window_;
+  TileRing sinks_;
+  BackwardWorkspace* work_ = nullptr;
 
   int64_t t0_ = 0;
   size_t tokens_ = 0;
   size_t rows_ = 0;
 };
 
-void WindowBackwardSlice(const WindowArgs& args, const WindowGradients& gradients, int64_t slice) {
-  BackwardSlice(args, gradients, slice).Run();
+// The slices [first, last) of one sequence, in turns, as in the forward pass.
+void BackwardSequence(const WindowArgs& args, const WindowGradients& gradients, int64_t first, int64_t last) {
+  std::deque<BackwardSlice> slices;
+  for (int64_t slice = first; slice < last; ++slice) slices.emplace_back(args, gradients, slice);
+  if (slices.front().band().sequence.length == 0) {
+    for (BackwardSlice& slice : slices) slice.Start();
+    return;
+  }
+  BackwardWorkspace work;
+  const auto carve = [&](ScratchLayout& layout) {
+    for (BackwardSlice& slice : slices) slice.Carve(layout);
+    slices.front().Carve(work, layout);
+  };
+  ScratchLayout counted(nullptr);
+  carve(counted);
+  const WindowScratch memory(counted.used());
+  ScratchLayout layout(memory.data());
+  carve(layout);
+  for (BackwardSlice& slice : slices) slice.Start();
+  RunInTurns(slices, kTurnBlocks, work);
+  for (BackwardSlice& slice : slices) slice.Finish();
+}
+
+void WindowBackwardSlices(const WindowArgs& args, const WindowGradients& gradients, int64_t first, int64_t last) {
+  const int64_t together = args.window <= kTurnWindow ? args.kv_heads : 1;
+  while (first < last) {
+    const int64_t end = std::min({last, (first / args.kv_heads + 1) * args.kv_heads, first + together});
+    BackwardSequence(args, gradients, first, end);
+    first = end;
+  }
 }
 
 }  // namespace latte::kernels::HWY_NAMESPACE
@@ -297,10 +354,10 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace latte::kernels {
 
-HWY_EXPORT(WindowBackwardSlice);
+HWY_EXPORT(WindowBackwardSlices);
 
-void WindowBackward(const WindowArgs& args, const WindowGradients& gradients, int64_t slice) {
-  HWY_DYNAMIC_DISPATCH(WindowBackwardSlice)(args, gradients, slice);
+void WindowBackward(const WindowArgs& args, const WindowGradients& gradients, int64_t first, int64_t last) {
+  HWY_DYNAMIC_DISPATCH(WindowBackwardSlices)(args, gradients, first, last);
 }
 
 }  // namespace latte::kernels

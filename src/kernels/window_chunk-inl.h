@@ -16,6 +16,7 @@
 #include "hwy/highway.h"
 #include "kernels/load-inl.h"
 #include "kernels/math-inl.h"
+#include "kernels/prefetch-inl.h"
 #include "kernels/tile_matmul-inl.h"
 #include "kernels/window.h"
 #include "kernels/window_scratch.h"
@@ -147,14 +148,19 @@ class KeyRows {
     const Place place = Find(s);
     return RowOf(d, place.values, Offset(place.values, place), HeadDim(), widths_.value, spare);
   }
-  // Asks for a key and its value if this call has them.
-  void Prefetch(int64_t s) const {
-    if (s < band_.position || s >= limit()) return;
-    const int64_t item = SizeOf(band_.args.dtype);
-    const Place place = Find(s);
-    PrefetchRow(static_cast<const char*>(place.key.data) + Offset(place.key, place) * item, KeyDim() * static_cast<size_t>(item));
-    PrefetchRow(static_cast<const char*>(place.values.data) + Offset(place.values, place) * item,
-                HeadDim() * static_cast<size_t>(item));
+  // Has the keys and values of [begin, end) fetched, those that this call has.
+  void Fetch(int64_t begin, int64_t end, Prefetch& prefetch) const {
+    begin = std::max(begin, band_.position);
+    end = std::min(end, limit());
+    if (begin >= end) return;
+    const WindowArgs& args = band_.args;
+    const int64_t item = SizeOf(args.dtype);
+    const Place place = Find(begin);
+    const size_t count = static_cast<size_t>(end - begin);
+    prefetch.Add(static_cast<const char*>(args.key.data) + Offset(args.key, place) * item, args.key.time_stride * item,
+                 KeyDim() * static_cast<size_t>(item), count);
+    prefetch.Add(static_cast<const char*>(args.values.data) + Offset(args.values, place) * item, args.values.time_stride * item,
+                 HeadDim() * static_cast<size_t>(item), count);
   }
 
  private:
@@ -380,6 +386,34 @@ HWY_INLINE void LoadQueries(D d, const Band& band, const Widths& widths, const V
       const int64_t offset = QueryOffset(band, query, t0 + static_cast<int64_t>(c), g);
       LoadRow(d, args.dtype, query.data, offset, static_cast<size_t>(args.key_dim), row, widths.key);
       ScaleRow(d, args.scale, widths.key, row);
+    }
+  }
+}
+
+// The widest window whose slices take turns: a wide one's tiles are large.
+constexpr int64_t kTurnWindow = 1024;
+
+// Runs the blocks of the slices of one sequence, `turn_blocks` of a slice before the next slice's turn: their rows share pages
+// and lines, which then are still near. Meanwhile the rows of the block after it are fetched.
+template <class Slices, class Work>
+HWY_INLINE void RunInTurns(Slices& slices, int64_t turn_blocks, Work& work) {
+  const Band& band = slices.front().band();
+  const int64_t block = slices.front().block_tokens();
+  const int64_t turn = turn_blocks * block;
+  for (int64_t begin = band.position; begin < band.end; begin += turn) {
+    const int64_t end = std::min(band.end, begin + turn);
+    for (size_t i = 0; i < slices.size(); ++i) {
+      for (int64_t t = begin; t < end; t += block) {
+        work.prefetch.Clear();
+        if (t + block < end) {
+          slices[i].Fetch(t + block, work.prefetch);
+        } else if (i + 1 < slices.size()) {
+          slices[i + 1].Fetch(begin, work.prefetch);
+        } else {
+          slices.front().Fetch(end, work.prefetch);
+        }
+        slices[i].Block(t, work);
+      }
     }
   }
 }

@@ -161,7 +161,7 @@ Result Forward(const WindowArgs& args) {
   const float nan = std::numeric_limits<float>::quiet_NaN();
   Result result{std::vector<float>(rows * static_cast<size_t>(args.head_dim), nan), std::vector<float>(rows, nan)};
   const WindowOutputs outputs{result.out.data(), result.lse.data()};
-  RunSlices(WindowSlices(args), [&](int64_t slice) { WindowForward(args, outputs, slice); });
+  RunRanges(WindowSlices(args), [&](int64_t first, int64_t last) { WindowForward(args, outputs, first, last); });
   return result;
 }
 
@@ -222,7 +222,7 @@ void ExpectBackward(Problem& problem, double tolerance = kTolerance) {
     gradients.grad_sink_key = grad_sink_key.mutable_view();
     gradients.grad_sink_values = grad_sink_values.mutable_view();
   }
-  RunSlices(WindowSlices(args), [&](int64_t slice) { WindowBackward(args, gradients, slice); });
+  RunRanges(WindowSlices(args), [&](int64_t first, int64_t last) { WindowBackward(args, gradients, first, last); });
 
   const double rounding = dtype == DType::kFloat32 ? 0.0 : Epsilon(dtype);
   const auto expect = [&](const char* name, const Tensor& actual, const std::vector<double>& values) {
@@ -475,7 +475,8 @@ TEST(Window, ExpandedTensors) {
     gradients.grad_query = grad_query.mutable_view();
     gradients.grad_key = grad_key.mutable_view();
     gradients.grad_values = grad_values.mutable_view();
-    RunSlices(WindowSlices(problem.args()), [&](int64_t slice) { WindowBackward(problem.args(), gradients, slice); });
+    RunRanges(WindowSlices(problem.args()),
+              [&](int64_t first, int64_t last) { WindowBackward(problem.args(), gradients, first, last); });
     EXPECT_TRUE(Close(grad_query.Get(), expected.grad_query, kTolerance, 1.0));
     EXPECT_TRUE(Close(grad_key.Get(), expected.grad_key, kTolerance, 1.0));
     EXPECT_TRUE(Close(grad_values.Get(), expected.grad_values, kTolerance, 1.0));
@@ -526,7 +527,7 @@ TEST(Window, WithoutLse) {
       const Result expected = Forward(problem.args());
       std::vector<float> out(expected.out.size());
       const WindowOutputs outputs{out.data(), nullptr};
-      RunSlices(WindowSlices(problem.args()), [&](int64_t slice) { WindowForward(problem.args(), outputs, slice); });
+      RunSlices(WindowSlices(problem.args()), [&](int64_t slice) { WindowForward(problem.args(), outputs, slice, slice + 1); });
       EXPECT_EQ(out, expected.out);
     }
   });

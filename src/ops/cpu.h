@@ -53,8 +53,8 @@ inline kernels::MaskView MaskOf(const OptionalTensor& mask) {
 inline const float* FloatsOf(const OptionalTensor& x) { return Present(x) ? x->const_data_ptr<float>() : nullptr; }
 inline float* FloatsToWrite(const at::Tensor& x) { return x.defined() ? x.mutable_data_ptr<float>() : nullptr; }
 
-// at::empty, on 2 MB pages if it is large and the kernel gives them on request: a fresh output is otherwise written at the pace of
-// one page fault every 4 KB.
+// at::empty, on 2 MB pages if it is large and the kernel gives them on request: a fresh output is otherwise written at the pace
+// of one page fault every 4 KB.
 inline at::Tensor Empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
   at::Tensor x = at::empty(sizes, options.memory_format(at::MemoryFormat::Contiguous));
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
