@@ -13,8 +13,8 @@ export CCACHE_SLOPPINESS := pch_defines,time_macros
 export CCACHE_BASEDIR := $(CURDIR)
 
 PYTHON := .venv/bin/python
-CPP_FILES = $(shell find src tests -name '*.cc' -o -name '*.h')
-PYTHON_FOLDERS := python scripts
+CPP_FILES = $(shell find src tests bench -name '*.cc' -o -name '*.h')
+PYTHON_FOLDERS := python scripts bench
 
 .PHONY: help setup build test demo bench format check-format lint ladder sanitize install clean
 

@@ -36,9 +36,7 @@ class Block(nn.Module):
 
     def forward(self, x):
         batch, tokens, width = x.shape
-        q, k, v = (
-            part.view(batch, tokens, self.heads, -1).transpose(1, 2) for part in self.qkv(self.norm1(x)).chunk(3, dim=-1)
-        )
+        q, k, v = (part.view(batch, tokens, self.heads, -1).transpose(1, 2) for part in self.qkv(self.norm1(x)).chunk(3, dim=-1))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.project(y.transpose(1, 2).reshape(batch, tokens, width))
         return x + self.mlp(self.norm2(x))
@@ -124,14 +122,14 @@ def main():
     rates = {"eager PyTorch": []} | {attention: [] for attention in args.attention.split(",")}
     for _ in range(args.rounds):
         for name, seen in rates.items():
-            seen.append(
-                eager.tokens_per_second(steps) if name == "eager PyTorch" else latte_tokens_per_second(args, name, steps)
-            )
+            seen.append(eager.tokens_per_second(steps) if name == "eager PyTorch" else latte_tokens_per_second(args, name, steps))
     base = statistics.median(rates["eager PyTorch"])
     print(f"torch {torch.__version__}, {args.threads} threads, {args.dtype}, context {args.context}, batch {args.batch}")
     for name, seen in rates.items():
-        print(f"{name:14} {statistics.median(seen):9.0f} tokens/s  {statistics.median(seen) / base:5.2f}x   "
-              f"({min(seen):.0f} to {max(seen):.0f})")
+        print(
+            f"{name:14} {statistics.median(seen):9.0f} tokens/s  {statistics.median(seen) / base:5.2f}x   "
+            f"({min(seen):.0f} to {max(seen):.0f})"
+        )
 
 
 if __name__ == "__main__":

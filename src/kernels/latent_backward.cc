@@ -139,12 +139,12 @@ class CausalBackward {
         first_(first),
         last_(last),
         dims_(args),
-        scratch_(State::Floats(dims_) + Chunk::Floats(dims_) + QueryChunk::Floats(dims_) +
+        scratch_(Chunk::Floats(dims_) + QueryChunk::Floats(dims_) +
                  static_cast<size_t>(last - first) * StateGradient::Floats(dims_) + 2 * Scratch::Rounded(dims_.StateFloats()) +
                  2 * Scratch::Rounded(kChunk * kChunk) + 2 * Scratch::Rounded(kChunk * dims_.latents_padded) +
                  2 * Scratch::Rounded(kChunk * dims_.head_dim_padded) +
                  Scratch::Rounded(std::max(dims_.latents_padded, dims_.head_dim_padded))),
-        state_(dims_, scratch_),
+        state_(SnapshotOf(0)),
         chunk_(dims_, scratch_),
         query_(dims_, scratch_),
         sum_transposed_(scratch_.Take(dims_.StateFloats())),
@@ -170,7 +170,7 @@ class CausalBackward {
         } else if (next != nullptr) {
           FetchKeys(next->slice, next->begin, std::min<size_t>(kChunk, static_cast<size_t>(next->end - next->begin)));
         }
-        std::copy_n(states_.data() + i * SnapshotFloats(), SnapshotFloats(), state_.sum);
+        state_ = SnapshotOf(i);
         StretchBackward(turn.slice, stretches_[i], carried_[static_cast<size_t>(turn.index)]);
       }
     });
@@ -179,8 +179,15 @@ class CausalBackward {
   }
 
  private:
-  // sum, normaliser, maximum and decay of a State lie behind each other in scratch memory.
-  size_t SnapshotFloats() const { return State::Floats(dims_); }
+  // The state before a segment's stretch i.
+  State SnapshotOf(size_t i) {
+    const size_t size = State::Floats(dims_);
+    while (snapshots_.size() <= i) {
+      snapshots_.push_back(hwy::AllocateAligned<float>(size));
+      if (!snapshots_.back()) throw std::bad_alloc();
+    }
+    return {dims_, snapshots_[i].get()};
+  }
 
   StateGradient Start(const Slice& slice) {
     StateGradient carried(dims_, scratch_);
@@ -250,7 +257,7 @@ class CausalBackward {
   void ReplaySegment(const Turn& turn) {
     const auto& [slice, index, begin, end] = turn;
     stretches_.clear();
-    states_.clear();
+    state_ = SnapshotOf(0);
     ReadState(dims_, gradients_.saved + SavedOffset(args_, dims_, slice, begin / kSegmentTokens), state_);
     for (int64_t token = begin; token < end;) {
       const int64_t next_chunk = (token / static_cast<int64_t>(kChunk) + 1) * static_cast<int64_t>(kChunk);
@@ -259,9 +266,11 @@ class CausalBackward {
       if (args_.log_decay) DecayState(dims_, chunk_.log_decay, state_);
       const size_t count = MeasureStretch(args_, dims_, chunk_, left, state_.maximum);
       stretches_.push_back({token, count});
-      states_.insert(states_.end(), state_.sum, state_.sum + SnapshotFloats());
       token += static_cast<int64_t>(count);
       if (token == end) break;
+      const State before = state_;
+      state_ = SnapshotOf(stretches_.size());
+      std::copy_n(before.sum, State::Floats(dims_), state_.sum);
       prefetch_.Clear();
       FetchKeys(slice, token, std::min<size_t>(kChunk, static_cast<size_t>(end - token)));
       WeighStretch<false>(dims_, chunk_, count, state_);
@@ -310,6 +319,7 @@ class CausalBackward {
                         grad_values_ + i * columns, carried, row_);
     }
     for (size_t l = 0; l < dims_.latents; ++l) {
+      if (chunk_.carry[l] == 1.0f) continue;
       const VF carry = hn::Set(d, chunk_.carry[l]);
       float* sum = carried.sum + l * columns;
       for (size_t j = 0; j < columns; j += lanes) hn::Store(hn::Mul(hn::Load(d, sum + j), carry), d, sum + j);
@@ -356,7 +366,8 @@ class CausalBackward {
   const int64_t first_, last_;
   const Dims dims_;
   Scratch scratch_;
-  const State state_;
+  std::vector<hwy::AlignedFreeUniquePtr<float[]>> snapshots_;  // the states before a segment's stretches
+  State state_;                                                // one of them
   const Chunk chunk_;
   QueryChunk query_;
   float* sum_transposed_;       // Sᵀ [D, L]
@@ -370,7 +381,6 @@ class CausalBackward {
   float* row_;
   std::vector<StateGradient> carried_;  // one a slice
   std::vector<Stretch> stretches_;
-  std::vector<float> states_;  // before each stretch
   Prefetch prefetch_;
 };
 

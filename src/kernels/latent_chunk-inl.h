@@ -64,6 +64,12 @@ struct State {
         normaliser(scratch.Take(dims.latents_padded)),
         maximum(scratch.Take(dims.latents_padded)),
         decay(scratch.Take(dims.latents_padded)) {}
+  // At `floats` in memory of Floats(dims).
+  State(const Dims& dims, float* floats)
+      : sum(floats),
+        normaliser(sum + Scratch::Rounded(dims.StateFloats())),
+        maximum(normaliser + Scratch::Rounded(dims.latents_padded)),
+        decay(maximum + Scratch::Rounded(dims.latents_padded)) {}
   static size_t Floats(const Dims& dims, size_t more_rows = 0) {
     return Scratch::Rounded(dims.StateFloats() + more_rows * dims.head_dim_padded) + 3 * Scratch::Rounded(dims.latents_padded);
   }

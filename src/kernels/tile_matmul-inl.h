@@ -131,27 +131,38 @@ HWY_INLINE void MatMul(D d, size_t M, size_t N, size_t K, Left a, const float* b
   MatMul<kAccumulate>(d, M, N, K, a, b, b_row, c, c_row, nothing);
 }
 
-// out[n, m] = in[m, n] for m < M and n < N, both multiples of 4; rows lie in_row and out_row elements apart.
+// out[n, m] = in[m, n] for m < M and n < N, both multiples of 4, and M of 8 where vectors hold that many; rows lie in_row and
+// out_row elements apart.
 HWY_INLINE void Transpose(size_t M, size_t N, const float* HWY_RESTRICT in, size_t in_row, float* HWY_RESTRICT out,
                           size_t out_row) {
+  // Blocks of 4 columns and as many rows as there are lanes; each 128-bit part of a vector transposes its own 4 rows.
+  constexpr size_t kRows = hn::MaxLanes(hn::ScalableTag<float>()) >= 8 ? 8 : 4;
   const hn::FixedTag<float, 4> d4;
-  const hn::FixedTag<double, 2> d2;
-  for (size_t m = 0; m < M; m += 4) {
+  const hn::FixedTag<float, kRows> d;
+  const hn::Repartition<double, decltype(d)> dd;
+  const auto load = [&](const float* row) HWY_ATTR {
+    if constexpr (kRows == 8) {
+      return hn::Combine(d, hn::LoadU(d4, row + 4 * in_row), hn::LoadU(d4, row));
+    } else {
+      return hn::LoadU(d4, row);
+    }
+  };
+  for (size_t m = 0; m < M; m += kRows) {
     for (size_t n = 0; n < N; n += 4) {
       const float* block = in + m * in_row + n;
-      const auto r0 = hn::LoadU(d4, block);
-      const auto r1 = hn::LoadU(d4, block + in_row);
-      const auto r2 = hn::LoadU(d4, block + 2 * in_row);
-      const auto r3 = hn::LoadU(d4, block + 3 * in_row);
-      const auto lo01 = hn::BitCast(d2, hn::InterleaveLower(d4, r0, r1));
-      const auto lo23 = hn::BitCast(d2, hn::InterleaveLower(d4, r2, r3));
-      const auto hi01 = hn::BitCast(d2, hn::InterleaveUpper(d4, r0, r1));
-      const auto hi23 = hn::BitCast(d2, hn::InterleaveUpper(d4, r2, r3));
+      const auto r0 = load(block);
+      const auto r1 = load(block + in_row);
+      const auto r2 = load(block + 2 * in_row);
+      const auto r3 = load(block + 3 * in_row);
+      const auto lo01 = hn::BitCast(dd, hn::InterleaveLower(d, r0, r1));
+      const auto lo23 = hn::BitCast(dd, hn::InterleaveLower(d, r2, r3));
+      const auto hi01 = hn::BitCast(dd, hn::InterleaveUpper(d, r0, r1));
+      const auto hi23 = hn::BitCast(dd, hn::InterleaveUpper(d, r2, r3));
       float* column = out + n * out_row + m;
-      hn::StoreU(hn::BitCast(d4, hn::InterleaveLower(d2, lo01, lo23)), d4, column);
-      hn::StoreU(hn::BitCast(d4, hn::InterleaveUpper(d2, lo01, lo23)), d4, column + out_row);
-      hn::StoreU(hn::BitCast(d4, hn::InterleaveLower(d2, hi01, hi23)), d4, column + 2 * out_row);
-      hn::StoreU(hn::BitCast(d4, hn::InterleaveUpper(d2, hi01, hi23)), d4, column + 3 * out_row);
+      hn::StoreU(hn::BitCast(d, hn::InterleaveLower(dd, lo01, lo23)), d, column);
+      hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(dd, lo01, lo23)), d, column + out_row);
+      hn::StoreU(hn::BitCast(d, hn::InterleaveLower(dd, hi01, hi23)), d, column + 2 * out_row);
+      hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(dd, hi01, hi23)), d, column + 3 * out_row);
     }
   }
 }
