@@ -1,8 +1,8 @@
 """Quality of training: latent attention, Macchiato and softmax, trained alike at several learning rates.
 
-Every run is `latte train` on the same text with the same seed, batches and steps. Runs that stand in --out are not repeated, those
-that were stopped go on. Prints each run's validation loss, the best of each attention, and its distance from softmax's; draws all
-curves to --out/loss.svg.
+Every run is `latte train` on the same text with the same seed, batches and steps. Runs that stand in --out are not repeated,
+those that were stopped go on. Prints each run's validation loss, the best of each attention, and its distance from softmax's;
+draws all curves to --out/loss.svg.
 
     .venv/bin/python bench/train_twins.py                      # 3 x 3 runs of 1,000 steps, some 45 minutes on two cores
     .venv/bin/python bench/train_twins.py --steps 200 --lr 2e-3

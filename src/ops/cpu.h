@@ -69,16 +69,42 @@ inline at::Tensor Empty(at::IntArrayRef sizes, const at::TensorOptions& options)
 // A contiguous tensor to write, of x's shape and dtype; undefined where x is absent.
 inline at::Tensor Like(const OptionalTensor& x) { return Present(x) ? Empty(x->sizes(), x->options()) : at::Tensor(); }
 
-// Gives function(first, last) ranges of slices on torch's threads. Waking them costs more than `work` below about 32,000
-// multiplications is worth.
+// Multiplications that are worth waking a thread for, about.
+constexpr int64_t kWorthAThread = 32768;
+
+// Gives function(first, last) ranges of slices on torch's threads.
 template <class Function>
 void ForRanges(int64_t slices, int64_t work_per_slice, const Function& function) {
-  constexpr int64_t kWorthAThread = 32768;
   const int64_t grain = std::max<int64_t>(1, kWorthAThread / std::max<int64_t>(1, work_per_slice));
   at::parallel_for(0, slices, grain, function);
 }
 
-// The same, slice by slice.
+// The first slice of share i of `shares`, where packed sequences are shared out by their tokens.
+inline int64_t FirstOfShare(const int64_t* cu_seqlens, int64_t sequences, int64_t kv_heads, int64_t i, int64_t shares) {
+  if (i == 0) return 0;
+  if (i == shares) return sequences * kv_heads;
+  // The sequence that this many tokens, each counted once a head, lie before or in.
+  const int64_t before = cu_seqlens[sequences] * kv_heads / shares * i;
+  const int64_t n = std::upper_bound(cu_seqlens, cu_seqlens + sequences + 1, before / kv_heads) - cu_seqlens - 1;
+  const int64_t length = cu_seqlens[n + 1] - cu_seqlens[n];
+  return n * kv_heads + (before - cu_seqlens[n] * kv_heads + length - 1) / length;
+}
+
+// Gives function(first, last) ranges of the slices of an attention's arguments on torch's threads. `work` is a whole row's;
+// packed sequences are shared out by their lengths.
+template <class Args, class Function>
+void ForSlices(const Args& args, int64_t work, const Function& function) {
+  if (args.cu_seqlens == nullptr) return ForRanges(args.sequences * args.kv_heads, work, function);
+  const int64_t worth = std::max<int64_t>(1, work / kWorthAThread * args.kv_heads);
+  const int64_t shares = std::min<int64_t>(at::get_num_threads(), worth);
+  at::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
+    const int64_t first = FirstOfShare(args.cu_seqlens, args.sequences, args.kv_heads, begin, shares);
+    const int64_t last = FirstOfShare(args.cu_seqlens, args.sequences, args.kv_heads, end, shares);
+    if (first < last) function(first, last);
+  });
+}
+
+// ForRanges, slice by slice.
 template <class Function>
 void ForEachSlice(int64_t slices, int64_t work_per_slice, const Function& function) {
   ForRanges(slices, work_per_slice, [&](int64_t first, int64_t last) {

@@ -146,7 +146,7 @@ Forward ForwardCpu(LATTE_LATENT_PARAMETERS, bool output_final_state, bool save) 
     TORCH_INTERNAL_ASSERT(kernels::LatentSavedFloats(args) <= saved.numel());
     outputs.saved = saved.mutable_data_ptr<float>();
   }
-  cpu::ForRanges(slices, call.work, [&](int64_t first, int64_t last) { kernels::LatentForward(args, outputs, first, last); });
+  cpu::ForSlices(args, call.work, [&](int64_t first, int64_t last) { kernels::LatentForward(args, outputs, first, last); });
   return {out, state, saved};
 }
 
@@ -232,7 +232,7 @@ Backward BackwardCpu(LATTE_LATENT_BACKWARD_PARAMETERS) {
   gradients.grad_log_decay = cpu::WriteTo(grads.log_decay);
   gradients.grad_window_out = cpu::WriteTo(grads.window_out);
   gradients.grad_initial_state = cpu::FloatsToWrite(grads.initial_state);
-  cpu::ForRanges(kernels::LatentSlices(call.args), call.work,
+  cpu::ForSlices(call.args, call.work,
                  [&](int64_t first, int64_t last) { kernels::LatentBackward(call.args, gradients, first, last); });
   return Tuple(query_logits, grads);
 }

@@ -152,6 +152,29 @@ TEST(Ops, SlicesRunOnAllThreads) {
   EXPECT_EQ(seen.size(), 2U);
 }
 
+TEST(Ops, PackedSequencesAreSharedOutByTokens) {
+  const std::vector<int64_t> cu_seqlens = {0, 0, 1000, 1010, 1010, 1020, 2000, 2000};
+  const int64_t sequences = static_cast<int64_t>(cu_seqlens.size()) - 1;
+  for (const int64_t kv_heads : {1, 3}) {
+    for (const int64_t shares : {1, 2, 4, 7}) {
+      int64_t last = 0;
+      for (int64_t i = 0; i < shares; ++i) {
+        const int64_t first = cpu::FirstOfShare(cu_seqlens.data(), sequences, kv_heads, i, shares);
+        EXPECT_EQ(first, last);
+        last = cpu::FirstOfShare(cu_seqlens.data(), sequences, kv_heads, i + 1, shares);
+        ASSERT_LE(first, last);
+        int64_t tokens = 0;
+        for (int64_t slice = first; slice < last; ++slice) {
+          const auto n = static_cast<size_t>(slice / kv_heads);
+          tokens += cu_seqlens[n + 1] - cu_seqlens[n];
+        }
+        EXPECT_LE(tokens, 2000 * kv_heads / shares + 1000);  // a share and what is left of its last slice
+      }
+      EXPECT_EQ(last, sequences * kv_heads);
+    }
+  }
+}
+
 TEST(Ops, WrongInputsThrowTypedErrors) {
   const Inputs x;
   EXPECT_THROW(causal_attention(x.query_logits, x.key_logits, x.values.slice(1, 1)), c10::ValueError);

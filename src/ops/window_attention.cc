@@ -135,7 +135,7 @@ Forward ForwardCpu(LATTE_WINDOW_PARAMETERS, bool save) {
   kernels::WindowOutputs outputs;
   outputs.out = out.mutable_data_ptr<float>();
   outputs.lse = save ? lse.mutable_data_ptr<float>() : nullptr;
-  cpu::ForRanges(kernels::WindowSlices(call.args), call.work,
+  cpu::ForSlices(call.args, call.work,
                  [&](int64_t first, int64_t last) { kernels::WindowForward(call.args, outputs, first, last); });
   return {out, lse};
 }
@@ -211,7 +211,7 @@ Backward BackwardCpu(LATTE_WINDOW_BACKWARD_PARAMETERS) {
     gradients.grad_sink_key = cpu::WriteTo(grads.sink_key);
     gradients.grad_sink_values = cpu::WriteTo(grads.sink_values);
   }
-  cpu::ForRanges(kernels::WindowSlices(call.args), call.work,
+  cpu::ForSlices(call.args, call.work,
                  [&](int64_t first, int64_t last) { kernels::WindowBackward(call.args, gradients, first, last); });
   return Tuple(query, grads);
 }
