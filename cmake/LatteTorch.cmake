@@ -33,6 +33,10 @@ endforeach()
 
 # at::parallel_for is a template: compiled without OpenMP it runs on one thread, and says nothing. The runtime is the one that torch
 # brings, so that its threads are torch's.
+if(NOT CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+  message(WARNING "latte's threads are torch's, which this pip package runs on GCC's OpenMP: ${CMAKE_CXX_COMPILER_ID} may not link "
+                  "with it. Use g++.")
+endif()
 target_compile_options(latte_libtorch INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-fopenmp>)
 foreach(folder ${LATTE_TORCH_LIBRARY_DIRS})
   file(GLOB LATTE_TORCH_OPENMP ${folder}/libgomp*.so*)

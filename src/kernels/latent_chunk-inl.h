@@ -161,6 +161,7 @@ struct Turn {
 template <class Work>
 HWY_INLINE void ForEachTurn(const LatentArgs& args, int64_t first, int64_t last, int64_t tokens, bool reversed,
                             const Work& work) {
+  if (first >= last) return;
   const Turn* waiting = nullptr;
   Turn turns[2] = {{Slice(args, first), 0, 0, 0}, {Slice(args, first), 0, 0, 0}};
   for (int64_t begin = first; begin < last;) {

@@ -58,7 +58,7 @@ HWY_INLINE void ForEachExp(D d, size_t n, const X& x, const Use& use) {
   for (; i < n; i += lanes) use(i, HWY_NAMESPACE::Exp(d, x(i)));
 }
 
-// 1 / x to 2 ulp for x > 0, without the division's latency where an estimate of 12 bits is to be had.
+// 1 / x to about 3 ulp for normal x below 2^126, without the division's latency where an estimate of 12 bits is to be had.
 template <class D, class V = hn::Vec<D>>
 HWY_INLINE V Reciprocal(D d, V x) {
 #if HWY_ARCH_X86

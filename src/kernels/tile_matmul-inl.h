@@ -131,22 +131,26 @@ HWY_INLINE void MatMul(D d, size_t M, size_t N, size_t K, Left a, const float* b
   MatMul<kAccumulate>(d, M, N, K, a, b, b_row, c, c_row, nothing);
 }
 
+// 4 floats at `row` and, where D has 8 lanes, 4 at the fourth row behind it.
+template <class D>
+HWY_INLINE hn::Vec<D> LoadRows(D d, const float* row, size_t in_row) {
+  if constexpr (D().MaxLanes() == 8) {
+    const hn::Half<D> half;
+    return hn::Combine(d, hn::LoadU(half, row + 4 * in_row), hn::LoadU(half, row));
+  } else {
+    return hn::LoadU(d, row);
+  }
+}
+
 // out[n, m] = in[m, n] for m < M and n < N, both multiples of 4, and M of 8 where vectors hold that many; rows lie in_row and
 // out_row elements apart.
 HWY_INLINE void Transpose(size_t M, size_t N, const float* HWY_RESTRICT in, size_t in_row, float* HWY_RESTRICT out,
                           size_t out_row) {
   // Blocks of 4 columns and as many rows as there are lanes; each 128-bit part of a vector transposes its own 4 rows.
   constexpr size_t kRows = hn::MaxLanes(hn::ScalableTag<float>()) >= 8 ? 8 : 4;
-  const hn::FixedTag<float, 4> d4;
   const hn::FixedTag<float, kRows> d;
   const hn::Repartition<double, decltype(d)> dd;
-  const auto load = [&](const float* row) HWY_ATTR {
-    if constexpr (kRows == 8) {
-      return hn::Combine(d, hn::LoadU(d4, row + 4 * in_row), hn::LoadU(d4, row));
-    } else {
-      return hn::LoadU(d4, row);
-    }
-  };
+  const auto load = [in_row](const float* row) HWY_ATTR { return LoadRows(decltype(d)(), row, in_row); };
   for (size_t m = 0; m < M; m += kRows) {
     for (size_t n = 0; n < N; n += 4) {
       const float* block = in + m * in_row + n;

@@ -222,6 +222,12 @@ void ForwardSequence(const WindowArgs& args, const WindowOutputs& outputs, int64
   };
   ScratchLayout counted(nullptr);
   carve(counted);
+  if (counted.used() > WindowScratch::kKeptFloats && last - first > 1) {  // too much for a thread to keep: fewer at a time
+    const int64_t middle = first + (last - first) / 2;
+    ForwardSequence(args, outputs, first, middle);
+    ForwardSequence(args, outputs, middle, last);
+    return;
+  }
   const WindowScratch memory(counted.used());
   ScratchLayout layout(memory.data());
   carve(layout);
@@ -230,10 +236,9 @@ void ForwardSequence(const WindowArgs& args, const WindowOutputs& outputs, int64
 }
 
 void WindowForwardSlices(const WindowArgs& args, const WindowOutputs& outputs, int64_t first, int64_t last) {
-  const int64_t together = args.window <= kTurnWindow ? args.kv_heads : 1;
   while (first < last) {
     const Band band(args, first);
-    const int64_t end = std::min({last, (band.index + 1) * args.kv_heads, first + together});
+    const int64_t end = std::min(last, (band.index + 1) * args.kv_heads);
     if (band.sequence.length > 1) {
       ForwardSequence(args, outputs, first, end);
     } else if (band.sequence.length == 1) {

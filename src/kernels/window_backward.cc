@@ -331,6 +331,12 @@ void BackwardSequence(const WindowArgs& args, const WindowGradients& gradients, 
   };
   ScratchLayout counted(nullptr);
   carve(counted);
+  if (counted.used() > WindowScratch::kKeptFloats && last - first > 1) {  // too much for a thread to keep: fewer at a time
+    const int64_t middle = first + (last - first) / 2;
+    BackwardSequence(args, gradients, first, middle);
+    BackwardSequence(args, gradients, middle, last);
+    return;
+  }
   const WindowScratch memory(counted.used());
   ScratchLayout layout(memory.data());
   carve(layout);
@@ -340,9 +346,8 @@ void BackwardSequence(const WindowArgs& args, const WindowGradients& gradients, 
 }
 
 void WindowBackwardSlices(const WindowArgs& args, const WindowGradients& gradients, int64_t first, int64_t last) {
-  const int64_t together = args.window <= kTurnWindow ? args.kv_heads : 1;
   while (first < last) {
-    const int64_t end = std::min({last, (first / args.kv_heads + 1) * args.kv_heads, first + together});
+    const int64_t end = std::min(last, (first / args.kv_heads + 1) * args.kv_heads);
     BackwardSequence(args, gradients, first, end);
     first = end;
   }

@@ -390,9 +390,6 @@ HWY_INLINE void LoadQueries(D d, const Band& band, const Widths& widths, const V
   }
 }
 
-// The widest window whose slices take turns: a wide one's tiles are large.
-constexpr int64_t kTurnWindow = 1024;
-
 // Runs the blocks of the slices of one sequence, `turn_blocks` of a slice before the next slice's turn: their rows share pages
 // and lines, which then are still near. Meanwhile the rows of the block after it are fetched.
 template <class Slices, class Work>

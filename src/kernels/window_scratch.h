@@ -37,6 +37,8 @@ class ScratchLayout {
 // Memory for one call: the thread's kept block, or for a wide window (whose tiles take megabytes) memory that is given back.
 class WindowScratch {
  public:
+  static constexpr size_t kKeptFloats = size_t{1} << 21;
+
   explicit WindowScratch(size_t floats) {
     if (floats > kKeptFloats) {
       own_ = hwy::AllocateAligned<float>(floats);
@@ -50,7 +52,6 @@ class WindowScratch {
   float* data() const { return data_; }
 
  private:
-  static constexpr size_t kKeptFloats = size_t{1} << 21;
   hwy::AlignedFreeUniquePtr<float[]> own_;
   float* data_ = nullptr;
 };

@@ -95,7 +95,7 @@ inline int64_t FirstOfShare(const int64_t* cu_seqlens, int64_t sequences, int64_
 template <class Args, class Function>
 void ForSlices(const Args& args, int64_t work, const Function& function) {
   if (args.cu_seqlens == nullptr) return ForRanges(args.sequences * args.kv_heads, work, function);
-  const int64_t worth = std::max<int64_t>(1, work / kWorthAThread * args.kv_heads);
+  const int64_t worth = std::max<int64_t>(1, (work + kWorthAThread - 1) / kWorthAThread * args.kv_heads);
   const int64_t shares = std::min<int64_t>(at::get_num_threads(), worth);
   at::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
     const int64_t first = FirstOfShare(args.cu_seqlens, args.sequences, args.kv_heads, begin, shares);

@@ -131,7 +131,8 @@ Forward ForwardCpu(LATTE_WINDOW_PARAMETERS, bool save) {
   const WindowInputs given = LATTE_WINDOW_INPUTS;
   CheckWindow(kName, given);
   const CpuCall call(given);
-  const auto out = OutLike(given), lse = LseLike(given, save);
+  const auto out = cpu::Empty({query.size(0), query.size(1), query.size(2), values.size(3)}, query.options().dtype(at::kFloat));
+  const auto lse = LseLike(given, save);
   kernels::WindowOutputs outputs;
   outputs.out = out.mutable_data_ptr<float>();
   outputs.lse = save ? lse.mutable_data_ptr<float>() : nullptr;
