@@ -1,13 +1,14 @@
 """latte's attention beside two peers on the CPU: the paper's public JAX code, and flash-linear-attention's plain-torch code.
 
-paper  StableScanLatte (causal) and BidLatte (bidirectional) of arXiv 2402.17512 beside latte.LatteAttention with the same weights,
+paper  StableScanLatte (causal) and BidLatte (bidirectional) of arXiv 2402.17512 beside latte.LatteAttention of the same weights,
        projections included. "apart" is how far the results, or all gradients, lie from each other: ‖latte − peer‖ / ‖peer‖.
 fla    its `naive` functions for linear attention, GLA, simple GLA and GSA beside latte.causal_attention on tensors of the same
        sizes (with log_decay where the peer forgets too), without projections. They are the references that fla tests its Triton
        kernels with, which need a GPU; they compute something else than latte does, so there is no "apart".
 
 The sides take turns in one process, with the same number of threads, so that a machine whose speed changes meanwhile changes it
-for all. Times are medians. A peer that isn't there is left out, with a line that says how to get it:
+for all. But the machine should have nothing else to do: threads that meet at barriers, as OpenMP's do, suffer more from company
+than XLA's do. Times are medians. A peer that isn't there is left out, with a line that says how to get it:
 
     git clone https://github.com/raresdolga/latte_transformer && pip install jax flax     # --paper latte_transformer
     pip install fla-core einops                                                           # or --fla FOLDER, a checkout
@@ -30,10 +31,9 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import latte
 import torch
 from torch.nn import functional as F
-
-import latte
 
 PASSES = ("forward", "forward + backward")
 
@@ -83,7 +83,11 @@ def race(contestants: dict[str, Contestant], rounds: int, seconds: float) -> Non
                 if name.startswith("latte"):
                     raise
                 contestant.runs.clear()
-                contestant.error = f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+                contestant.error = f"failed: {summary(error)}"
+
+
+def summary(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".strip().partition("\n")[0]
 
 
 def load(path: Path, name: str) -> ModuleType:
@@ -95,8 +99,10 @@ def load(path: Path, name: str) -> ModuleType:
 
 
 def commit(folder: Path) -> str:
-    """The short commit of a checkout, or "" where git doesn't know."""
-    command = ["git", "-C", folder, "rev-parse", "--short", "HEAD:./"]
+    """The short commit of a checkout, or "" where git doesn't know it."""
+    if not (folder / ".git").exists():
+        return ""
+    command = ["git", "-C", folder, "rev-parse", "--short", "HEAD"]
     try:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -148,7 +154,7 @@ class Paper:
         source = args.paper / "models/modules/latte.py"
         if not source.is_file():
             raise Missing(f"no {source}: git clone https://github.com/raresdolga/latte_transformer {args.paper}")
-        # XLA sizes its thread pool once, by these, when the first array is made.
+        # XLA sizes its thread pool by these (the first alone, where it knows it) when the first array is made.
         os.environ.update(JAX_PLATFORMS="cpu", PJRT_NPROC=str(args.threads), NPROC=str(args.threads))
         try:
             import flax
@@ -269,9 +275,13 @@ class Fla:
     def check(self, name: str) -> None:
         """Old releases had heads before tokens: what they'd do with these tensors is no attention, and takes no time."""
         drawn = self.draw(torch.float32, 64)
-        before = self.call(name, drawn)
-        drawn["values"][:, 0] += 1
-        if torch.allclose(before[:, -1], self.call(name, drawn)[:, -1], rtol=0, atol=1e-6):
+        try:
+            before = self.call(name, drawn)
+            drawn["values"][:, 0] += 1
+            change = self.call(name, drawn)[:, -1] - before[:, -1]
+        except Exception as error:  # whatever another release may raise
+            raise Missing(f"{name} fails ({summary(error)}): pip install --upgrade fla-core") from error
+        if change.abs().max() < 1e-6:
             raise Missing(f"{name} doesn't take [batch, tokens, heads, size]: pip install --upgrade fla-core")
 
     def work(self, name: str, drawn: dict[str, torch.Tensor], phase: str) -> Callable[[], object]:
@@ -287,11 +297,11 @@ class Fla:
                 compute()
 
         def backward():
-            for tensor in drawn.values():
+            for argument, tensor in drawn.items():
+                tensor.requires_grad_(argument != "grad_out")
                 tensor.grad = None
-                tensor.requires_grad_()
             out = compute()
-            out.backward(drawn["grad_out"].detach().to(out.dtype))
+            out.backward(drawn["grad_out"].to(out.dtype))
 
         return forward if phase == "forward" else backward
 
@@ -321,6 +331,8 @@ class Fla:
 def finish(row: dict, ours: Contestant, peer: Contestant, difference: float | None) -> dict:
     theirs = peer.median
     row |= {"latte_milliseconds": ours.median * 1e3, "peer_milliseconds": None if theirs is None else theirs * 1e3}
+    for side, contestant in (("latte", ours), ("peer", peer)):
+        row[f"{side}_least_milliseconds"] = min(contestant.runs) * 1e3 if contestant.runs else None
     row |= {"ratio": None if theirs is None else theirs / ours.median, "apart": difference}
     return row | ({"note": peer.error} if peer.error else {})
 
@@ -394,6 +406,9 @@ def main():
                 peers.append(kind(args))
             except Missing as error:
                 missing[name] = str(error)
+    load = os.getloadavg()[0]
+    if load > 0.3 * (os.cpu_count() or 1):
+        print(f"load average {load:.1f} before the start: others are at work, which may distort the ratios", file=sys.stderr)
     sizes = {"threads": args.threads, "batch": args.batch, "embed_dim": args.embed_dim, "heads": args.heads}
     sizes |= {"latents": args.latents, "unroll": args.unroll}
     if not args.json:
@@ -414,7 +429,7 @@ def main():
                 show(row)
     if args.json:
         versions = {"torch": torch.__version__, "peers": [peer.version for peer in peers]}
-        print(json.dumps(versions | sizes | {"missing": missing, "rows": rows}, indent=2))
+        print(json.dumps(versions | sizes | {"load_average": load} | {"missing": missing, "rows": rows}, indent=2))
 
 
 if __name__ == "__main__":
