@@ -20,9 +20,9 @@ if(NOT hwy_FOUND)
   install(TARGETS hwy EXPORT latteTargets ARCHIVE DESTINATION ${CMAKE_INSTALL_LIBDIR} LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR})
 endif()
 
-foreach(rung kernels formats ops nn models)
+foreach(rung kernels formats runtime ops nn models)
   if(TARGET latte_${rung})
-    # libtorch may lie anywhere: the folder that it was found in stays in what is installed.
+    # libtorch and ggml may lie anywhere: the folders that they were found in stay in what is installed.
     set_target_properties(latte_${rung} PROPERTIES EXPORT_NAME ${rung} INSTALL_RPATH "$ORIGIN;${LATTE_TORCH_LIBRARY_DIRS}")
     add_library(latte::${rung} ALIAS latte_${rung})
     install(TARGETS latte_${rung} EXPORT latteTargets
@@ -34,7 +34,8 @@ endforeach()
 
 foreach(program latte latte-torch)
   if(TARGET ${program})
-    set_target_properties(${program} PROPERTIES INSTALL_RPATH "$ORIGIN/${latte_lib_from_bin};${LATTE_TORCH_LIBRARY_DIRS}")
+    set_target_properties(${program} PROPERTIES INSTALL_RPATH
+                          "$ORIGIN/${latte_lib_from_bin};${LATTE_GGML_LIBRARY_DIR};${LATTE_TORCH_LIBRARY_DIRS}")
     install(TARGETS ${program} RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR})
   endif()
 endforeach()
@@ -43,5 +44,6 @@ install(EXPORT latteTargets NAMESPACE latte:: DESTINATION ${latte_config_dir})
 configure_package_config_file(cmake/latteConfig.cmake.in ${PROJECT_BINARY_DIR}/latteConfig.cmake INSTALL_DESTINATION ${latte_config_dir})
 write_basic_package_version_file(${PROJECT_BINARY_DIR}/latteConfigVersion.cmake COMPATIBILITY SameMinorVersion)
 install(FILES ${PROJECT_BINARY_DIR}/latteConfig.cmake ${PROJECT_BINARY_DIR}/latteConfigVersion.cmake cmake/LatteTorch.cmake
+              cmake/LatteGgml.cmake
         DESTINATION ${latte_config_dir})
 install(FILES LICENSE README.md DESTINATION ${CMAKE_INSTALL_DOCDIR})

