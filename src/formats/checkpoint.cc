@@ -1,58 +1,20 @@
 #include "formats/checkpoint.h"
 
 #include <algorithm>
-#include <array>
 #include <charconv>
-#include <memory>
 #include <nlohmann/json.hpp>
 #include <stdexcept>
 #include <vector>
 
 #include "formats/error.h"
-
-// Compiled in from its header: no library to find and ship.
-#define XXH_INLINE_ALL
-#include <xxhash.h>
+#include "formats/hash.h"
 
 namespace latte::formats {
 namespace {
 
-class Checksum {
- public:
-  Checksum() : state_(XXH3_createState()) {
-    if (!state_) throw std::bad_alloc();
-    XXH3_128bits_reset(state_.get());
-  }
-
-  void add(std::span<const std::byte> bytes) { XXH3_128bits_update(state_.get(), bytes.data(), bytes.size()); }
-  void add(uint64_t number) { add(std::as_bytes(std::span(&number, 1))); }
-  void add(std::string_view text) {
-    add(uint64_t{text.size()});
-    add(std::as_bytes(std::span(text.data(), text.size())));
-  }
-
-  std::string digits() const {
-    XXH128_canonical_t canonical;
-    XXH128_canonicalFromHash(&canonical, XXH3_128bits_digest(state_.get()));
-    constexpr char kHex[] = "0123456789abcdef";
-    std::string text;
-    for (unsigned char byte : canonical.digest) {
-      text += kHex[byte >> 4];
-      text += kHex[byte & 15];
-    }
-    return text;
-  }
-
- private:
-  struct Free {
-    void operator()(XXH3_state_t* state) const { XXH3_freeState(state); }
-  };
-  std::unique_ptr<XXH3_state_t, Free> state_;
-};
-
 // `tensors` sorted by name.
 std::string checksum_of(const Metadata& metadata, const std::vector<const TensorView*>& tensors) {
-  Checksum checksum;
+  Hash checksum;
   checksum.add(uint64_t{metadata.size() - metadata.count("checksum")});
   for (const auto& [key, value] : metadata) {
     if (key == "checksum") continue;
