@@ -80,8 +80,9 @@ void AddModelOptions(CLI::App& command, json& model) {
   name("--norm", "norm", "Layer norm or RMS norm", {"layer", "rms"});
   Add<double>(command, model, "--dropout", "dropout", "Dropout's probability", shown.at("dropout"))->group("Model");
   command
-      .add_flag_callback(
-          "--forget", [&model] { model["forget"] = true; }, "Latents forget by a learned decay (latte, macchiato)")
+      .add_flag_function(
+          "--forget,!--no-forget", [&model](int64_t count) { model["forget"] = count > 0; },
+          "Latents forget by a learned decay (latte, macchiato), or with --no-forget keep all; by default they forget")
       ->group("Model");
 }
 

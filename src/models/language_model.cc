@@ -25,7 +25,7 @@ std::shared_ptr<nn::AttentionImpl> make_attention(const LanguageModelConfig& con
     options.num_kv_heads = config.num_kv_heads;
     if (!absolute && position != "rotary") options.position = nn::parse_latent_position(position);
     options.conv_width = config.conv_width;
-    options.forget = config.forget;
+    options.forget = config.forgets();
     if (config.attention == "latte") return std::make_shared<nn::LatteAttentionImpl>(options);
     options.window = config.window;
     options.sinks = config.sinks;

@@ -57,6 +57,8 @@ constexpr std::array<std::string_view, 4> kAttentions{"softmax", "window", "latt
 constexpr std::array<std::string_view, 2> kNorms{"layer", "rms"};
 constexpr std::array<std::string_view, 2> kMlps{"gelu", "gated"};
 
+bool HasLatents(std::string_view attention) { return attention == "latte" || attention == "macchiato"; }
+
 std::vector<std::string_view> positions_of(std::string_view attention) {
   if (attention == "latte") return {"none", "learned", "vapor", "conv", "rg_lru"};
   if (attention == "macchiato") return {"none", "learned", "rotary", "vapor", "conv", "rg_lru"};
@@ -118,7 +120,9 @@ void read(std::string_view field, const json& value, std::optional<T>& into) {
 
 }  // namespace
 
-std::string LanguageModelConfig::position_name() const { return position.value_or(attention == "latte" ? "conv" : "rotary"); }
+std::string LanguageModelConfig::position_name() const { return position.value_or(HasLatents(attention) ? "conv" : "rotary"); }
+
+bool LanguageModelConfig::forgets() const { return forget.value_or(HasLatents(attention)); }
 
 int64_t LanguageModelConfig::hidden_dim() const {
   const double dense = static_cast<double>(embed_dim) * mlp_ratio;
@@ -134,10 +138,10 @@ int64_t LanguageModelConfig::parameter_count() const {
 
   int64_t layer = linear(embed_dim, kv_dim) + linear(embed_dim, embed_dim);                     // value_proj, out_proj
   if (attention != "latte") layer += linear(embed_dim, embed_dim) + linear(embed_dim, kv_dim);  // query_proj, key_proj
-  if (attention == "latte" || attention == "macchiato") {
+  if (HasLatents(attention)) {
     const int64_t gates = attention == "macchiato" ? 1 : 0;
     layer += linear(embed_dim, num_heads * (latents + gates)) + linear(embed_dim, kv_heads * latents);
-    if (forget) layer += linear(embed_dim, kv_heads * latents);
+    if (forgets()) layer += linear(embed_dim, kv_heads * latents);
     if (position_name() == "conv") layer += embed_dim * (conv_width + 1);
     if (position_name() == "rg_lru") layer += 2 * linear(embed_dim, embed_dim) + embed_dim;
   }
@@ -165,7 +169,7 @@ void LanguageModelConfig::validate() const {
   check_name("norm", norm, kNorms);
   check_name("mlp", mlp, kMlps);
 
-  const bool has_latents = attention == "latte" || attention == "macchiato";
+  const bool has_latents = HasLatents(attention);
   const std::string where = position_name();
   const bool rotates_window = attention != "latte" && where != "none" && where != "learned";
   if ((rotates_window || where == "vapor") && head_dim % 2 != 0) {
@@ -175,7 +179,7 @@ void LanguageModelConfig::validate() const {
   if (num_latents) check_range("num_latents", *num_latents, 1, kLargestDim);
   if (num_latents && !has_latents)
     fail("num_latents", *num_latents, "none with attention " + attention + ", which has no latents");
-  if (forget && !has_latents) fail("forget", forget, "false with attention " + attention + ", which has no latents");
+  if (forgets() && !has_latents) fail("forget", true, "false with attention " + attention + ", which has no latents");
   check_range("window", window, 1, kLargestCount);
   check_range("sinks", sinks, 0, kLargestCount);
   if (sinks > 0 && attention != "window" && attention != "macchiato") {
@@ -193,7 +197,8 @@ json LanguageModelConfig::to_json() const {
   auto filled = *this;
   filled.num_kv_heads = num_kv_heads.value_or(num_heads);
   filled.position = position_name();
-  if (attention == "latte" || attention == "macchiato") filled.num_latents = num_latents.value_or(embed_dim / num_heads);
+  filled.forget = forgets();
+  if (HasLatents(attention)) filled.num_latents = num_latents.value_or(embed_dim / num_heads);
   json object = json::object();
   for_each_field(filled, [&]<typename T>(const char* field, const T& value) {
     if constexpr (requires { value.has_value(); }) {

@@ -52,6 +52,11 @@ std::vector<Case> cases() {
       {"MacchiatoNone", small_config("macchiato", "none")},   {"MacchiatoRotary", small_config("macchiato", "rotary")},
       {"MacchiatoVapor", small_config("macchiato", "vapor")}, {"MacchiatoConv", small_config("macchiato", "conv")},
       {"MacchiatoRgLru", small_config("macchiato", "rg_lru")}};
+  for (const std::string attention : {"latte", "macchiato"}) {
+    auto keeping = small_config(attention, "conv");
+    keeping.forget = false;
+    all.push_back({(attention == "latte" ? "LatteKeepsAll" : "MacchiatoKeepsAll"), keeping});
+  }
   auto rich = small_config("macchiato", "conv");
   rich.num_heads = 4;
   rich.num_kv_heads = 2;
