@@ -13,6 +13,15 @@ if(TARGET latte_ops)
   endforeach()
 endif()
 
+# Models read by latte against the same read by llama.cpp: the one test that needs both libtorch and libllama.
+if(TARGET latte_models)
+  file(GLOB pretrained_tests CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/tests/pretrained/*_test.cc)
+  add_executable(pretrained_test ${pretrained_tests})
+  target_link_libraries(pretrained_test PRIVATE latte_models latte_llama GTest::gtest_main)
+  latte_test_target(pretrained_test TORCH)
+  add_test(NAME pretrained COMMAND pretrained_test)
+endif()
+
 # An installed copy has to serve a project that knows nothing but find_package(latte).
 if(TARGET latte_kernels AND NOT LATTE_SANITIZE)
   set(prefix ${PROJECT_BINARY_DIR}/consumer/prefix)

@@ -140,4 +140,7 @@ void write_gguf(const std::string& path, const GgufMetadata& metadata, std::span
                 const std::function<void(size_t, const WriteBytes&)>& produce,
                 FileOperations& operations = FileOperations::system());
 
+// The bytes of a file of metadata alone. Throws std::invalid_argument as write_gguf does.
+std::string gguf_without_tensors(const GgufMetadata& metadata);
+
 }  // namespace latte::formats

@@ -97,6 +97,21 @@ uint64_t checked_size(const GgufTensorSpec& spec) {
   return *bytes;
 }
 
+// The header up to the tensors.
+Header begin_header(const GgufMetadata& metadata, size_t tensors) {
+  Header header;
+  header.raw("GGUF");
+  header.number(kVersion);
+  header.number(uint64_t{tensors});
+  header.number(uint64_t{metadata.entries().size()});
+  for (const auto& [key, value] : metadata.entries()) {
+    if (key.empty() || key.find('\0') != key.npos) throw std::invalid_argument("metadata " + quote(key) + " can't be a key");
+    header.text(key);
+    add_value(header, value);
+  }
+  return header;
+}
+
 uint64_t padded(uint64_t size, uint64_t alignment) { return (size + alignment - 1) / alignment * alignment; }
 
 }  // namespace
@@ -104,16 +119,7 @@ uint64_t padded(uint64_t size, uint64_t alignment) { return (size + alignment - 
 void write_gguf(const std::string& path, const GgufMetadata& metadata, std::span<const GgufTensorSpec> tensors,
                 const std::function<void(size_t, const WriteBytes&)>& produce, FileOperations& operations) {
   const uint64_t alignment = alignment_of(metadata);
-  Header header;
-  header.raw("GGUF");
-  header.number(kVersion);
-  header.number(uint64_t{tensors.size()});
-  header.number(uint64_t{metadata.entries().size()});
-  for (const auto& [key, value] : metadata.entries()) {
-    if (key.empty() || key.find('\0') != key.npos) throw std::invalid_argument("metadata " + quote(key) + " can't be a key");
-    header.text(key);
-    add_value(header, value);
-  }
+  Header header = begin_header(metadata, tensors.size());
   std::set<std::string_view> names;
   std::vector<uint64_t> sizes;
   uint64_t offset = 0;
@@ -158,6 +164,11 @@ void write_gguf(const std::string& path, const GgufMetadata& metadata, std::span
   }
   write_gguf(
       path, metadata, specs, [&](size_t i, const WriteBytes& write) { write(tensors[i].data); }, operations);
+}
+
+std::string gguf_without_tensors(const GgufMetadata& metadata) {
+  alignment_of(metadata);
+  return begin_header(metadata, 0).bytes();
 }
 
 }  // namespace latte::formats

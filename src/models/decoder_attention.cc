@@ -1,0 +1,141 @@
+#include "models/decoder_attention.h"
+
+#include <algorithm>
+#include <tuple>
+#include <utility>
+
+#include "nn/attention.h"
+
+namespace latte::models {
+namespace {
+
+// Scores that are capped, c · tanh(score / c), are out of reach of torch's and latte's fused attention: they are formed, a block
+// of queries at a time. query [B, T, H, D], key and value [B, P + T, Hkv, D]; window 0 reads everything.
+at::Tensor capped_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, double scale, double cap,
+                            int64_t window) {
+  constexpr int64_t kBlock = 512;
+  const int64_t time = query.size(1), past = key.size(1) - time, group = query.size(2) / key.size(2);
+  const auto keys = key.permute({0, 2, 3, 1}).repeat_interleave(group, 1);      // [B, H, D, P + T]
+  const auto values = value.permute({0, 2, 1, 3}).repeat_interleave(group, 1);  // [B, H, P + T, D]
+  std::vector<at::Tensor> blocks;
+  for (int64_t begin = 0; begin < time; begin += kBlock) {
+    const int64_t end = std::min(begin + kBlock, time);
+    const int64_t first = window > 0 ? std::max<int64_t>(0, past + begin - window + 1) : 0;
+    const auto at = nn::positions_from(past + begin, end - begin, query.device()).unsqueeze(1);
+    const auto from = nn::positions_from(first, past + end - first, query.device());
+    auto hidden = from > at;
+    if (window > 0) hidden = hidden.logical_or(from <= at - window);
+    auto scores = torch::matmul(query.slice(1, begin, end).transpose(1, 2) * scale, keys.slice(3, first, past + end));
+    scores = (scores / cap).tanh() * cap;
+    const auto probabilities = scores.masked_fill(hidden, -std::numeric_limits<double>::infinity()).softmax(-1);
+    blocks.push_back(torch::matmul(probabilities, values.slice(2, first, past + end)).transpose(1, 2));
+  }
+  return torch::cat(blocks, 1);
+}
+
+struct Rotated {
+  at::Tensor query, key, value;
+};
+
+Rotated rotated_heads(const at::Tensor& x, const AttentionWeights& weights, const Rope& rope, int64_t head_dim,
+                      int64_t position) {
+  const auto heads = weights.project(x, head_dim);
+  const auto positions = nn::positions_from(position, x.size(1), x.device());
+  return {rope.rotate(heads.query, positions), rope.rotate(heads.key, positions), heads.value};
+}
+
+}  // namespace
+
+RmsNormImpl::RmsNormImpl(int64_t dim, double eps) : eps_(eps) { weight = register_parameter("weight", torch::ones({dim})); }
+
+AttentionWeights::Heads AttentionWeights::project(const at::Tensor& x, int64_t head_dim) const {
+  const auto split = [&](const torch::nn::Linear& linear) {
+    auto linear_copy = linear;  // forward() isn't const
+    return linear_copy(x).unflatten(-1, {-1, head_dim});
+  };
+  Heads heads{split(query), split(key), split(value)};
+  if (query_norm) heads.query = query_norm->forward(heads.query);
+  if (key_norm) heads.key = key_norm->forward(heads.key);
+  return heads;
+}
+
+FullAttentionImpl::FullAttentionImpl(const formats::DecoderConfig& config, std::shared_ptr<const Rope> rope)
+    : config_(config), rope_(std::move(rope)) {}
+
+DecoderAttentionResult FullAttentionImpl::forward(const at::Tensor& x, const AttentionWeights& weights,
+                                                  const DecoderAttentionOptions& options) {
+  const int64_t time = x.size(1);
+  auto heads = rotated_heads(x, weights, *rope_, config_.head_dim, options.position());
+  if (options.state) {
+    TORCH_CHECK_VALUE(options.state->keys.defined() && options.state->values.defined(),
+                      "FullAttention: the state comes from attention of another kind");
+    heads.key = torch::cat({options.state->keys, heads.key}, 1);
+    heads.value = torch::cat({options.state->values, heads.value}, 1);
+  }
+  at::Tensor out;
+  if (config_.attention_softcap > 0) {
+    out = capped_attention(heads.query, heads.key, heads.value, config_.attention_scale, config_.attention_softcap, 0);
+  } else {
+    // One new token reads everything; a first stretch is what is_causal means to torch; a later one needs its mask spelled out.
+    const int64_t past = heads.key.size(1) - time;
+    OptionalTensor mask;
+    if (past > 0 && time > 1) mask = torch::ones({time, past + time}, x.options().dtype(torch::kBool)).tril(past);
+    out = at::scaled_dot_product_attention(heads.query.transpose(1, 2), heads.key.transpose(1, 2), heads.value.transpose(1, 2),
+                                           mask,
+                                           /*dropout_p=*/0.0, /*is_causal=*/past == 0 && time > 1, config_.attention_scale,
+                                           /*enable_gqa=*/config_.num_kv_heads != config_.num_heads)
+              .transpose(1, 2);
+  }
+  auto output = weights.output;
+  DecoderAttentionResult result;
+  result.out = output(out.flatten(2));
+  if (options.output_state) {
+    result.state.emplace();
+    result.state->keys = heads.key;
+    result.state->values = heads.value;
+    result.state->position = options.position() + time;
+  }
+  return result;
+}
+
+LocalAttentionImpl::LocalAttentionImpl(const formats::DecoderConfig& config, std::shared_ptr<const Rope> rope)
+    : config_(config), rope_(std::move(rope)) {}
+
+DecoderAttentionResult LocalAttentionImpl::forward(const at::Tensor& x, const AttentionWeights& weights,
+                                                   const DecoderAttentionOptions& options) {
+  const int64_t time = x.size(1);
+  auto heads = rotated_heads(x, weights, *rope_, config_.head_dim, options.position());
+  DecoderAttentionResult result;
+  if (options.output_state) result.state.emplace().position = options.position() + time;
+  at::Tensor out;
+  if (config_.attention_softcap > 0) {
+    if (options.state) {
+      TORCH_CHECK_VALUE(options.state->keys.defined(), "LocalAttention: the state comes from attention of another kind");
+      heads.key = torch::cat({options.state->keys, heads.key}, 1);
+      heads.value = torch::cat({options.state->values, heads.value}, 1);
+    }
+    out =
+        capped_attention(heads.query, heads.key, heads.value, config_.attention_scale, config_.attention_softcap, config_.window);
+    if (options.output_state) {
+      result.state->keys = heads.key.slice(1, -config_.window);
+      result.state->values = heads.value.slice(1, -config_.window);
+    }
+  } else {
+    latte::MacchiatoAttentionOptions window;
+    window.window = config_.window;
+    window.scale = config_.attention_scale;
+    window.output_final_state = options.output_state;
+    if (options.state) {
+      TORCH_CHECK_VALUE(options.state->macchiato.has_value(), "LocalAttention: the state comes from attention of another kind");
+      window.initial_state = options.state->macchiato;
+    }
+    std::optional<MacchiatoState> after;
+    std::tie(out, after) = window_attention(heads.query, heads.key, heads.value, window);
+    if (options.output_state) result.state->macchiato = std::move(after);
+  }
+  auto output = weights.output;
+  result.out = output(out.flatten(2));
+  return result;
+}
+
+}  // namespace latte::models
