@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import needs_inductor
 from ops_cases import CASES, TOLERANCE, Case, assert_close, normal, ops, some_state
 from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
@@ -117,14 +118,12 @@ def test_opcheck_of_the_core(dtype: torch.dtype) -> None:
     opcheck(ops.merge_states.default, (left, left))
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("name", [name for name in CASES if name != "vapor-positions"])
-def test_compile(name: str, dynamic: bool) -> None:
-    """fullgraph, forward and backward. aot_eager compiles the same graphs as inductor, without its C++ compiler."""
+def check_compiled(name: str, **options) -> None:
+    """fullgraph, forward and backward, against the same without a compiler."""
     torch._dynamo.reset()
     case = CASES[name]()
     tensors = case.tensors(torch.float32, requires_grad=True)
-    compiled = torch.compile(case, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    compiled = torch.compile(case, fullgraph=True, **options)
     got, expected = compiled(tensors), case(tensors)
     assert len(got) == len(expected)
     for a, b in zip(got, expected, strict=False):
@@ -137,6 +136,20 @@ def test_compile(name: str, dynamic: bool) -> None:
     for key, a, b in zip(tensors, *grads, strict=False):
         a, b = (torch.zeros_like(tensors[key]) if g is None else g for g in (a, b))
         assert_close(a, b, TOLERANCE[torch.float32], f"gradient of {key}")
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", [name for name in CASES if name != "vapor-positions"])
+def test_compile(name: str, dynamic: bool) -> None:
+    """aot_eager compiles the same graphs as inductor, without its C++ compiler."""
+    check_compiled(name, dynamic=dynamic, backend="aot_eager")
+
+
+@needs_inductor
+@pytest.mark.parametrize("name", ["causal-mask-state", "macchiato-sinks", "recurrence-state"])
+def test_compile_with_inductor(name: str) -> None:
+    """The backend that torch.compile takes by itself."""
+    check_compiled(name, backend="inductor")
 
 
 def test_compile_of_several_lengths() -> None:

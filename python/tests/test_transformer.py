@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import EMBED_DIM, NUM_HEADS, VARIANTS, assert_close, is_causal_only, make, padding, tokens
+from helpers import EMBED_DIM, NUM_HEADS, VARIANTS, assert_close, is_causal_only, make, needs_inductor, padding, tokens
 from latte import LatteAttention, MacchiatoAttention
 
 BIDIRECTIONAL = [name for name in VARIANTS if not is_causal_only(name)]
@@ -107,12 +107,20 @@ def test_decoder_layer_takes_it_as_self_attention():
     assert_close(layer(changed, memory, tgt_mask=mask)[:, :7], layer(x, memory, tgt_mask=mask)[:, :7])
 
 
-def test_compiled_encoder():
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_inductor)])
+def test_compiled_encoder(backend):
     torch.compiler.reset()
-    encoder, x = make_encoder("macchiato").eval(), tokens()
+    encoder, x = make_encoder("macchiato"), tokens().requires_grad_()
     floats = torch.zeros(2, 11, dtype=x.dtype).masked_fill(padding(), -torch.inf)
-    compiled = torch.compile(encoder, fullgraph=True, backend="aot_eager")
-    assert_close(compiled(x, src_key_padding_mask=floats), encoder(x, src_key_padding_mask=floats))
+    compiled = torch.compile(encoder, fullgraph=True, backend=backend)
+    out, expected = (run(x, src_key_padding_mask=floats) for run in (compiled, encoder))
+    assert_close(out, expected)
+    grads = [torch.autograd.grad(y.square().sum(), [x, *encoder.parameters()]) for y in (out, expected)]
+    for grad, grad_expected in zip(*grads, strict=True):
+        assert_close(grad, grad_expected, 1e-10)
+    encoder.eval()
+    with torch.no_grad():
+        assert_close(compiled(x, src_key_padding_mask=floats), encoder(x, src_key_padding_mask=floats))
 
 
 @pytest.mark.parametrize("kind", [LatteAttention, MacchiatoAttention])
