@@ -180,7 +180,22 @@ def test_a_killed_run_leaves_a_whole_checkpoint(tmp_path, text):
         result = latte("generate", folder, "--tokens", 1)
         assert result.returncode == 0, result.stderr
         with safe_open(checkpoint, framework="np") as file:
-            assert int(file.metadata()["step"]) <= metrics.read_bytes().count(b"\n")
+            step = int(file.metadata()["step"])
+        assert step <= (metrics.read_bytes().count(b"\n") if metrics.exists() else 0)
+
+
+def test_a_run_killed_before_its_first_save_resumes_from_its_start(tmp_path, text):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert latte("train", "--text", text, "--out", whole, *SHORT).returncode == 0
+    process = start("train", "--text", text, "--out", parts, *ENDLESS, "--warmup", 2, "--save-every", "0")
+    metrics = parts / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= 3, process)
+    process.kill()
+    process.communicate()
+    result = latte("train", "--out", parts, "--resume", "--steps", 6, "--threads", 1)
+    assert result.returncode == 0, result.stderr
+    assert weights(parts) == weights(whole)
+    assert [line["step"] for line in lines_of(metrics)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path, text):
@@ -203,6 +218,12 @@ def test_bad_texts(tmp_path, content, part):
         path.write_bytes(content)
     assert_fails(latte("train", "--text", path, "--out", tmp_path / "run", *SHORT), "bad.txt", part)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", [["train", "--text"], ["generate"], ["verify"]])
+def test_a_pipe_is_refused_at_once(tmp_path, command):
+    os.mkfifo(tmp_path / "pipe")
+    assert_fails(latte(*command, tmp_path / "pipe", timeout=60), "regular file", code=2 if command == ["verify"] else 1)
 
 
 def test_a_folder_is_no_text(tmp_path):
@@ -272,7 +293,7 @@ def test_damaged_checkpoints(run):
         assert checkpoint.read_bytes() == content
 
 
-def test_a_full_disk_leaves_the_previous_checkpoint(run):
+def test_a_full_disk_leaves_the_previous_checkpoint(run, text):
     checkpoint = run / "checkpoint.safetensors"
     before = checkpoint.read_bytes()
     limit = len(before) // 2
@@ -280,10 +301,11 @@ def test_a_full_disk_leaves_the_previous_checkpoint(run):
     def fill_disk():
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    result = latte("train", "--out", run, "--resume", "--steps", 9, "--threads", 1, preexec_fn=fill_disk)
-    assert_fails(result, "checkpoint.safetensors", "File too large")
-    assert checkpoint.read_bytes() == before
-    assert not list(run.glob(".checkpoint*"))
+    for options in (["--resume", "--steps", 9, "--threads", 1], ["--text", text, *SHORT, "--overwrite"]):
+        result = latte("train", "--out", run, *options, preexec_fn=fill_disk)
+        assert_fails(result, "checkpoint.safetensors", "File too large")
+        assert checkpoint.read_bytes() == before
+        assert not list(run.glob(".checkpoint*"))
     assert latte("train", "--out", run, "--resume", "--steps", 9, "--threads", 1).returncode == 0
     assert [line["step"] for line in lines_of(run / "metrics.jsonl")] == list(range(1, 10))
 
@@ -330,6 +352,14 @@ def test_generate_notices_a_full_disk(run):
     with open("/dev/full", "w") as full:
         result = subprocess.run([LATTE, "generate", run], stdout=full, stderr=subprocess.PIPE, text=True)
     assert_fails(result, "No space left")
+
+
+def test_reports_notice_a_full_disk(run, text):
+    golden = Path(__file__).parents[2] / "tests" / "golden" / "causal_small.safetensors"
+    for arguments in (["verify", golden], ["train", "--out", run, "--resume", "--steps", 7, "--json"]):
+        with open("/dev/full", "w") as full:
+            result = subprocess.run([LATTE, *map(str, arguments)], stdout=full, stderr=subprocess.PIPE, text=True)
+        assert_fails(result, "standard output")
 
 
 def test_generate_ends_cleanly_on_ctrl_c(run):

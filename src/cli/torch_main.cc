@@ -49,7 +49,10 @@ int main(int argc, char** argv) {
   // A limit on file sizes becomes an error that is reported, as a full disk is.
   std::signal(SIGXFSZ, SIG_IGN);
   try {
-    return Run(argc, argv);
+    const int exit_code = Run(argc, argv);
+    // What was printed may have been lost, or still be lost now, where a disk is full.
+    const bool lost = std::fflush(stdout) != 0 || std::ferror(stdout) != 0;
+    return lost && exit_code == 0 ? Fail("cannot write standard output", 1) : exit_code;
   } catch (const c10::Error& error) {
     return Fail(error.what_without_backtrace(), 1);
   } catch (const std::bad_alloc&) {

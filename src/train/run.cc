@@ -72,14 +72,18 @@ TextCorpusOptions corpus_options(const TrainerOptions& options) {
 
 bool is_due(int64_t step, int64_t every, int64_t last) { return step == last || (every > 0 && step % every == 0); }
 
-// The loop: what start_run and resume_run have in common.
-RunResult run_loop(Trainer& trainer, const TextCorpus& corpus, const RunFolder& folder, Progress progress, bool quiet) {
-  const TrainerOptions& options = trainer.options();
-  progress.threads = at::get_num_threads();
-  progress.dtype = trainer.dtype();
-  progress.train_tokens = corpus.size(Split::kTrain);
-  progress.validation_tokens = corpus.size(Split::kValidation);
+// `before` on this machine, with this text.
+Progress progress_of(const Trainer& trainer, const TextCorpus& corpus, Progress before) {
+  before.threads = at::get_num_threads();
+  before.dtype = trainer.dtype();
+  before.train_tokens = corpus.size(Split::kTrain);
+  before.validation_tokens = corpus.size(Split::kValidation);
+  return before;
+}
 
+// The loop: what start_run and resume_run have in common.
+RunResult run_loop(Trainer& trainer, const RunFolder& folder, Progress progress, bool quiet) {
+  const TrainerOptions& options = trainer.options();
   RunResult result;
   result.parameters = trainer.model()->config().parameter_count();
   result.checkpoint = folder.checkpoint();
@@ -147,11 +151,13 @@ RunResult start_run(const models::LanguageModelConfig& model, const TrainerOptio
   Trainer trainer(sized, options, corpus);
 
   // Only now, when everything that could be wrong was read, does anything change on the disk.
+  // The untrained model takes the place of the run that --overwrite gives up first of all: what can't be written is noticed at
+  // once, and costs that run nothing.
   const RunFolder folder(run.out);
-  std::error_code ignored;
-  std::filesystem::remove(folder.checkpoint(), ignored);
+  const Progress progress = progress_of(trainer, corpus, {});
+  trainer.save(folder.checkpoint(), progress);
   write_config(folder, sized, options);
-  return run_loop(trainer, corpus, folder, {}, run.quiet);
+  return run_loop(trainer, folder, progress, run.quiet);
 }
 
 RunResult resume_run(const TrainerOptions& options, const RunOptions& run) {
@@ -183,7 +189,7 @@ RunResult resume_run(const TrainerOptions& options, const RunOptions& run) {
                std::to_string(record.progress.threads) + ": the same to rounding, not bit for bit");
   }
   write_config(folder, record.model, options);
-  return run_loop(trainer, corpus, folder, record.progress, run.quiet);
+  return run_loop(trainer, folder, progress_of(trainer, corpus, record.progress), run.quiet);
 }
 
 }  // namespace latte::train
