@@ -23,7 +23,7 @@ function(latte_rung name)
   if(RUNG_TORCH)
     target_link_libraries(${target} PUBLIC latte_libtorch)
     # One precompiled torch/torch.h for all: parsing it costs a dozen seconds a file.
-    if(NOT TARGET latte_torch_pch AND NOT LATTE_SANITIZE)
+    if(NOT TARGET latte_torch_pch AND NOT LATTE_SANITIZE AND NOT CMAKE_DISABLE_PRECOMPILE_HEADERS)
       file(WRITE ${PROJECT_BINARY_DIR}/torch_pch.cc "")
       add_library(latte_torch_pch STATIC ${PROJECT_BINARY_DIR}/torch_pch.cc)
       target_link_libraries(latte_torch_pch PRIVATE latte_libtorch)

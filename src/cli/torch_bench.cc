@@ -259,13 +259,11 @@ double StepMicroseconds(const Options& options) {
   Problem problem(options, 1, at::kFloat);
   CausalAttentionOptions step;
   step.output_final_state = true;
-  auto [out, state] = causal_attention(problem.query_logits, problem.key_logits, problem.values, step);
+  const auto read = [&] { return std::get<1>(causal_attention(problem.query_logits, problem.key_logits, problem.values, step)); };
+  step.initial_state = read();
   const int steps = 2000;
   Contestant decoding{[&] {
-    for (int i = 0; i < steps; ++i) {
-      step.initial_state = state;
-      state = std::get<1>(causal_attention(problem.query_logits, problem.key_logits, problem.values, step));
-    }
+    for (int i = 0; i < steps; ++i) step.initial_state = read();
   }};
   Race({&decoding}, 1.0);
   return decoding.Median() / steps / static_cast<double>(options.heads * options.batch) * 1e6;

@@ -133,7 +133,7 @@ void Merge(json& under, const json& over) {
 
 json ReadConfig(const std::string& path) {
   const formats::MappedFile file(path);
-  const json object = json::parse(file.text(), nullptr, /*allow_exceptions=*/false);
+  json object = json::parse(file.text(), nullptr, /*allow_exceptions=*/false);
   if (!object.is_object()) throw formats::FormatError(path, "not a JSON object");
   for (const auto& [key, value] : object.items()) {
     if (key != "model" && key != "training") {
@@ -149,7 +149,7 @@ TrainerOptions TrainingOptions(json fields) {
   if (fields.contains("lr") && fields["lr"].is_number() && !fields.contains("min_lr")) {
     fields["min_lr"] = fields["lr"].get<double>() / 10;
   }
-  const TrainerOptions options = TrainerOptions::from_json(fields);
+  TrainerOptions options = TrainerOptions::from_json(fields);
   if (options.text.empty()) throw OptionError("--text is missing");
   return options;
 }

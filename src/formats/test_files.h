@@ -67,7 +67,7 @@ std::string error_text(Action&& action) {
   try {
     action();
   } catch (const Error& error) {
-    const std::string text = error.what();
+    std::string text = error.what();
     EXPECT_EQ(text.find_first_of("\n\r\t"), std::string::npos) << text;
     return text;
   }
