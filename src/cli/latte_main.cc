@@ -83,7 +83,8 @@ int RunTorch(std::string_view name, char** argv) {
     // Training writes its activations anew in every step. The allocator keeps their memory: given back and asked for again, every
     // page would be cleared by the kernel first, a sixth of a step's time. It reads this at its start.
     if (name == "train" || name == "extend") {
-      ::setenv("GLIBC_TUNABLES", "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776:glibc.malloc.top_pad=268435456",
+      ::setenv("GLIBC_TUNABLES",
+               "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776:glibc.malloc.top_pad=268435456",
                /*overwrite=*/0);
     }
     ::execv(place.c_str(), argv);

@@ -144,8 +144,7 @@ BaseShape BaseShape::from(const GgufMetadata& metadata) {
   shape.blocks = size("block_count", kMostBlocks);
   shape.embed_dim = size("embedding_length", kLargestSize);
   shape.num_heads = size("attention.head_count", kMostBlocks);
-  shape.num_kv_heads =
-      metadata.integer_or(shape.architecture + ".attention.head_count_kv", shape.num_heads, 1, shape.num_heads);
+  shape.num_kv_heads = metadata.integer_or(shape.architecture + ".attention.head_count_kv", shape.num_heads, 1, shape.num_heads);
   shape.head_dim = metadata.integer_or(shape.architecture + ".attention.key_length",
                                        std::max<int64_t>(1, shape.embed_dim / shape.num_heads), 1, kLargestSize);
   return shape;

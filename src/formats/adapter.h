@@ -1,5 +1,5 @@
-// What turns a pretrained model into a linear-time one: an adapter, a GGUF file with the weights that were added and changed, or a
-// merged model, the base's GGUF file with the same in place. Both say in their metadata how the attention was replaced:
+// What turns a pretrained model into a linear-time one: an adapter, a GGUF file with the weights that were added and changed, or
+// a merged model, the base's GGUF file with the same in place. Both say in their metadata how the attention was replaced:
 //
 //   general.type       "adapter"            (adapter only; a merged model keeps what the base has)
 //   general.architecture                    the base's: "llama", "gemma3"

@@ -78,8 +78,10 @@ void read_common(const Keys& keys, DecoderConfig& config) {
   }
   config.norm_eps = keys.positive("attention.layer_norm_rms_epsilon");
   config.attention_scale = 1.0 / std::sqrt(static_cast<double>(config.head_dim));
-  config.rope.dims = keys.integer_or("rope.dimension_count", config.head_dim, config.head_dim);
-  if (config.rope.dims % 2 != 0) keys.refuse("rope.dimension_count", "an even number");
+  config.rope.dims = config.head_dim;
+  if (keys.integer_or("rope.dimension_count", config.head_dim, kLargestDim) != config.head_dim) {
+    keys.refuse("rope.dimension_count", "the head's size, " + std::to_string(config.head_dim));
+  }
   config.rope.base = keys.positive_or("rope.freq_base", 10000.0);
   config.rope.scaling = read_scaling(keys);
 }

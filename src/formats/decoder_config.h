@@ -43,7 +43,7 @@ std::optional<RopeScalingKind> rope_scaling_named(std::string_view name);
 
 struct RopeConfig {
   RopePairs pairs = RopePairs::kNeighbours;
-  int64_t dims = 0;  // the first so many elements of a head rotate, the rest stay
+  int64_t dims = 0;  // the head's size: all of it rotates
   double base = 10000.0;
   RopeScaling scaling;
 };

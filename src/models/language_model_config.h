@@ -48,11 +48,12 @@ struct LanguageModelConfig {
   bool tie_embeddings = true;  // the output projection is the token embedding
 
   // The position in use. Unless given: rotary for the attentions that read tokens alone. For latte and macchiato conv: latents
-  // alone are blind to order within what they have gathered, and a convolution tells them of the nearest tokens, which carry most of
-  // the information on the next, at 2 K multiplications a channel.
+  // alone are blind to order within what they have gathered, and a convolution tells them of the nearest tokens, which carry most
+  // of the information on the next, at 2 K multiplications a channel.
   std::string position_name() const;
-  // Whether latents forget. Unless given: wherever there are latents, since what the next token depends on is mostly near. Trained on
-  // Shakespeare's characters for 1,000 steps, forgetting takes 0.07 nats off latte's validation loss and 0.05 off macchiato's.
+  // Whether latents forget. Unless given: wherever there are latents, since what the next token depends on is mostly near.
+  // Trained on Shakespeare's characters for 1,000 steps, forgetting takes 0.07 nats off latte's validation loss and 0.05 off
+  // macchiato's.
   bool forgets() const;
   // embed_dim · mlp_ratio; for a gated MLP 2/3 of it, rounded up to a multiple of 8, so that both have about as many parameters.
   int64_t hidden_dim() const;

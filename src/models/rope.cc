@@ -47,8 +47,7 @@ Rope::Rope(const formats::RopeConfig& config, int64_t context_length, const at::
 }
 
 at::Tensor Rope::rotate(const at::Tensor& x, const at::Tensor& positions) const {
-  TORCH_CHECK_VALUE(x.dim() == 4 && x.size(3) >= config_.dims, "Rope: expected [B, T, H, D >= ", config_.dims, "], got ",
-                    x.sizes());
+  TORCH_CHECK_VALUE(x.dim() == 4 && x.size(3) == config_.dims, "Rope: expected [B, T, H, ", config_.dims, "], got ", x.sizes());
   TORCH_CHECK_VALUE(positions.dim() == 1 && positions.size(0) == x.size(1), "Rope: expected ", x.size(1), " positions, got ",
                     positions.sizes());
   if (x.numel() == 0) return x;
@@ -63,8 +62,7 @@ at::Tensor Rope::rotate(const at::Tensor& x, const at::Tensor& positions) const 
   const auto cosine = cosines_.index_select(0, positions).unsqueeze(1);  // [T, 1, D/2]
   const auto sine = sines_.index_select(0, positions).unsqueeze(1);
 
-  const bool whole = x.size(3) == config_.dims;
-  const auto wide = (whole ? x : x.slice(-1, 0, config_.dims)).to(torch::kFloat32);
+  const auto wide = x.to(torch::kFloat32);
   at::Tensor rotated;
   if (config_.pairs == formats::RopePairs::kNeighbours) {
     const auto pairs = wide.unflatten(-1, {config_.dims / 2, 2});
@@ -74,8 +72,7 @@ at::Tensor Rope::rotate(const at::Tensor& x, const at::Tensor& positions) const 
     const auto left = wide.slice(-1, 0, config_.dims / 2), right = wide.slice(-1, config_.dims / 2);
     rotated = torch::cat({left * cosine - right * sine, left * sine + right * cosine}, -1);
   }
-  rotated = rotated.to(x.scalar_type());
-  return whole ? rotated : torch::cat({rotated, x.slice(-1, config_.dims)}, -1);
+  return rotated.to(x.scalar_type());
 }
 
 }  // namespace latte::models

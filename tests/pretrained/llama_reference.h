@@ -16,14 +16,16 @@ namespace latte {
 
 class LlamaReference {
  public:
-  explicit LlamaReference(const std::string& path, int threads) {
+  // What a test changes in the way llama.cpp runs the model.
+  using Change = std::function<void(llama_context_params&)>;
+
+  LlamaReference(const std::string& path, int threads, Change change = {}) : threads_(threads), change_(std::move(change)) {
     llama_log_set([](ggml_log_level, const char*, void*) {}, nullptr);
     llama_backend_init();
     llama_model_params params = llama_model_default_params();
     params.use_extra_bufts = false;  // no repacking: the plain kernels
     model_.reset(llama_model_load_from_file(path.c_str(), params));
     if (!model_) throw std::runtime_error("llama.cpp can't load " + path);
-    threads_ = threads;
   }
 
   int64_t vocab_size() const { return llama_vocab_n_tokens(llama_model_get_vocab(model_.get())); }
@@ -37,6 +39,7 @@ class LlamaReference {
     params.n_threads = params.n_threads_batch = threads_;
     params.type_k = params.type_v = GGML_TYPE_F32;
     params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_DISABLED;
+    if (change_) change_(params);
     const std::unique_ptr<llama_context, FreeContext> context(llama_init_from_model(model_.get(), params));
     if (!context) throw std::runtime_error("llama.cpp can't make a context");
     llama_batch batch = llama_batch_init(kBatch, 0, 1);
@@ -69,7 +72,8 @@ class LlamaReference {
     void operator()(llama_batch* batch) const { llama_batch_free(*batch); }
   };
   std::unique_ptr<llama_model, FreeModel> model_;
-  int threads_ = 1;
+  int threads_;
+  Change change_;
 };
 
 }  // namespace latte
