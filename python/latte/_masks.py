@@ -42,7 +42,7 @@ def key_mask_from_padding(padding: Tensor | None, batch: int, tokens: int, batch
     return real if batched else real.unsqueeze(0)
 
 
-def is_causal_request(attn_mask: Tensor | None, is_causal: bool, tokens: int) -> bool:
+def is_causal_request(attn_mask: Tensor | None, is_causal: bool, tokens: int, rows: int) -> bool:
     """Whether attention is to be causal.
 
     Args:
@@ -51,6 +51,7 @@ def is_causal_request(attn_mask: Tensor | None, is_causal: bool, tokens: int) ->
         is_causal: trusted, as MultiheadAttention does: `attn_mask` is then taken to be the causal mask and its values aren't
             read.
         tokens: T.
+        rows: B · H.
 
     Raises:
         TypeError: another dtype.
@@ -60,8 +61,9 @@ def is_causal_request(attn_mask: Tensor | None, is_causal: bool, tokens: int) ->
         return is_causal
     if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
         raise TypeError(f"attn_mask has dtype {attn_mask.dtype}, expected torch.bool or a floating dtype")
-    if attn_mask.dim() not in (2, 3) or tuple(attn_mask.shape[-2:]) != (tokens, tokens):
-        raise ValueError(f"attn_mask has shape {tuple(attn_mask.shape)}, expected {(tokens, tokens)}")
+    shapes = (tokens, tokens), (rows, tokens, tokens)
+    if tuple(attn_mask.shape) not in shapes:
+        raise ValueError(f"attn_mask has shape {tuple(attn_mask.shape)}, expected {shapes[0]} or {shapes[1]}")
     if is_causal:
         return True
     future = torch.ones(tokens, tokens, dtype=torch.bool, device=attn_mask.device).triu(1)

@@ -218,7 +218,7 @@ class _LatentAttention(nn.Module):
             x = query if self.batch_first else query.transpose(0, 1)
         batch, tokens = x.shape[:2]
         key_mask = key_mask_from_padding(key_padding_mask, batch, tokens, batched)
-        causal = is_causal_request(attn_mask, is_causal, tokens)
+        causal = is_causal_request(attn_mask, is_causal, tokens, batch * self.num_heads)
         output_state = output_state or state is not None
         if output_state and not causal:
             raise ValueError(f"{name}: a state belongs to causal attention: pass is_causal=True")

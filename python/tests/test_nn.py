@@ -348,8 +348,10 @@ def test_forward_errors(name):
         module(x, key_padding_mask=torch.full((2, 11), -1.0))
     with pytest.raises(ValueError, match="0 and -inf"):
         module(x, key_padding_mask=torch.full((2, 11), torch.nan))
-    with pytest.raises(ValueError, match="attn_mask has shape"):
-        module(x, attn_mask=torch.ones(10, 10, dtype=torch.bool).triu(1))
+    causal = torch.ones(11, 11, dtype=torch.bool).triu(1)
+    for mask in (causal[:10, :10], causal.expand(2, 11, 11), causal[:1]):
+        with pytest.raises(ValueError, match=r"attn_mask has shape .*, expected \(11, 11\) or \(8, 11, 11\)"):
+            module(x, attn_mask=mask, is_causal=True)
     with pytest.raises(TypeError, match="torch.int64"):
         module(x, attn_mask=torch.ones(11, 11, dtype=torch.int64).triu(1))
     with pytest.raises(ValueError, match="causal"):

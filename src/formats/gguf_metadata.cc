@@ -184,7 +184,8 @@ int64_t GgufMetadata::integer_or(std::string_view key, int64_t otherwise, int64_
 double GgufMetadata::number_or(std::string_view key, double otherwise) const { return has(key) ? number(key) : otherwise; }
 bool GgufMetadata::boolean_or(std::string_view key, bool otherwise) const { return has(key) ? boolean(key) : otherwise; }
 std::string GgufMetadata::string_or(std::string_view key, std::string otherwise) const {
-  return has(key) ? string(key) : std::move(otherwise);
+  if (!has(key)) return otherwise;
+  return string(key);
 }
 
 }  // namespace latte::formats

@@ -102,7 +102,6 @@ RunResult run_loop(Trainer& trainer, const RunFolder& folder, Progress progress,
                                ": a lower learning rate, a longer warm-up or float32 may help");
     }
     progress.seconds += seconds;
-    result.interrupted = InterruptGuard::interrupted();
 
     StepMetrics metrics;
     metrics.step = trainer.steps_done();
@@ -119,6 +118,7 @@ RunResult run_loop(Trainer& trainer, const RunFolder& folder, Progress progress,
     log.append(metrics);
     line.update(metrics);
     result.loss = step.loss;
+    result.interrupted = InterruptGuard::interrupted();
     if (result.interrupted || is_due(metrics.step, options.save_every, options.steps)) trainer.save(result.checkpoint, progress);
   }
   line.finish();
