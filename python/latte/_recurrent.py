@@ -9,6 +9,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from latte._linear import Linear
 from latte.functional import causal_conv1d, rg_lru
 
 
@@ -66,8 +67,8 @@ class RgLru(nn.Module):
         super().__init__()
         if channels <= 0:
             raise ValueError(f"RgLru: channels must be positive, got {channels}")
-        self.recurrence_proj = nn.Linear(channels, channels, bias=bias, device=device, dtype=dtype)
-        self.input_proj = nn.Linear(channels, channels, bias=bias, device=device, dtype=dtype)
+        self.recurrence_proj = Linear(channels, channels, bias=bias, device=device, dtype=dtype)
+        self.input_proj = Linear(channels, channels, bias=bias, device=device, dtype=dtype)
         self.register_parameter("lambda", nn.Parameter(torch.empty(channels, device=device, dtype=dtype)))
         self.reset_parameters()
 

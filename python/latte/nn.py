@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from latte._linear import Linear
 from latte._masks import is_causal_request, key_mask_from_padding
 from latte._probabilities import latent_probabilities, window_probabilities
 from latte._recurrent import CausalConv1d, RgLru
@@ -135,12 +136,12 @@ class _LatentAttention(nn.Module):
         self.forget = forget
 
         factory = {"device": device, "dtype": dtype}
-        self.query_logits_proj = nn.Linear(embed_dim, num_heads * (num_latents + gates), bias=bias, **factory)
-        self.key_logits_proj = nn.Linear(embed_dim, num_kv_heads * num_latents, bias=bias, **factory)
-        self.value_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias=bias, **factory)
-        self.out_proj = nn.Linear(num_heads * head_dim, embed_dim, bias=bias, **factory)
+        self.query_logits_proj = Linear(embed_dim, num_heads * (num_latents + gates), bias=bias, **factory)
+        self.key_logits_proj = Linear(embed_dim, num_kv_heads * num_latents, bias=bias, **factory)
+        self.value_proj = Linear(embed_dim, num_kv_heads * head_dim, bias=bias, **factory)
+        self.out_proj = Linear(num_heads * head_dim, embed_dim, bias=bias, **factory)
         if forget:
-            self.decay_proj = nn.Linear(embed_dim, num_kv_heads * num_latents, bias=bias, **factory)
+            self.decay_proj = Linear(embed_dim, num_kv_heads * num_latents, bias=bias, **factory)
         if position == "conv":
             self.conv = CausalConv1d(embed_dim, conv_width, **factory)
         if position == "rg_lru":
@@ -492,8 +493,8 @@ class MacchiatoAttention(_LatentAttention):
         self.sinks = sinks
         self.rope = rope
         self.rope_base = rope_base
-        self.query_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
-        self.key_proj = nn.Linear(embed_dim, self.num_kv_heads * self.head_dim, bias=bias, device=device, dtype=dtype)
+        self.query_proj = Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+        self.key_proj = Linear(embed_dim, self.num_kv_heads * self.head_dim, bias=bias, device=device, dtype=dtype)
         self.reset_parameters()
 
     def extra_repr(self) -> str:

@@ -274,7 +274,7 @@ class CausalBackward {
       prefetch_.Clear();
       FetchKeys(slice, token, std::min<size_t>(kChunk, static_cast<size_t>(end - token)));
       WeighStretch<false>(dims_, chunk_, count, state_);
-      AddValues(args_, dims_, chunk_, count, state_, prefetch_);
+      AddValues(args_, dims_, chunk_, count, {chunk_.values, dims_.head_dim_padded}, state_, prefetch_);
     }
   }
 

@@ -222,7 +222,24 @@ struct Chunk {
   float* inverse_normaliser;  // 1 / z [C, L], 0 where a latent has seen nothing
 };
 
-// Loads tokens [token, token + count).
+// A matrix whose rows lie `row` elements apart.
+struct Rows {
+  float* data;
+  size_t row;
+};
+
+// The rows of a head from `token` on where they lie, if a kernel can read and write whole vectors there; else `spare`.
+template <class AnyView>
+HWY_INLINE Rows RowsInPlace(const LatentArgs& args, const Dims& dims, const Slice& slice, const AnyView& view, int64_t token,
+                            int64_t head, float* spare) {
+  if (args.dtype != DType::kFloat32 || dims.head_dim != dims.head_dim_padded) return {spare, dims.head_dim_padded};
+  // Of a View nobody writes through what this returns.
+  float* data = static_cast<float*>(const_cast<void*>(static_cast<const void*>(view.data)));
+  return {data + slice.Offset(view, token, head), static_cast<size_t>(view.time_stride)};
+}
+
+// Loads tokens [token, token + count); with kValues their values too.
+template <bool kValues = true>
 HWY_INLINE void LoadChunk(const LatentArgs& args, const Dims& dims, const Slice& slice, int64_t token, size_t count,
                           const Chunk& chunk) {
   const F d;
@@ -233,14 +250,16 @@ HWY_INLINE void LoadChunk(const LatentArgs& args, const Dims& dims, const Slice&
     float* log_decay = chunk.log_decay + i * dims.latents_padded;
     if (slice.Masked(args.key_mask, t)) {
       std::fill_n(logits, dims.latents_padded, kNegativeInfinity);
-      std::fill_n(values, dims.head_dim_padded, 0.0f);
+      if constexpr (kValues) std::fill_n(values, dims.head_dim_padded, 0.0f);
       if (args.log_decay) std::fill_n(log_decay, dims.latents_padded, 0.0f);
       continue;
     }
     LoadRow(d, args.dtype, args.key_logits.data, slice.Offset(args.key_logits, t, slice.kv_head), dims.latents, logits,
             dims.latents_padded, kNegativeInfinity);
-    LoadRow(d, args.dtype, args.values.data, slice.Offset(args.values, t, slice.kv_head), dims.head_dim, values,
-            dims.head_dim_padded);
+    if constexpr (kValues) {
+      LoadRow(d, args.dtype, args.values.data, slice.Offset(args.values, t, slice.kv_head), dims.head_dim, values,
+              dims.head_dim_padded);
+    }
     if (args.log_decay) {
       LoadRow(d, args.dtype, args.log_decay.data, slice.Offset(args.log_decay, t, slice.kv_head), dims.latents, log_decay,
               dims.latents_padded);
@@ -380,11 +399,11 @@ HWY_INLINE void TransposeWeights(const Dims& dims, const Chunk& chunk, size_t co
 }
 
 // S += eᵀ v, and the decay of the stretch after its first token.
-HWY_INLINE void AddValues(const LatentArgs& args, const Dims& dims, const Chunk& chunk, size_t count, const State& state,
-                          Prefetch& prefetch) {
+HWY_INLINE void AddValues(const LatentArgs& args, const Dims& dims, const Chunk& chunk, size_t count, const Rows& values,
+                          const State& state, Prefetch& prefetch) {
   const F d;
-  MatMul<true>(d, dims.latents, dims.head_dim_padded, count, Left{chunk.weights, 1, dims.latents_padded}, chunk.values,
-               dims.head_dim_padded, state.sum, dims.head_dim_padded, prefetch);
+  MatMul<true>(d, dims.latents, dims.head_dim_padded, count, Left{chunk.weights, 1, dims.latents_padded}, values.data, values.row,
+               state.sum, dims.head_dim_padded, prefetch);
   if (!args.log_decay) return;
   for (size_t l = 0; l < dims.latents; ++l) {
     state.maximum[l] += chunk.total_decay[l];

@@ -77,10 +77,18 @@ class ForwardPass {
     ForEachTurn(args_, first_, last_, kTurnTokens, false, [this](const Turn& turn, const Turn* next) HWY_ATTR {
       const State& state = states_[static_cast<size_t>(turn.index)];
       ForEachChunk(turn, next, [&](int64_t token, size_t count) HWY_ATTR {
-        LoadChunk(args_, dims_, turn.slice, token, count, chunk_);
+        // Values that are read once are read where they lie, unless some are masked: those may be anything, NaN included.
+        Rows values{chunk_.values, dims_.head_dim_padded};
+        if (!args_.key_mask)
+          values = RowsInPlace(args_, dims_, turn.slice, args_.values, token, turn.slice.kv_head, chunk_.values);
+        if (values.data == chunk_.values) {
+          LoadChunk(args_, dims_, turn.slice, token, count, chunk_);
+        } else {
+          LoadChunk<false>(args_, dims_, turn.slice, token, count, chunk_);
+        }
         FindReference(dims_, chunk_, count, state.maximum);
         WeighStretch<false>(dims_, chunk_, count, state);
-        AddValues(args_, dims_, chunk_, count, state, prefetch_);
+        AddValues(args_, dims_, chunk_, count, values, state, prefetch_);
       });
     });
     WriteStates(outputs_.saved);
@@ -99,17 +107,23 @@ class ForwardPass {
       ForEachChunk(turn, next, [&](int64_t token, size_t count) HWY_ATTR {
         for (size_t g = 0; g < dims_.group; ++g) {
           LoadShares<false>(turn.slice, token, count, g);
+          const int64_t head = turn.slice.first_head + static_cast<int64_t>(g);
+          const Rows out = OutputRows(turn.slice, token, head);
           MatMul<false>(d, count, dims_.head_dim_padded, dims_.latents, Left{shares_, shares_row_, 1},
-                        states_[static_cast<size_t>(turn.index)].sum, dims_.head_dim_padded, out_, dims_.head_dim_padded,
-                        prefetch_);
-          StoreOutput(args_, dims_, turn.slice, outputs_, token, count, turn.slice.first_head + static_cast<int64_t>(g), gates_,
-                      out_);
+                        states_[static_cast<size_t>(turn.index)].sum, dims_.head_dim_padded, out.data, out.row, prefetch_);
+          if (out.data == out_) StoreOutput(args_, dims_, turn.slice, outputs_, token, count, head, gates_, out_);
         }
       });
     });
   }
 
  private:
+  // Where the output of a head goes: its place, or out_ on the way to StoreOutput.
+  Rows OutputRows(const Slice& slice, int64_t token, int64_t head) {
+    if (args_.window_out) return {out_, dims_.head_dim_padded};
+    return RowsInPlace(args_, dims_, slice, outputs_.out, token, head, out_);
+  }
+
   // Asks for the rows that the chunk of `turn` at `token` reads and writes.
   void LookAhead(const Turn& turn, int64_t token) {
     const Slice& slice = turn.slice;
@@ -160,14 +174,16 @@ class ForwardPass {
       float* scores = shares_ + dims_.latents_padded;
       TriangularScores(count, dims_.latents, shares_, shares_row_, chunk_.weights_transposed, scores, shares_row_, prefetch_);
       // [shares, scores] [S; v]: what the tokens read from the state and from each other.
+      const int64_t head = slice.first_head + static_cast<int64_t>(g);
+      const Rows out = OutputRows(slice, token, head);
       for (size_t first = 0; first < count; first += kStrip) {
         const size_t rows = std::min(kStrip, count - first);
         MatMul<false>(d, rows, columns, dims_.latents_padded + first + rows, Left{shares_ + first * shares_row_, shares_row_, 1},
-                      state.sum, columns, out_ + first * columns, columns, prefetch_);
+                      state.sum, columns, out.data + first * out.row, out.row, prefetch_);
       }
-      StoreOutput(args_, dims_, slice, outputs_, token, count, slice.first_head + static_cast<int64_t>(g), gates_, out_);
+      if (out.data == out_) StoreOutput(args_, dims_, slice, outputs_, token, count, head, gates_, out_);
     }
-    AddValues(args_, dims_, chunk_, count, state, prefetch_);
+    AddValues(args_, dims_, chunk_, count, {chunk_.values, columns}, state, prefetch_);
     return count;
   }
 

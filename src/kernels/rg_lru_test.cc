@@ -2,6 +2,9 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cmath>
+
 #include "kernels/recurrent_reference.h"
 #include "kernels/recurrent_test_util.h"
 
@@ -162,7 +165,14 @@ TEST(RgLru, HalfPrecisionIsTheRoundedState) {
       std::vector<double> expected = Doubles(result.hidden);
       Tensor rounded(problem.dtype, problem.shape.batch(), problem.shape.time, problem.shape.channels);
       rounded.Set(expected);
-      EXPECT_EQ(result.out, expected);
+      // AVX512-BF16's conversion takes numbers below the smallest normal one for zero.
+      const auto flushed = [&](std::vector<double> x) {
+        if (problem.dtype == DType::kBFloat16)
+          std::ranges::replace_if(
+              x, [](double y) { return std::abs(y) < 0x1p-126; }, 0.0);
+        return x;
+      };
+      EXPECT_EQ(flushed(result.out), flushed(expected));
     });
   });
 }

@@ -6,6 +6,7 @@
 namespace latte::kernels {
 
 // Element type of a kernel's inputs and outputs. Arithmetic, states and maxima are always float32.
+// Stored as bfloat16, a number below the smallest normal one (2^-126) may become zero: some processors' conversion does that.
 enum class DType : uint8_t { kFloat32, kBFloat16, kFloat16 };
 
 constexpr int64_t SizeOf(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }

@@ -70,7 +70,7 @@ LanguageModelImpl::LanguageModelImpl(const LanguageModelConfig& config) : config
   final_norm = register_module("final_norm", nn::Norm(block.norm, config.embed_dim, config.bias));
   if (!config.tie_embeddings) {
     const auto options = torch::nn::LinearOptions(config.embed_dim, config.vocab_size).bias(false);
-    output_proj = register_module("output_proj", torch::nn::Linear(options));
+    output_proj = register_module("output_proj", nn::Linear(options));
   }
   reset_parameters();
 }
@@ -127,7 +127,7 @@ at::Tensor LanguageModelImpl::run(const at::Tensor& tokens, const LanguageModelS
   }
   if (last_only) x = x.slice(1, -1);
   x = final_norm(x);
-  return output_proj ? output_proj(x) : torch::linear(x, token_embedding->weight);
+  return output_proj ? output_proj(x) : latte::linear(x, token_embedding->weight);
 }
 
 }  // namespace latte::models

@@ -10,6 +10,7 @@
 
 #include "models/language_model_config.h"
 #include "nn/blocks.h"
+#include "nn/module_utils.h"
 
 namespace latte::models {
 
@@ -43,7 +44,7 @@ class LanguageModelImpl : public torch::nn::Module {
   torch::nn::Embedding position_embedding{nullptr};  // position learned only
   torch::nn::ModuleList blocks{nullptr};             // of nn::Block
   nn::Norm final_norm{nullptr};
-  torch::nn::Linear output_proj{nullptr};  // without tie_embeddings only
+  nn::Linear output_proj{nullptr};  // without tie_embeddings only
 
  private:
   at::Tensor run(const at::Tensor& tokens, const LanguageModelState* before, LanguageModelState* after, bool last_only);

@@ -13,6 +13,7 @@
 #include <string_view>
 #include <tuple>
 
+#include "nn/module_utils.h"
 #include "nn/recurrent.h"
 #include "ops/ops.h"
 
@@ -100,13 +101,13 @@ class LatentAttentionImpl : public AttentionImpl {
  public:
   void reset_parameters();
 
-  torch::nn::Linear query_logits_proj{nullptr};  // E -> H * L; Macchiato: H * (L + 1), laid out [H, L + 1], index 0 the window's
-  torch::nn::Linear key_logits_proj{nullptr};    // E -> Hkv * L
-  torch::nn::Linear value_proj{nullptr};         // E -> Hkv * D
-  torch::nn::Linear out_proj{nullptr};           // H * D -> E
-  torch::nn::Linear decay_proj{nullptr};         // E -> Hkv * L; forget only
-  CausalConv1d conv{nullptr};                    // position kConv only
-  RgLru rg_lru{nullptr};                         // position kRgLru only
+  Linear query_logits_proj{nullptr};  // E -> H * L; Macchiato: H * (L + 1), laid out [H, L + 1], index 0 the window's
+  Linear key_logits_proj{nullptr};    // E -> Hkv * L
+  Linear value_proj{nullptr};         // E -> Hkv * D
+  Linear out_proj{nullptr};           // H * D -> E
+  Linear decay_proj{nullptr};         // E -> Hkv * L; forget only
+  CausalConv1d conv{nullptr};         // position kConv only
+  RgLru rg_lru{nullptr};              // position kRgLru only
 
  protected:
   // Inputs of the operators.
@@ -169,8 +170,8 @@ class MacchiatoAttentionImpl : public LatentAttentionImpl {
  public:
   explicit MacchiatoAttentionImpl(const MacchiatoAttentionOptions& options);
 
-  torch::nn::Linear query_proj{nullptr};  // E -> H * D
-  torch::nn::Linear key_proj{nullptr};    // E -> Hkv * D
+  Linear query_proj{nullptr};  // E -> H * D
+  Linear key_proj{nullptr};    // E -> Hkv * D
 
  private:
   AttentionResult attend(const at::Tensor& x, const OptionalTensor& key_mask, const AttentionForwardOptions& options) override;

@@ -7,6 +7,7 @@
 #include <memory>
 
 #include "nn/attention.h"
+#include "nn/module_utils.h"
 
 namespace latte::nn {
 
@@ -37,9 +38,9 @@ class MlpImpl : public torch::nn::Module {
   MlpImpl(MlpKind kind, int64_t dim, int64_t hidden_dim, bool bias);
   at::Tensor forward(const at::Tensor& x);
 
-  torch::nn::Linear gate_proj{nullptr};  // kGated only
-  torch::nn::Linear up_proj{nullptr};
-  torch::nn::Linear down_proj{nullptr};
+  Linear gate_proj{nullptr};  // kGated only
+  Linear up_proj{nullptr};
+  Linear down_proj{nullptr};
 };
 TORCH_MODULE(Mlp);
 

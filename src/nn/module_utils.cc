@@ -42,9 +42,7 @@ void check_state(const std::string& module, bool complete) {
   TORCH_CHECK_VALUE(complete, module, ": the state comes from a module of another kind");
 }
 
-torch::nn::Linear make_linear(int64_t in, int64_t out, bool bias) {
-  return torch::nn::Linear(torch::nn::LinearOptions(in, out).bias(bias));
-}
+Linear make_linear(int64_t in, int64_t out, bool bias) { return Linear(torch::nn::LinearOptions(in, out).bias(bias)); }
 
 void reset_linear(torch::nn::LinearImpl& linear) {
   torch::NoGradGuard no_grad;

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <string>
 
+#include "ops/ops.h"
+
 namespace latte::nn {
 
 // ValueError unless `value`, the module's argument `name`, is in least … 2^24: any product of two sizes then fits in 64 bits.
@@ -22,7 +24,17 @@ void check_causal(const std::string& module, bool is_causal, bool needed, const 
 // ValueError unless a state holds what the module reads from it: it may come from a module of another kind.
 void check_state(const std::string& module, bool complete);
 
-torch::nn::Linear make_linear(int64_t in, int64_t out, bool bias);
+// torch::nn::Linear that multiplies with latte::linear.
+class LinearImpl : public torch::nn::LinearImpl {
+ public:
+  using torch::nn::LinearImpl::LinearImpl;
+  at::Tensor forward(const at::Tensor& x) {
+    return latte::linear(x, weight, bias.defined() ? OptionalTensor(bias) : OptionalTensor());
+  }
+};
+TORCH_MODULE(Linear);
+
+Linear make_linear(int64_t in, int64_t out, bool bias);
 // Xavier-uniform weights and zero biases, as torch.nn.MultiheadAttention.
 void reset_linear(torch::nn::LinearImpl& linear);
 

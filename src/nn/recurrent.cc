@@ -29,8 +29,8 @@ std::tuple<at::Tensor, OptionalTensor> CausalConv1dImpl::forward(const at::Tenso
 RgLruImpl::RgLruImpl(int64_t channels, bool bias) {
   TORCH_CHECK_VALUE(channels > 0, "RgLru: channels must be positive, got ", channels);
   const auto linear = torch::nn::LinearOptions(channels, channels).bias(bias);
-  recurrence_proj = register_module("recurrence_proj", torch::nn::Linear(linear));
-  input_proj = register_module("input_proj", torch::nn::Linear(linear));
+  recurrence_proj = register_module("recurrence_proj", Linear(linear));
+  input_proj = register_module("input_proj", Linear(linear));
   lambda = register_parameter("lambda", torch::empty({channels}));
   reset_parameters();
 }

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <tuple>
 
+#include "nn/module_utils.h"
 #include "ops/ops.h"
 
 namespace latte::nn {
@@ -37,8 +38,8 @@ class RgLruImpl : public torch::nn::Module {
   std::tuple<at::Tensor, OptionalTensor> forward(const at::Tensor& x, const OptionalTensor& key_mask = {},
                                                  const OptionalTensor& state = {}, bool output_state = false);
 
-  torch::nn::Linear recurrence_proj{nullptr};
-  torch::nn::Linear input_proj{nullptr};
+  Linear recurrence_proj{nullptr};
+  Linear input_proj{nullptr};
   at::Tensor lambda;
 };
 TORCH_MODULE(RgLru);

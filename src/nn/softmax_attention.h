@@ -8,6 +8,7 @@
 #include <optional>
 
 #include "nn/attention.h"
+#include "nn/module_utils.h"
 
 namespace latte::nn {
 
@@ -30,10 +31,10 @@ class SoftmaxAttentionImpl : public AttentionImpl {
   explicit SoftmaxAttentionImpl(const SoftmaxAttentionOptions& options);
   void reset_parameters();
 
-  torch::nn::Linear query_proj{nullptr};  // E -> H * D
-  torch::nn::Linear key_proj{nullptr};    // E -> Hkv * D
-  torch::nn::Linear value_proj{nullptr};  // E -> Hkv * D
-  torch::nn::Linear out_proj{nullptr};    // H * D -> E
+  Linear query_proj{nullptr};  // E -> H * D
+  Linear key_proj{nullptr};    // E -> Hkv * D
+  Linear value_proj{nullptr};  // E -> Hkv * D
+  Linear out_proj{nullptr};    // H * D -> E
 
  private:
   AttentionResult attend(const at::Tensor& x, const OptionalTensor& key_mask, const AttentionForwardOptions& options) override;

@@ -108,4 +108,8 @@ std::tuple<at::Tensor, OptionalTensor> rg_lru(const at::Tensor& x, const at::Ten
 // Rotates x [B, T, H, D] by its positions (VAPOR; rotate-half pairs); positions int64 [B, T] or [T], 0 … T - 1 unless given.
 at::Tensor vapor(const at::Tensor& x, const OptionalTensor& positions = {}, double base = 10000.0, bool inverse = false);
 
+// torch.nn.functional.linear: x [..., K], weight [M, K], bias [M] -> [..., M]. Float32 on the CPU goes to the faster of torch's
+// matrix libraries; the results differ by rounding. Differentiable any number of times.
+at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias = {});
+
 }  // namespace latte
