@@ -4,15 +4,20 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
+#include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <filesystem>
+#include <new>
 #include <numeric>
 #include <string>
 #include <string_view>
 #include <utility>
 #include <vector>
+
+#include "cli/latte_commands.h"
 
 namespace {
 
@@ -28,7 +33,7 @@ constexpr std::array kTorchCommands = {
     Command{"train", "Train a language model on a text"},
     Command{"generate", "Write text with a trained model"},
     Command{"verify", "Check this machine's kernels against reference files"},
-    Command{"bench", "Measure attention against torch's"},
+    Command{"bench", "Measure attention against torch's, decoding against llama.cpp's"},
 };
 
 void PrintHelp() {
@@ -95,6 +100,43 @@ int RunTorch(std::string_view name, char** argv) {
   return 1;
 }
 
+// One line, whatever a message holds.
+int Fail(std::string message, int exit_code) {
+  const size_t end = message.find_last_not_of(" \n");
+  message.erase(end == std::string::npos ? 0 : end + 1);
+  std::replace(message.begin(), message.end(), '\n', ' ');
+  std::fflush(stdout);
+  std::fprintf(stderr, "latte: error: %s\n", message.c_str());
+  return exit_code;
+}
+
+// The commands that live in this program.
+int RunHere(int argc, char** argv) {
+  std::signal(SIGXFSZ, SIG_IGN);  // a limit on file sizes becomes an error that is reported, as a full disk is
+  int exit_code = 0;
+  CLI::App app("Latent attention: linear-time training, constant-cost decoding.", "latte");
+  app.require_subcommand(1);
+  CLI::App* bench = app.add_subcommand("bench", "Measure");
+  bench->require_subcommand(1);
+  latte::cli::AddBenchDecode(*bench, exit_code);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    if (error.get_exit_code() == static_cast<int>(CLI::ExitCodes::Success)) return app.exit(error);  // --help
+    return Fail(std::string(error.what()) + " (--help explains)", kUsageError);
+  } catch (const std::bad_alloc&) {
+    return Fail("out of memory", 1);
+  } catch (const std::exception& error) {
+    return Fail(error.what(), 1);
+  }
+  return exit_code;
+}
+
+bool LivesHere(int argc, char** argv) {
+  const std::string_view name = argv[1];
+  return name == "bench" && argc > 2 && std::string_view(argv[2]) == "decode";
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -105,6 +147,7 @@ int main(int argc, char** argv) {
   const std::string_view name = argv[1];
   if (name == "--help" || name == "-h" || name == "help") return PrintHelp(), 0;
   if (name == "--version") return std::puts("latte " LATTE_VERSION), 0;
+  if (LivesHere(argc, argv)) return RunHere(argc, argv);
   for (const Command& command : kTorchCommands) {
     if (name == command.name) return RunTorch(name, argv);
   }

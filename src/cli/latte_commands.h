@@ -1,0 +1,11 @@
+// The commands of latte that need no libtorch: each adds its subcommand to the program; its callback leaves the exit code in
+// `exit_code`.
+#pragma once
+
+#include <CLI/CLI.hpp>
+
+namespace latte::cli {
+
+void AddBenchDecode(CLI::App& bench, int& exit_code);
+
+}  // namespace latte::cli

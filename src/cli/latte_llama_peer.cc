@@ -1,0 +1,72 @@
+#include "cli/latte_llama_peer.h"
+
+#include <ggml-cpu.h>
+#include <llama.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <vector>
+
+namespace latte::cli {
+
+struct LlamaPeer::Parts {
+  llama_model* model = nullptr;
+  llama_context* context = nullptr;
+  ggml_threadpool* pool = nullptr;
+  ~Parts() {
+    if (context != nullptr) llama_free(context);
+    if (model != nullptr) llama_model_free(model);
+    if (pool != nullptr) ggml_threadpool_free(pool);
+  }
+};
+
+LlamaPeer::LlamaPeer(const std::string& path, int threads) : parts_(std::make_unique<Parts>()), threads_(threads) {
+  llama_log_set([](ggml_log_level, const char*, void*) {}, nullptr);
+  llama_backend_init();
+  parts_->model = llama_model_load_from_file(path.c_str(), llama_model_default_params());
+  if (parts_->model == nullptr) throw std::runtime_error(path + ": libllama can't load it");
+  ggml_threadpool_params params = ggml_threadpool_params_default(threads);
+  parts_->pool = ggml_threadpool_new(&params);  // as llama-bench does: threads that stay between steps
+  if (parts_->pool == nullptr) throw std::runtime_error("libllama gives no threads");
+}
+
+LlamaPeer::~LlamaPeer() = default;
+
+void LlamaPeer::start(int64_t tokens, bool flash_attention) {
+  stop();
+  llama_context_params params = llama_context_default_params();
+  params.n_ctx = static_cast<uint32_t>(tokens);
+  params.n_batch = 2048;
+  params.n_ubatch = 512;
+  params.n_threads = threads_;
+  params.n_threads_batch = threads_;
+  params.flash_attn_type = flash_attention ? LLAMA_FLASH_ATTN_TYPE_ENABLED : LLAMA_FLASH_ATTN_TYPE_DISABLED;
+  parts_->context = llama_init_from_model(parts_->model, params);
+  if (parts_->context == nullptr) throw std::runtime_error("libllama gives no context of " + std::to_string(tokens) + " tokens");
+  llama_attach_threadpool(parts_->context, parts_->pool, nullptr);
+}
+
+void LlamaPeer::stop() {
+  if (parts_->context != nullptr) llama_free(parts_->context);
+  parts_->context = nullptr;
+  position_ = 0;
+}
+
+void LlamaPeer::read(std::span<const int32_t> tokens) {
+  constexpr size_t kBatch = 2048;
+  for (size_t i = 0; i < tokens.size(); i += kBatch) {
+    std::vector<llama_token> some(tokens.begin() + static_cast<std::ptrdiff_t>(i),
+                                  tokens.begin() + static_cast<std::ptrdiff_t>(std::min(tokens.size(), i + kBatch)));
+    const llama_batch batch = llama_batch_get_one(some.data(), static_cast<int32_t>(some.size()));
+    if (llama_decode(parts_->context, batch) != 0) throw std::runtime_error("libllama can't read on");
+    llama_synchronize(parts_->context);
+    position_ += static_cast<int64_t>(some.size());
+  }
+}
+
+void LlamaPeer::go_back(int64_t position) {
+  llama_memory_seq_rm(llama_get_memory(parts_->context), 0, static_cast<llama_pos>(position), -1);
+  position_ = position;
+}
+
+}  // namespace latte::cli

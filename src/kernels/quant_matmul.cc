@@ -1,0 +1,422 @@
+#include "kernels/quant_matmul.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/quant_matmul.cc"
+#include "hwy/foreach_target.h"  // IWYU pragma: keep
+//
+#include "hwy/highway.h"
+#include "kernels/load-inl.h"
+
+#ifndef LATTE_KERNELS_QUANT_MATMUL_ONCE_
+#define LATTE_KERNELS_QUANT_MATMUL_ONCE_
+namespace latte::kernels {
+constexpr int64_t kQuantBits(WeightFormat format) { return format == WeightFormat::kQ8_0 ? 8 : 4; }
+constexpr int64_t kBlockQuantBytes(WeightFormat format) { return kGroupRows * kQuantBlock * kQuantBits(format) / 8; }
+constexpr int64_t kBlockScales(WeightFormat format) { return kGroupRows * (format == WeightFormat::kQ4_1 ? 2 : 1); }
+}  // namespace latte::kernels
+#endif
+
+HWY_BEFORE_NAMESPACE();
+namespace latte::kernels::HWY_NAMESPACE {
+namespace {
+namespace hn = hwy::HWY_NAMESPACE;
+
+using DF = hn::CappedTag<float, kGroupRows>;
+using DI = hn::RebindToSigned<DF>;
+using DU8 = hn::Repartition<uint8_t, DF>;
+using DI8 = hn::Repartition<int8_t, DF>;
+using D16 = hn::Rebind<hwy::float16_t, DF>;
+using DBF = hn::Repartition<hwy::bfloat16_t, DF>;
+using VF = hn::Vec<DF>;
+using VI = hn::Vec<DI>;
+
+// Four of a token's quants in every lane.
+HWY_INLINE hn::Vec<DI8> Broadcast4(const int8_t* quants) {
+  int32_t four;
+  std::memcpy(&four, quants, sizeof(four));
+  return hn::BitCast(DI8(), hn::Set(DI(), four));
+}
+
+HWY_INLINE void StoreSums(VF sum, int64_t rows, float* out) {
+  const DF df;
+  const size_t lanes = hn::Lanes(df);
+  if (rows >= static_cast<int64_t>(lanes)) {
+    hn::StoreU(sum, df, out);
+  } else if (rows > 0) {
+    hn::StoreN(sum, df, out, static_cast<size_t>(rows));
+  }
+}
+
+// What the inner loops share: the lanes [lane, lane + Lanes) of one group, for kTokens tokens.
+struct Place {
+  const std::byte* group;
+  int64_t columns;
+  int64_t blocks;
+  size_t lane;
+  int64_t token;   // the first of a tile
+  int64_t tokens;  // real ones from there on
+  int64_t rows;    // real ones from this lane on
+  float* out;      // of the first token and lane
+  int64_t out_stride;
+};
+
+template <WeightFormat kFormat, int kTokens>
+HWY_INLINE void QuantTile(const Place& at, const Activations& x) {
+  const DF df;
+  const DI di;
+  const DU8 du8;
+  const D16 d16;
+  constexpr int kQuads = kQuantBlock / 4;
+  constexpr int64_t kBytes = kBlockQuantBytes(kFormat);
+  constexpr int64_t kScales = kBlockScales(kFormat);
+  constexpr int32_t kOffset = kFormat == WeightFormat::kQ8_0 ? 128 : kFormat == WeightFormat::kQ4_0 ? 8 : 0;
+  const auto* quants = reinterpret_cast<const uint8_t*>(at.group) + at.lane * 4;
+  const auto* scales = reinterpret_cast<const hwy::float16_t*>(at.group + at.blocks * kBytes) + at.lane;
+  const auto low = hn::Set(du8, uint8_t{0x0F});
+
+  const int8_t* xq = x.quants + at.token * at.columns;
+  const int64_t first = at.token * at.blocks;
+  VF sum[kTokens];
+  for (int t = 0; t < kTokens; ++t) sum[t] = hn::Zero(df);
+  for (int64_t b = 0; b < at.blocks; ++b, quants += kBytes, scales += kScales, xq += kTileTokens * kQuantBlock) {
+    const float* xs = x.scales + first + b * kTileTokens;
+    hn::Vec<DU8> w[kQuads];
+    if constexpr (kFormat == WeightFormat::kQ8_0) {
+      for (int i = 0; i < kQuads; ++i) w[i] = hn::LoadU(du8, quants + i * 64);
+    } else {
+      for (int i = 0; i < kQuads / 2; ++i) {
+        const auto both = hn::LoadU(du8, quants + i * 64);
+        w[i] = hn::And(both, low);
+        // One token: the high half stays where it is, 16 times too large, which costs less than to shift each vector.
+        w[kQuads / 2 + i] = kTokens == 1 ? hn::AndNot(low, both) : hn::ShiftRight<4>(both);
+      }
+    }
+    const VF scale = Promote(df, hn::LoadU(d16, scales));
+    for (int t = 0; t < kTokens; ++t) {
+      const int8_t* q = xq + t * kQuantBlock;
+      VI dot = kOffset == 0 ? hn::Zero(di) : hn::Set(di, -kOffset * x.sums[first + b * kTileTokens + t]);
+      if constexpr (kTokens == 1) {
+        VI other = hn::Zero(di);
+        for (int i = 0; i < kQuads / 2; ++i) {
+          dot = hn::SumOfMulQuadAccumulate(di, w[i], Broadcast4(q + 4 * i), dot);
+          other = hn::SumOfMulQuadAccumulate(di, w[kQuads / 2 + i], Broadcast4(q + 16 + 4 * i), other);
+        }
+        dot = hn::Add(dot, kFormat == WeightFormat::kQ8_0 ? other : hn::ShiftRight<4>(other));
+      } else {
+        for (int i = 0; i < kQuads; ++i) dot = hn::SumOfMulQuadAccumulate(di, w[i], Broadcast4(q + 4 * i), dot);
+      }
+      sum[t] = hn::MulAdd(hn::ConvertTo(df, dot), hn::Mul(scale, hn::Set(df, xs[t])), sum[t]);
+    }
+    if constexpr (kFormat == WeightFormat::kQ4_1) {
+      const VF minimum = Promote(df, hn::LoadU(d16, scales + kGroupRows));
+      const float* xm = x.scaled_sums + first + b * kTileTokens;
+      for (int t = 0; t < kTokens; ++t) sum[t] = hn::MulAdd(minimum, hn::Set(df, xm[t]), sum[t]);
+    }
+  }
+  for (int t = 0; t < std::min<int64_t>(kTokens, at.tokens); ++t) StoreSums(sum[t], at.rows, at.out + t * at.out_stride);
+}
+
+template <int kTokens>
+HWY_INLINE void BFloatTile(const Place& at, const Activations& x) {
+  const DF df;
+  const DBF dbf;
+  const auto* weights = reinterpret_cast<const hwy::bfloat16_t*>(at.group) + at.lane * 2;
+  VF sum[kTokens], odd[kTokens];
+  for (int t = 0; t < kTokens; ++t) sum[t] = odd[t] = hn::Zero(df);
+  const uint16_t* row = x.bfloats + at.token * at.columns;
+  const auto step = [&](int64_t c, VF* HWY_RESTRICT sums) {
+    const auto w = hn::LoadU(dbf, weights + c * kGroupRows);
+    for (int t = 0; t < kTokens; ++t) {
+      uint32_t two;
+      std::memcpy(&two, row + c * kTileTokens + t * 2, sizeof(two));
+      const auto v = hn::BitCast(dbf, hn::Set(hn::RebindToUnsigned<DF>(), two));
+#if HWY_TARGET == HWY_AVX3_ZEN4 || HWY_TARGET == HWY_AVX3_SPR
+      VF unused = hn::Zero(df);
+      sums[t] = hn::ReorderWidenMulAccumulate(df, w, v, sums[t], unused);
+#else
+      sums[t] = hn::MulAdd(hn::PromoteEvenTo(df, w), hn::PromoteEvenTo(df, v), sums[t]);
+      sums[t] = hn::MulAdd(hn::PromoteOddTo(df, w), hn::PromoteOddTo(df, v), sums[t]);
+#endif
+    }
+  };
+  int64_t c = 0;
+  if constexpr (kTokens == 1) {  // four sums, or each product would wait for the one before
+    VF third[1] = {hn::Zero(df)}, fourth[1] = {hn::Zero(df)};
+    for (; c + 8 <= at.columns; c += 8) {
+      step(c, sum);
+      step(c + 2, odd);
+      step(c + 4, third);
+      step(c + 6, fourth);
+    }
+    sum[0] = hn::Add(hn::Add(sum[0], odd[0]), hn::Add(third[0], fourth[0]));
+  }
+  for (; c < at.columns; c += 2) step(c, sum);
+  for (int t = 0; t < std::min<int64_t>(kTokens, at.tokens); ++t) StoreSums(sum[t], at.rows, at.out + t * at.out_stride);
+}
+
+template <class T, int kTokens>
+HWY_INLINE void FloatTile(const Place& at, const Activations& x) {
+  const DF df;
+  const auto* weights = reinterpret_cast<const T*>(at.group) + at.lane;
+  const float* row = x.values + at.token * at.columns;
+  VF sum[kTokens];
+  for (int t = 0; t < kTokens; ++t) sum[t] = hn::Zero(df);
+  for (int64_t c = 0; c < at.columns; ++c) {
+    VF w;
+    if constexpr (hwy::IsSame<T, float>()) {
+      w = hn::LoadU(df, weights + c * kGroupRows);
+    } else {
+      w = Promote(df, hn::LoadU(D16(), weights + c * kGroupRows));
+    }
+    for (int t = 0; t < kTokens; ++t) sum[t] = hn::MulAdd(w, hn::Set(df, row[c * kTileTokens + t]), sum[t]);
+  }
+  for (int t = 0; t < std::min<int64_t>(kTokens, at.tokens); ++t) StoreSums(sum[t], at.rows, at.out + t * at.out_stride);
+}
+
+template <WeightFormat kFormat, int kTokens>
+HWY_INLINE void Tile(const Place& at, const Activations& x) {
+  if constexpr (kFormat <= WeightFormat::kQ8_0) {
+    QuantTile<kFormat, kTokens>(at, x);
+  } else if constexpr (kFormat == WeightFormat::kBFloat16) {
+    BFloatTile<kTokens>(at, x);
+  } else if constexpr (kFormat == WeightFormat::kFloat16) {
+    FloatTile<hwy::float16_t, kTokens>(at, x);
+  } else {
+    FloatTile<float, kTokens>(at, x);
+  }
+}
+
+template <WeightFormat kFormat>
+void Product(const PackedMatrix& matrix, const Activations& x, int64_t first_token, int64_t last_token, int64_t first_group,
+             int64_t last_group, float* out, int64_t out_stride) {
+  const int64_t group_bytes = PackedGroupBytes(kFormat, matrix.columns);
+  const size_t lanes = hn::Lanes(DF());
+  for (int64_t g = first_group; g < last_group; ++g) {
+    for (size_t lane = 0; lane < kGroupRows; lane += lanes) {
+      const int64_t row = g * kGroupRows + static_cast<int64_t>(lane);
+      Place at{matrix.data + g * group_bytes,
+               matrix.columns,
+               matrix.columns / kQuantBlock,
+               lane,
+               first_token,
+               last_token - first_token,
+               matrix.rows - row,
+               out + row,
+               out_stride};
+      for (; at.token < last_token; at.token += kTileTokens, at.out += kTileTokens * out_stride) {
+        at.tokens = last_token - at.token;
+        switch (at.tokens) {
+          case 1:
+            Tile<kFormat, 1>(at, x);
+            break;
+          case 2:
+            Tile<kFormat, 2>(at, x);
+            break;
+          case 3:
+          case 4:
+            Tile<kFormat, 4>(at, x);
+            break;
+          default:
+            Tile<kFormat, 8>(at, x);
+        }
+      }
+    }
+  }
+}
+
+void MatMul(const PackedMatrix& matrix, const Activations& x, int64_t first_token, int64_t last_token, int64_t first_group,
+            int64_t last_group, float* out, int64_t out_stride) {
+  const auto run = [&](auto product) { product(matrix, x, first_token, last_token, first_group, last_group, out, out_stride); };
+  switch (matrix.format) {
+    case WeightFormat::kQ4_0:
+      return run(Product<WeightFormat::kQ4_0>);
+    case WeightFormat::kQ4_1:
+      return run(Product<WeightFormat::kQ4_1>);
+    case WeightFormat::kQ8_0:
+      return run(Product<WeightFormat::kQ8_0>);
+    case WeightFormat::kBFloat16:
+      return run(Product<WeightFormat::kBFloat16>);
+    case WeightFormat::kFloat16:
+      return run(Product<WeightFormat::kFloat16>);
+    case WeightFormat::kFloat32:
+      return run(Product<WeightFormat::kFloat32>);
+  }
+}
+
+void Quantize(const float* x, int64_t token, int64_t first, int64_t last, const Activations& out) {
+  const DF df;
+  const DI di;
+  const hn::Rebind<int8_t, DF> d8;
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(df));
+  const int64_t tile_blocks = token / kTileTokens * (out.columns / kQuantBlock);
+  for (int64_t b = first / kQuantBlock; b < last / kQuantBlock; ++b, x += kQuantBlock) {
+    const int64_t place = (tile_blocks + b) * kTileTokens + token % kTileTokens;
+    VF max = hn::Zero(df);
+    for (int64_t i = 0; i < kQuantBlock; i += lanes) max = hn::Max(max, hn::Abs(hn::LoadU(df, x + i)));
+    const float largest = hn::ReduceMax(df, max);
+    const VF inverse = hn::Set(df, largest > 0.0f ? 127.0f / largest : 0.0f);
+    VI sum = hn::Zero(di);
+    for (int64_t i = 0; i < kQuantBlock; i += lanes) {
+      const VI q = hn::NearestInt(hn::Mul(hn::LoadU(df, x + i), inverse));
+      sum = hn::Add(sum, q);
+      hn::StoreU(hn::DemoteTo(d8, q), d8, out.quants + place * kQuantBlock + i);
+    }
+    out.scales[place] = largest / 127.0f;
+    out.sums[place] = hn::ReduceSum(di, sum);
+    out.scaled_sums[place] = out.scales[place] * static_cast<float>(out.sums[place]);
+  }
+}
+
+void RoundToBFloat(const float* x, int64_t token, int64_t first, int64_t last, const Activations& out) {
+  const DF df;
+  const hn::Rebind<hwy::bfloat16_t, DF> dbf;
+  uint16_t rounded[kGroupRows];
+  uint16_t* tile = out.bfloats + token / kTileTokens * kTileTokens * out.columns + token % kTileTokens * 2;
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(df));
+  for (int64_t c = first; c < last; c += lanes, x += lanes) {
+    const int64_t n = std::min(lanes, last - c);
+    hn::StoreU(hn::DemoteTo(dbf, hn::LoadN(df, x, static_cast<size_t>(n))), dbf, reinterpret_cast<hwy::bfloat16_t*>(rounded));
+    for (int64_t i = 0; i < n; i += 2) std::memcpy(tile + (c + i) * kTileTokens, rounded + i, 4);
+  }
+}
+
+void Pack(ActivationForm form, const float* x, int64_t token, int64_t first, int64_t last, const Activations& out) {
+  switch (form) {
+    case ActivationForm::kInt8:
+      return Quantize(x, token, first, last, out);
+    case ActivationForm::kBFloat16:
+      return RoundToBFloat(x, token, first, last, out);
+    case ActivationForm::kFloat32:
+      float* tile = out.values + token / kTileTokens * kTileTokens * out.columns + token % kTileTokens;
+      for (int64_t c = first; c < last; ++c) tile[c * kTileTokens] = x[c - first];
+  }
+}
+
+}  // namespace
+}  // namespace latte::kernels::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace latte::kernels {
+namespace {
+
+HWY_EXPORT(MatMul);
+HWY_EXPORT(Pack);
+
+float HalfAt(const std::byte* bytes) {
+  uint16_t bits;
+  std::memcpy(&bits, bytes, sizeof(bits));
+  const float value = hwy::F32FromF16(hwy::float16_t::FromBits(bits));
+  if ((bits & 0x7C00) != 0x7C00) return value;
+  return (bits & 0x3FF) != 0 ? NAN : (bits & 0x8000) != 0 ? -INFINITY : INFINITY;
+}
+
+// Bytes in front of a block's quants in ggml's layout: its scale and minimum.
+constexpr int64_t HeadBytes(WeightFormat format) { return format == WeightFormat::kQ4_1 ? 4 : 2; }
+constexpr int64_t BlockBytes(WeightFormat format) { return HeadBytes(format) + kQuantBlock * kQuantBits(format) / 8; }
+constexpr int64_t FloatBytes(WeightFormat format) { return format == WeightFormat::kFloat32 ? 4 : 2; }
+
+void PackQuantRow(WeightFormat format, int64_t blocks, const std::byte* row, int64_t lane, std::byte* group) {
+  std::byte* scales = group + blocks * kBlockQuantBytes(format);
+  for (int64_t b = 0; b < blocks; ++b, row += BlockBytes(format)) {
+    for (int64_t i = 0; i < HeadBytes(format) / 2; ++i) {
+      std::memcpy(scales + (b * kBlockScales(format) + i * kGroupRows + lane) * 2, row + 2 * i, 2);
+    }
+    std::byte* out = group + b * kBlockQuantBytes(format) + lane * 4;
+    const std::byte* quants = row + HeadBytes(format);
+    for (int64_t i = 0; i < BlockBytes(format) - HeadBytes(format); ++i) {
+      // Four-bit blocks hold column i in byte i's low half and column 16 + i in its high half already.
+      out[i / 4 * 64 + i % 4] = format == WeightFormat::kQ8_0 ? quants[i] ^ std::byte{0x80} : quants[i];
+    }
+  }
+}
+
+}  // namespace
+
+int64_t PackedGroupBytes(WeightFormat format, int64_t columns) {
+  if (format > WeightFormat::kQ8_0) return (columns * kGroupRows * FloatBytes(format) + 63) / 64 * 64;
+  return (columns / kQuantBlock * (kBlockQuantBytes(format) + 2 * kBlockScales(format)) + 63) / 64 * 64;
+}
+
+int64_t UnpackedRowBytes(WeightFormat format, int64_t columns) {
+  return format > WeightFormat::kQ8_0 ? columns * FloatBytes(format) : columns / kQuantBlock * BlockBytes(format);
+}
+
+void PackGroups(const PackedMatrix& matrix, const std::byte* rows, int64_t first, int64_t last, std::byte* packed) {
+  const int64_t group_bytes = PackedGroupBytes(matrix.format, matrix.columns);
+  const int64_t row_bytes = UnpackedRowBytes(matrix.format, matrix.columns);
+  for (int64_t g = first; g < last; ++g) {
+    std::byte* group = packed + g * group_bytes;
+    std::memset(group, 0, static_cast<size_t>(group_bytes));
+    for (int64_t lane = 0; lane < kGroupRows && g * kGroupRows + lane < matrix.rows; ++lane) {
+      const std::byte* row = rows + (g * kGroupRows + lane) * row_bytes;
+      if (matrix.format <= WeightFormat::kQ8_0) {
+        PackQuantRow(matrix.format, matrix.columns / kQuantBlock, row, lane, group);
+        continue;
+      }
+      const int64_t step = ColumnStep(matrix.format) * FloatBytes(matrix.format);
+      for (int64_t i = 0; i < row_bytes / step; ++i) {
+        std::memcpy(group + (i * kGroupRows + lane) * step, row + i * step, static_cast<size_t>(step));
+      }
+    }
+  }
+}
+
+void UnpackRow(const PackedMatrix& matrix, int64_t row, float* out) {
+  const WeightFormat format = matrix.format;
+  const std::byte* group = matrix.data + row / kGroupRows * PackedGroupBytes(format, matrix.columns);
+  const int64_t lane = row % kGroupRows;
+  if (format > WeightFormat::kQ8_0) {
+    const int64_t step = ColumnStep(format);
+    for (int64_t c = 0; c < matrix.columns; ++c) {
+      const std::byte* at = group + ((c / step * kGroupRows + lane) * step + c % step) * FloatBytes(format);
+      uint16_t bits = 0;
+      switch (format) {
+        case WeightFormat::kFloat32:
+          std::memcpy(out + c, at, 4);
+          break;
+        case WeightFormat::kFloat16:
+          out[c] = HalfAt(at);
+          break;
+        default:
+          std::memcpy(&bits, at, 2);
+          out[c] = hwy::F32FromBF16(hwy::bfloat16_t::FromBits(bits));
+      }
+    }
+    return;
+  }
+  const int64_t blocks = matrix.columns / kQuantBlock;
+  const std::byte* scales = group + blocks * kBlockQuantBytes(format);
+  for (int64_t b = 0; b < blocks; ++b) {
+    const std::byte* heads = scales + (b * kBlockScales(format) + lane) * 2;
+    const float scale = HalfAt(heads);
+    const float minimum = format == WeightFormat::kQ4_1 ? HalfAt(heads + kGroupRows * 2) : 0.0f;
+    const std::byte* quants = group + b * kBlockQuantBytes(format) + lane * 4;
+    for (int64_t i = 0; i < kQuantBlock; ++i) {
+      float q;
+      if (format == WeightFormat::kQ8_0) {
+        q = static_cast<float>(static_cast<int>(quants[i / 4 * 64 + i % 4]) - 128);
+      } else {
+        const int both = static_cast<int>(quants[i % 16 / 4 * 64 + i % 4]);
+        q = static_cast<float>((i < 16 ? both & 15 : both >> 4) - (format == WeightFormat::kQ4_0 ? 8 : 0));
+      }
+      out[b * kQuantBlock + i] = q * scale + minimum;
+    }
+  }
+}
+
+void PackActivations(ActivationForm form, const float* x, int64_t token, int64_t first, int64_t last, const Activations& out) {
+  HWY_DYNAMIC_DISPATCH(Pack)(form, x, token, first, last, out);
+}
+
+void MatMulPacked(const PackedMatrix& matrix, const Activations& x, int64_t first_token, int64_t last_token, int64_t first_group,
+                  int64_t last_group, float* out, int64_t out_stride) {
+  HWY_DYNAMIC_DISPATCH(MatMul)(matrix, x, first_token, last_token, first_group, last_group, out, out_stride);
+}
+
+}  // namespace latte::kernels
+#endif

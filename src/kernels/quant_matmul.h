@@ -1,0 +1,84 @@
+// Products of activations with weight matrices in ggml's block formats, for inference: out[t, r] = Σ_c x[t, c] w[r, c].
+//
+// A matrix is repacked once. Rows go in groups of kGroupRows that lie side by side in a vector's lanes, so that neither a product
+// of one token (bound by memory) nor one of many (bound by arithmetic) ever sums across lanes. Within a group the quants of all
+// columns come first, then the scales:
+//   quants: blocks of 32 columns. 8 bits: byte [quad][row][4], columns 4 quad … 4 quad + 3, Q8_0's quants plus 128. 4 bits: byte
+//           [quad < 4][row][4], its low half columns 4 quad …, its high half columns 16 + 4 quad …
+//   scales: float16 [block][row]; formats with minima: [block][scale, minimum][row]
+// Float formats: bfloat16 [pair of columns][row][2], float16 and float32 [column][row].
+// Rows that fill up the last group are zero. Groups start at multiples of 64 bytes.
+//
+// Quantised formats meet activations quantised to 8 bits in blocks of 32, as ggml does; bfloat16 meets bfloat16; sums are exact
+// within a block and float32 across blocks.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace latte::kernels {
+
+constexpr int64_t kGroupRows = 16;
+constexpr int64_t kQuantBlock = 32;  // columns that share a scale
+
+enum class WeightFormat : uint8_t { kQ4_0, kQ4_1, kQ8_0, kBFloat16, kFloat16, kFloat32 };
+
+// A multiple of this many columns is needed.
+constexpr int64_t ColumnStep(WeightFormat format) {
+  return format <= WeightFormat::kQ8_0 ? kQuantBlock : format == WeightFormat::kBFloat16 ? 2 : 1;
+}
+
+struct PackedMatrix {
+  WeightFormat format = WeightFormat::kFloat32;
+  int64_t rows = 0;
+  int64_t columns = 0;              // a multiple of ColumnStep(format)
+  const std::byte* data = nullptr;  // PackedBytes(), aligned to 64
+
+  int64_t groups() const { return (rows + kGroupRows - 1) / kGroupRows; }
+};
+
+int64_t PackedGroupBytes(WeightFormat format, int64_t columns);
+// Rows of ggml's own layout: bytes of one.
+int64_t UnpackedRowBytes(WeightFormat format, int64_t columns);
+
+// Packs groups [first, last) of a matrix whose rows lie at `rows` in ggml's layout (little-endian, no alignment needed) into
+// `packed`, the whole matrix's memory.
+void PackGroups(const PackedMatrix& matrix, const std::byte* rows, int64_t first, int64_t last, std::byte* packed);
+
+// One row as float32 [columns], as ggml would dequantise it.
+void UnpackRow(const PackedMatrix& matrix, int64_t row, float* out);
+
+// What a format's products read activations as.
+enum class ActivationForm : uint8_t { kInt8, kBFloat16, kFloat32 };
+
+constexpr ActivationForm FormOf(WeightFormat format) {
+  return format <= WeightFormat::kQ8_0       ? ActivationForm::kInt8
+         : format == WeightFormat::kBFloat16 ? ActivationForm::kBFloat16
+                                             : ActivationForm::kFloat32;
+}
+
+constexpr int64_t kTileTokens = 8;  // tokens whose activations lie interleaved
+
+// Activations [tokens, columns], tiles of kTileTokens tokens (the last may be partly filled) one behind the other. The arrays of
+// forms that aren't used are null.
+struct Activations {
+  int64_t columns = 0;
+  int8_t* quants = nullptr;      // kInt8: [tile][columns / 32][token][32]
+  float* scales = nullptr;       // kInt8: [tile][columns / 32][token]
+  float* scaled_sums = nullptr;  // likewise: scale * sum of the block's quants
+  int32_t* sums = nullptr;       // likewise: sum of the block's quants
+  uint16_t* bfloats = nullptr;   // kBFloat16: [tile][columns / 2][token][2]
+  float* values = nullptr;       // kFloat32: [tile][columns][token]
+};
+
+// Puts columns [first, last) of one token in its place: quantised to 8 bits in blocks of 32 (first and last are multiples of
+// that), rounded to bfloat16 (even first and last), or as they are. `x` points to column `first`. Non-finite values make the
+// block they are in meaningless.
+void PackActivations(ActivationForm form, const float* x, int64_t token, int64_t first, int64_t last, const Activations& out);
+
+// out[(t - first_token) * out_stride + r] = product for tokens [first_token, last_token), the first a multiple of kTileTokens,
+// and the rows of groups [first_group, last_group). The result of an element doesn't depend on how tokens and groups are split.
+void MatMulPacked(const PackedMatrix& matrix, const Activations& x, int64_t first_token, int64_t last_token, int64_t first_group,
+                  int64_t last_group, float* out, int64_t out_stride);
+
+}  // namespace latte::kernels

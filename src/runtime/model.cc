@@ -1,0 +1,192 @@
+#include "runtime/model.h"
+
+#include <ggml-cpu.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cmath>
+#include <random>
+#include <thread>
+
+#include "formats/hash.h"
+#include "runtime/error.h"
+
+namespace latte::runtime {
+namespace {
+
+std::string in_brackets(const std::vector<int64_t>& shape) {
+  std::string text = "[";
+  for (size_t i = 0; i < shape.size(); ++i) text += (i == 0 ? "" : ", ") + std::to_string(shape[i]);
+  return text + "]";
+}
+
+int loading_threads(int wanted) {
+  return wanted > 0 ? wanted : std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+}
+
+}  // namespace
+
+std::shared_ptr<const Model> Model::open(const std::string& path, const ModelOptions& options) {
+  const std::shared_ptr<Model> model(new Model(path));
+  model->load(options);
+  return model;
+}
+
+void Model::load(const ModelOptions& options) {
+  ggml_cpu_init();  // its tables of half-precision numbers
+  shape_ = ModelShape::from(file_);
+  if (options.attention.window > 0) {
+    for (LayerShape& layer : shape_.layers) {
+      if (layer.window > 0) continue;
+      layer.window = options.attention.window;
+      layer.sinks = options.attention.sinks;
+      layer.latents = options.attention.latents;
+    }
+    shape_.far_limit = options.attention.far_limit;
+  }
+  // The repacked weights take about the room of the file's.
+  if (file_.size() > available_memory()) {
+    throw MemoryError(file_.path() + ": " + std::to_string(file_.size() >> 20) + " MB of weights, " +
+                      std::to_string(available_memory() >> 20) + " MB of memory are free");
+  }
+  ThreadPool pool(loading_threads(options.threads));
+  embedding_ = &tensor("token_embd.weight", {shape_.vocab_size, shape_.embed_dim});
+  if (!formats::can_dequantize(embedding_->type)) {
+    throw ModelError(file_.path() + ": token_embd.weight: type " + std::string(formats::name_of(embedding_->type)) +
+                     " can't be read");
+  }
+  final_norm_ = floats("output_norm.weight", {shape_.embed_dim});
+  const bool tied = file_.find("output.weight") == nullptr;
+  head_ = matrix(tied ? "token_embd.weight" : "output.weight", shape_.vocab_size, shape_.embed_dim, pool);
+  weight_bytes_ = head_.bytes();
+  layers_.resize(shape_.layers.size());
+  for (size_t i = 0; i < layers_.size(); ++i) load_layer(static_cast<int64_t>(i), pool);
+
+  const formats::GgufTensor* factors = file_.find("rope_freqs.weight");
+  const int64_t pairs = shape_.rotary_dims / 2;
+  const float* factor = factors == nullptr ? nullptr : floats("rope_freqs.weight", {pairs});
+  for (const Rotary& rotary : shape_.rotary) {
+    std::vector<double>& frequencies = frequencies_.emplace_back(static_cast<size_t>(pairs));
+    for (int64_t i = 0; i < pairs; ++i) {
+      frequencies[static_cast<size_t>(i)] =
+          rotary.scale * std::pow(rotary.base, -2.0 * static_cast<double>(i) / static_cast<double>(2 * pairs)) /
+          (factor == nullptr ? 1.0 : static_cast<double>(factor[i]));
+    }
+  }
+  formats::Hash hash;
+  hash.add(file_.bytes());
+  for (const LayerShape& layer : shape_.layers) {
+    for (const int64_t number : {layer.window, layer.sinks, layer.latents}) hash.add(static_cast<uint64_t>(number));
+  }
+  state_hash_ = hash.digits();
+  // What was repacked isn't read again: the pages of the file may go.
+  const auto bytes = file_.bytes();
+  ::madvise(const_cast<std::byte*>(bytes.data()), bytes.size(), MADV_DONTNEED);
+}
+
+void Model::load_layer(int64_t index, ThreadPool& pool) {
+  LayerWeights& layer = layers_[static_cast<size_t>(index)];
+  const std::string block = "blk." + std::to_string(index) + ".";
+  const ModelShape& s = shape_;
+  layer.attention_norm = floats(block + "attn_norm.weight", {s.embed_dim});
+  layer.feed_forward_norm = floats(block + "ffn_norm.weight", {s.embed_dim});
+  if (s.post_norms) {
+    layer.attention_post_norm = floats(block + "post_attention_norm.weight", {s.embed_dim});
+    layer.feed_forward_post_norm = floats(block + "post_ffw_norm.weight", {s.embed_dim});
+  }
+  if (s.query_norms) {
+    layer.query_norm = floats(block + "attn_q_norm.weight", {s.key_dim});
+    layer.key_norm = floats(block + "attn_k_norm.weight", {s.key_dim});
+  }
+  layer.query = matrix(block + "attn_q.weight", s.num_heads * s.key_dim, s.embed_dim, pool);
+  layer.key = matrix(block + "attn_k.weight", s.num_kv_heads * s.key_dim, s.embed_dim, pool);
+  layer.value = matrix(block + "attn_v.weight", s.num_kv_heads * s.head_dim, s.embed_dim, pool);
+  layer.output = matrix(block + "attn_output.weight", s.embed_dim, s.num_heads * s.head_dim, pool);
+  layer.gate = matrix(block + "ffn_gate.weight", s.hidden_dim, s.embed_dim, pool);
+  layer.up = matrix(block + "ffn_up.weight", s.hidden_dim, s.embed_dim, pool);
+  layer.down = matrix(block + "ffn_down.weight", s.embed_dim, s.hidden_dim, pool);
+  for (const char* name : {"attn_q.bias", "attn_k.bias", "attn_v.bias"}) {
+    if (file_.find(block + name) != nullptr) throw ModelError(file_.path() + ": " + block + name + ": biases aren't known here");
+  }
+  if (s.layers[static_cast<size_t>(index)].latents > 0) load_latents(index, pool);
+
+  for (const Matrix* m : {&layer.query, &layer.key, &layer.value, &layer.latent.gate}) {
+    if (*m) layer.attention_forms.add(m->forms());
+  }
+  layer.output_forms = layer.output.forms();
+  for (const Matrix* m : {&layer.gate, &layer.up}) layer.feed_forward_forms.add(m->forms());
+  layer.down_forms = layer.down.forms();
+  for (const Matrix& m : layer.latent.query) layer.query_head_forms.add(m.forms());
+  for (const Matrix& m : layer.latent.key) layer.key_head_forms.add(m.forms());
+  for (const Matrix* m : {&layer.query, &layer.key, &layer.value, &layer.output, &layer.gate, &layer.up, &layer.down}) {
+    weight_bytes_ += m->bytes();
+  }
+}
+
+// Until a layer has trained latents: random ones, which cost what trained ones cost.
+void Model::load_latents(int64_t index, ThreadPool& pool) {
+  const ModelShape& s = shape_;
+  const int64_t latents = s.layers[static_cast<size_t>(index)].latents;
+  LatentWeights& weights = layers_[static_cast<size_t>(index)].latent;
+  std::mt19937_64 random(static_cast<uint64_t>(index));
+  std::normal_distribution<float> normal(0.0f, 1.0f);
+  const auto random_floats = [&](int64_t count, float deviation) {
+    float* out = arena_.take_array<float>(count);
+    for (int64_t i = 0; i < count; ++i) out[i] = deviation * normal(random);
+    return out;
+  };
+  const auto random_matrix = [&](int64_t rows, int64_t columns, float deviation) {
+    std::vector<float> values(static_cast<size_t>(rows * columns));
+    for (float& value : values) value = deviation * normal(random);
+    const formats::TensorType type = columns % kernels::kQuantBlock == 0 ? formats::TensorType::kQ8_0 : formats::TensorType::kF32;
+    const std::vector<std::byte> bytes = formats::quantize(type, values, columns);
+    return Matrix({"random", type, {rows, columns}}, bytes.data(), rows, columns, arena_, pool);
+  };
+  for (int64_t h = 0; h < s.num_heads; ++h) weights.query.push_back(random_matrix(latents, s.key_dim, 0.05f));
+  for (int64_t h = 0; h < s.num_kv_heads; ++h) weights.key.push_back(random_matrix(latents, s.key_dim, 0.05f));
+  weights.gate = random_matrix(s.num_heads, s.embed_dim, 0.02f);
+  weights.query_bias = random_floats(s.num_heads * latents, 0.1f);
+  weights.key_bias = random_floats(s.num_kv_heads * latents, 0.1f);
+  weights.gate_bias = random_floats(s.num_heads, 0.1f);
+  weights.gate_slope = random_floats(s.num_heads, 0.1f);
+  float* decay = random_floats(s.num_kv_heads * latents, 1.0f);
+  for (int64_t i = 0; i < s.num_kv_heads * latents; ++i) decay[i] = -std::exp(decay[i] - 6.0f);
+  weights.log_decay = decay;
+}
+
+const formats::GgufTensor& Model::tensor(const std::string& name, std::vector<int64_t> shape) const {
+  const formats::GgufTensor* found = file_.find(name);
+  if (found == nullptr) throw ModelError(file_.path() + ": tensor " + name + " is missing, expected " + in_brackets(shape));
+  if (found->shape != shape) {
+    throw ModelError(file_.path() + ": tensor " + name + " is " + in_brackets(found->shape) + ", expected " + in_brackets(shape));
+  }
+  return *found;
+}
+
+Matrix Model::matrix(const std::string& name, int64_t rows, int64_t columns, ThreadPool& pool) {
+  const formats::GgufTensor& found = tensor(name, {rows, columns});
+  return Matrix(found, found.data.data(), rows, columns, arena_, pool);
+}
+
+const float* Model::floats(const std::string& name, std::vector<int64_t> shape) {
+  const formats::GgufTensor& found = tensor(name, std::move(shape));
+  if (!formats::can_dequantize(found.type)) {
+    throw ModelError(file_.path() + ": tensor " + name + ": type " + std::string(formats::name_of(found.type)) +
+                     " can't be read");
+  }
+  const int64_t count = found.elements();
+  float* out = arena_.take_array<float>(count);
+  formats::dequantize(found.type, found.data, {out, static_cast<size_t>(count)});
+  return out;
+}
+
+void Model::embed(int32_t token, float* out) const {
+  const size_t row_bytes = embedding_->data.size() / static_cast<size_t>(shape_.vocab_size);
+  const std::span<float> row(out, static_cast<size_t>(shape_.embed_dim));
+  formats::dequantize(embedding_->type, embedding_->data.subspan(static_cast<size_t>(token) * row_bytes, row_bytes), row);
+  if (shape_.embedding_scale != 1.0f) {
+    for (float& value : row) value *= shape_.embedding_scale;
+  }
+}
+
+}  // namespace latte::runtime

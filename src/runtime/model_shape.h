@@ -1,0 +1,63 @@
+// What a model computes, read from a GGUF file's metadata: one table of architectures.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "formats/gguf.h"
+#include "kernels/token_rows.h"
+
+namespace latte::runtime {
+
+struct Rotary {
+  double base = 10000.0;
+  double scale = 1.0;  // of the positions
+};
+
+// How a layer attends. `window` 0: every token; `latents` > 0: a mixture of them and of the window (Macchiato).
+struct LayerShape {
+  int64_t window = 0;
+  int64_t sinks = 0;
+  int64_t latents = 0;
+  int64_t rotary = 0;  // index in ModelShape::rotary
+};
+
+// The attention that a caller wants instead of the model's own, in its layers that read every token.
+struct AttentionChoice {
+  int64_t window = 0;  // 0: as the model has it
+  int64_t sinks = 0;
+  int64_t latents = 0;  // > 0: with random weights, to measure speed and memory by
+  int64_t far_limit = 8192;
+};
+
+struct ModelShape {
+  std::string architecture;
+  int64_t embed_dim = 0;     // E
+  int64_t num_heads = 0;     // H
+  int64_t num_kv_heads = 0;  // Hkv
+  int64_t key_dim = 0;       // Dk
+  int64_t head_dim = 0;      // D
+  int64_t hidden_dim = 0;    // F
+  int64_t vocab_size = 0;
+  int64_t context = 0;  // trained tokens
+  float epsilon = 1e-5f;
+  float embedding_scale = 1.0f;
+  float attention_scale = 1.0f;
+  kernels::Gate gate = kernels::Gate::kSilu;
+  bool post_norms = false;   // a norm behind attention and feed-forward, before the residual sum
+  bool query_norms = false;  // of each query and key head
+  kernels::RotaryPairs pairs = kernels::RotaryPairs::kNeighbours;
+  int64_t rotary_dims = 0;  // channels of a head that are rotated
+  std::vector<Rotary> rotary;
+  int64_t far_limit = 8192;  // formats/adapter.h
+  std::vector<LayerShape> layers;
+
+  int64_t group() const { return num_heads / num_kv_heads; }
+  bool constant_state() const;  // no layer reads every token
+
+  // Throws ModelError for an architecture that isn't in the table, FormatError for metadata that lack something or don't fit.
+  static ModelShape from(const formats::GgufFile& file);
+};
+
+}  // namespace latte::runtime
