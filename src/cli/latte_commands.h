@@ -6,6 +6,7 @@
 
 namespace latte::cli {
 
+void AddInspect(CLI::App& app, int& exit_code);
 void AddBenchDecode(CLI::App& bench, int& exit_code);
 
 }  // namespace latte::cli

@@ -29,22 +29,24 @@ struct Command {
 };
 
 // In the order of the help.
-constexpr std::array kTorchCommands = {
+constexpr std::array kCommands = {
     Command{"train", "Train a language model on a text"},
     Command{"generate", "Write text with a trained model"},
+    Command{"inspect", "Show what a model's file holds"},
     Command{"verify", "Check this machine's kernels against reference files"},
     Command{"bench", "Measure attention against torch's, decoding against llama.cpp's"},
 };
 
 void PrintHelp() {
   std::puts("Latent attention: linear-time training, constant-cost decoding.\n\nUsage: latte COMMAND [OPTIONS]\n\nCommands:");
-  for (const Command& command : kTorchCommands) {
+  for (const Command& command : kCommands) {
     std::printf("  %-10s %s\n", std::string(command.name).c_str(), std::string(command.summary).c_str());
   }
   std::puts(
       "\nOptions:\n  --help     This; `latte COMMAND --help` explains a command\n  --version  The version\n\n"
       "Examples:\n  latte train --text data/tinyshakespeare.txt --out runs/demo\n"
-      "  latte generate runs/demo --prompt ROMEO:");
+      "  latte generate runs/demo --prompt ROMEO:\n"
+      "  latte inspect SmolLM2-135M-Instruct.Q4_1.gguf");
 }
 
 // Levenshtein's, one row at a time.
@@ -70,7 +72,7 @@ int Reject(std::string_view name) {
   const bool option = name.starts_with("-");
   std::string message = "latte: error: unknown " + std::string(option ? "option " : "command ") + shown;
   const auto distance = [&](const Command& command) { return EditDistance(shown, command.name); };
-  const auto nearest = std::min_element(kTorchCommands.begin(), kTorchCommands.end(),
+  const auto nearest = std::min_element(kCommands.begin(), kCommands.end(),
                                         [&](const Command& a, const Command& b) { return distance(a) < distance(b); });
   if (!option && distance(*nearest) <= 2) message += "; did you mean " + std::string(nearest->name) + "?";
   std::fprintf(stderr, "%s (latte --help lists the commands)\n", message.c_str());
@@ -116,6 +118,7 @@ int RunHere(int argc, char** argv) {
   int exit_code = 0;
   CLI::App app("Latent attention: linear-time training, constant-cost decoding.", "latte");
   app.require_subcommand(1);
+  latte::cli::AddInspect(app, exit_code);
   CLI::App* bench = app.add_subcommand("bench", "Measure");
   bench->require_subcommand(1);
   latte::cli::AddBenchDecode(*bench, exit_code);
@@ -129,12 +132,14 @@ int RunHere(int argc, char** argv) {
   } catch (const std::exception& error) {
     return Fail(error.what(), 1);
   }
-  return exit_code;
+  // What was printed may have been lost, or still be lost now, where a disk is full.
+  const bool lost = std::fflush(stdout) != 0 || std::ferror(stdout) != 0;
+  return lost && exit_code == 0 ? Fail("cannot write standard output", 1) : exit_code;
 }
 
 bool LivesHere(int argc, char** argv) {
   const std::string_view name = argv[1];
-  return name == "bench" && argc > 2 && std::string_view(argv[2]) == "decode";
+  return name == "inspect" || (name == "bench" && argc > 2 && std::string_view(argv[2]) == "decode");
 }
 
 }  // namespace
@@ -148,7 +153,7 @@ int main(int argc, char** argv) {
   if (name == "--help" || name == "-h" || name == "help") return PrintHelp(), 0;
   if (name == "--version") return std::puts("latte " LATTE_VERSION), 0;
   if (LivesHere(argc, argv)) return RunHere(argc, argv);
-  for (const Command& command : kTorchCommands) {
+  for (const Command& command : kCommands) {
     if (name == command.name) return RunTorch(name, argv);
   }
   return Reject(name);

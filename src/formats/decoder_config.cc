@@ -98,6 +98,7 @@ void read_gemma(const Keys& keys, DecoderConfig& config) {
   config.post_norms = true;
   config.rope.pairs = RopePairs::kHalves;
   config.logit_softcap = keys.positive_or("final_logit_softcapping", 0.0);
+  config.attention_scale = keys.positive_or("attention.scale", config.attention_scale);
   config.window = keys.integer_or("attention.sliding_window", 0, kLargestContext);
   config.local_rope = config.rope;
 }
@@ -105,7 +106,7 @@ void read_gemma(const Keys& keys, DecoderConfig& config) {
 void read_gemma2(const Keys& keys, DecoderConfig& config) {
   read_gemma(keys, config);
   constexpr int64_t kLayersOf27B = 46;
-  if (config.num_layers == kLayersOf27B) {
+  if (config.num_layers == kLayersOf27B && !keys.has("attention.scale")) {
     config.attention_scale = 1.0 / std::sqrt(static_cast<double>(config.embed_dim) / static_cast<double>(config.num_heads));
   }
   config.attention_softcap = keys.positive_or("attn_logit_softcapping", 50.0);
@@ -117,7 +118,7 @@ void read_gemma2(const Keys& keys, DecoderConfig& config) {
 void read_gemma3(const Keys& keys, DecoderConfig& config) {
   read_gemma(keys, config);
   constexpr int64_t kLayersOf27B = 62;
-  if (config.num_layers == kLayersOf27B) {
+  if (config.num_layers == kLayersOf27B && !keys.has("attention.scale")) {
     config.attention_scale = 1.0 / std::sqrt(static_cast<double>(config.embed_dim) / static_cast<double>(config.num_heads));
   }
   config.qk_norm = true;

@@ -1,9 +1,12 @@
 #include "formats/pretrained.h"
 
 #include <algorithm>
+#include <filesystem>
 #include <stdexcept>
 
 #include "formats/error.h"
+#include "formats/hash.h"
+#include "formats/hugging_face.h"
 
 namespace latte::formats {
 namespace {
@@ -12,7 +15,11 @@ class GgufPretrained : public PretrainedFile {
  public:
   explicit GgufPretrained(const std::string& path) : PretrainedFile(path), file_(path) {
     metadata_ = file_.metadata();
-    tensors_.assign(file_.tensors().begin(), file_.tensors().end());
+    // A merged model (formats/adapter.h) has tensors beside the base's, which whoever converts attention reads on their own.
+    const bool merged = metadata_.has("latte.version");
+    for (const GgufTensor& tensor : file_.tensors()) {
+      if (!merged || tensor.name.find(".latte_") == tensor.name.npos) tensors_.push_back(tensor);
+    }
     config_ = decoder_config(metadata_, tensors_);
     require_decoder_tensors(path, config_, tensors_);
   }
@@ -53,6 +60,29 @@ std::vector<float> PretrainedFile::read(std::string_view name) const {
   return out;
 }
 
-std::unique_ptr<PretrainedFile> open_pretrained(const std::string& path) { return std::make_unique<GgufPretrained>(path); }
+std::unique_ptr<PretrainedFile> open_pretrained(const std::string& path) {
+  std::error_code error;
+  if (std::filesystem::is_directory(path, error)) return open_hugging_face(path);
+  return std::make_unique<GgufPretrained>(path);
+}
+
+std::string hash_of_pretrained(const std::string& path) {
+  namespace fs = std::filesystem;
+  std::error_code error;
+  if (!fs::is_directory(path, error)) return hash_of_file(path);
+  Hash hash;
+  hash.add(MappedFile((fs::path(path) / "config.json").string()).text());
+  std::vector<std::string> names;
+  for (const auto& entry : fs::directory_iterator(path, error)) {
+    if (entry.path().extension() == ".safetensors") names.push_back(entry.path().filename().string());
+  }
+  if (error) throw FileError("read", path, error.value());
+  std::sort(names.begin(), names.end());
+  for (const std::string& name : names) {
+    hash.add(std::string_view(name));
+    hash.add(MappedFile((fs::path(path) / name).string()).text());
+  }
+  return hash.digits();
+}
 
 }  // namespace latte::formats

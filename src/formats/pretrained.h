@@ -43,8 +43,12 @@ class PretrainedFile {
   std::vector<GgufTensorSpec> tensors_;
 };
 
-// Opens a GGUF file. Throws FileError, or FormatError for whatever is wrong with it: the file's form, an unknown architecture,
-// sizes out of range, missing or unexpected tensors.
+// Opens a GGUF file or a Hugging Face folder (formats/hugging_face.h). Throws FileError, or FormatError for whatever is wrong
+// with it: the file's form, an unknown architecture, sizes out of range, missing or unexpected tensors.
 std::unique_ptr<PretrainedFile> open_pretrained(const std::string& path);
+
+// What tells this model from any other, for adapters: the hash of the file, or of the folder's config.json and weights. Throws
+// FileError.
+std::string hash_of_pretrained(const std::string& path);
 
 }  // namespace latte::formats

@@ -19,7 +19,6 @@
 namespace latte::formats {
 namespace {
 
-constexpr std::string_view kPrefix = "tokenizer.";
 constexpr int64_t kMostTokens = int64_t{1} << 24;
 
 // What libllama relies on, and ends the process (or reads past a list's end) without. Returns the number of tokens.
