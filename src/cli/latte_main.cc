@@ -33,6 +33,8 @@ constexpr std::array kCommands = {
     Command{"train", "Train a language model on a text"},
     Command{"generate", "Write text with a trained model"},
     Command{"inspect", "Show what a model's file holds"},
+    Command{"extend", "Turn a pretrained model into a linear-time one"},
+    Command{"eval", "Compare a pretrained model's attention on long texts"},
     Command{"verify", "Check this machine's kernels against reference files"},
     Command{"bench", "Measure attention against torch's, decoding against llama.cpp's"},
 };

@@ -7,6 +7,8 @@ namespace latte::cli {
 
 void AddTrain(CLI::App& app, int& exit_code);
 void AddGenerate(CLI::App& app, int& exit_code);
+void AddExtend(CLI::App& app, int& exit_code);
+void AddEval(CLI::App& app, int& exit_code);
 void AddVerify(CLI::App& app, int& exit_code);
 void AddBench(CLI::App& app, int& exit_code);
 

@@ -32,6 +32,8 @@ int Run(int argc, char** argv) {
   app.require_subcommand(1);
   latte::cli::AddTrain(app, exit_code);
   latte::cli::AddGenerate(app, exit_code);
+  latte::cli::AddExtend(app, exit_code);
+  latte::cli::AddEval(app, exit_code);
   latte::cli::AddVerify(app, exit_code);
   latte::cli::AddBench(app, exit_code);
   try {

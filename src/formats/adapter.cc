@@ -20,8 +20,6 @@ constexpr std::string_view kAddedMark = ".latte_";
 
 std::string block_prefix(int64_t block) { return "blk." + std::to_string(block) + ".latte_"; }
 
-bool is_added(std::string_view name) { return name.find(kAddedMark) != std::string_view::npos; }
-
 std::string shape_text(const std::vector<int64_t>& shape) {
   std::string text = "[";
   for (size_t i = 0; i < shape.size(); ++i) text += (i > 0 ? ", " : "") + std::to_string(shape[i]);
@@ -89,9 +87,9 @@ void check_tensors(const AdapterSpec& spec, const BaseShape& shape, const GgufFi
   }
   for (const GgufTensor& tensor : tensors) {
     if (expected.contains(tensor.name)) continue;
-    const GgufTensor* changed = base == nullptr || is_added(tensor.name) ? nullptr : base->find(tensor.name);
+    const GgufTensor* changed = base == nullptr || is_added_tensor(tensor.name) ? nullptr : base->find(tensor.name);
     if (changed == nullptr) {
-      if (base != nullptr || is_added(tensor.name)) problems.add("unknown tensor " + quote(tensor.name));
+      if (base != nullptr || is_added_tensor(tensor.name)) problems.add("unknown tensor " + quote(tensor.name));
     } else if (!same_shape(tensor.shape, changed->shape)) {
       problems.add(quote(tensor.name) + " is " + shape_text(tensor.shape) + ", the base's is " + shape_text(changed->shape));
     } else if (!can_dequantize(tensor.type)) {
@@ -179,6 +177,8 @@ bool is_adapter(const GgufMetadata& metadata) {
   return holds("general.type", "adapter") && holds("adapter.type", "latte");
 }
 
+bool is_added_tensor(std::string_view name) { return name.find(kAddedMark) != std::string_view::npos; }
+
 AdapterFile::AdapterFile(const std::string& path) : file_(path) {
   if (!is_adapter(file_.metadata())) throw FormatError(path, "not an adapter of latte (general.type and adapter.type)");
   spec_ = AdapterSpec::from(file_.metadata());
@@ -236,7 +236,7 @@ void write_merged(const std::string& path, const AdapterSpec& spec, const GgufFi
     if (const auto changed = ours.find(tensor.name); changed != ours.end()) tensor = *changed->second;
   }
   for (const GgufTensor& tensor : tensors) {
-    if (is_added(tensor.name)) all.push_back(tensor);
+    if (is_added_tensor(tensor.name)) all.push_back(tensor);
   }
   write_gguf(path, metadata, all, operations);
 }

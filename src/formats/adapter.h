@@ -104,6 +104,9 @@ class AdapterFile {
 
 bool is_adapter(const GgufMetadata& metadata);
 
+// Whether a tensor of this name belongs to latents: "blk.N.latte_…".
+bool is_added_tensor(std::string_view name);
+
 // The spec of a merged model; nothing for a model that keeps its attention. Throws FormatError: a spec that is wrong, or tensors
 // that are missing or don't fit it.
 std::optional<AdapterSpec> merged_spec(const GgufFile& model);

@@ -12,21 +12,13 @@
 #include <vector>
 
 #include "formats/error.h"
+#include "train/option_fields.h"
 
 namespace latte::train {
 namespace {
 
+using namespace fields;
 using nlohmann::json;
-
-// Products of three of these fit in 63 bits.
-constexpr int64_t kLargestSize = int64_t{1} << 20;
-constexpr int64_t kLargestCount = int64_t{1} << 40;
-
-[[noreturn]] void fail(std::string_view field, const std::string& got, const std::string& expected) {
-  throw OptionError(std::string(field) + " is " + got + ", expected " + expected);
-}
-
-std::string shown(const json& value) { return formats::quote(value.dump(-1, ' ', true, json::error_handler_t::replace)); }
 
 // One place that lists the fields, for reading and writing.
 template <typename Options, typename Visit>
@@ -50,32 +42,6 @@ void for_each_field(Options& options, const Visit& visit) {
   visit("eval_every", options.eval_every);
   visit("eval_batches", options.eval_batches);
   visit("save_every", options.save_every);
-}
-
-void read(std::string_view field, const json& value, std::string& into) {
-  if (!value.is_string()) fail(field, shown(value), "a string");
-  into = value.get<std::string>();
-}
-
-void read(std::string_view field, const json& value, double& into) {
-  if (!value.is_number()) fail(field, shown(value), "a number");
-  into = value.get<double>();
-}
-
-void read(std::string_view field, const json& value, int64_t& into) {
-  const bool too_large = value.is_number_unsigned() && value.get<uint64_t>() > uint64_t{std::numeric_limits<int64_t>::max()};
-  if (!value.is_number_integer() || too_large) fail(field, shown(value), "an integer");
-  into = value.get<int64_t>();
-}
-
-void check_range(std::string_view field, int64_t value, int64_t least, int64_t most) {
-  if (value < least || value > most) {
-    fail(field, std::to_string(value), "an integer in " + std::to_string(least) + " … " + std::to_string(most));
-  }
-}
-
-void check_that(bool good, std::string_view field, double value, const std::string& expected) {
-  if (!good || !std::isfinite(value)) fail(field, json(value).dump(), expected);
 }
 
 }  // namespace
@@ -115,18 +81,8 @@ json TrainerOptions::to_json() const {
 }
 
 TrainerOptions TrainerOptions::from_json(const json& object) {
-  if (!object.is_object()) throw OptionError("training options: expected a JSON object, got " + shown(object));
   TrainerOptions options;
-  std::vector<std::string_view> known;
-  for_each_field(options, [&](const char* field, auto& into) {
-    known.emplace_back(field);
-    if (const auto found = object.find(field); found != object.end()) read(field, *found, into);
-  });
-  for (const auto& [field, value] : object.items()) {
-    if (std::find(known.begin(), known.end(), field) == known.end()) {
-      throw OptionError("unknown training option " + formats::quote(field));
-    }
-  }
+  read_object("training option", object, [&](const auto& visit) { for_each_field(options, visit); });
   options.validate();
   return options;
 }

@@ -16,16 +16,6 @@ namespace {
 // A curve of more points than pixels says nothing more: each point is the mean of a stretch of steps.
 constexpr size_t kPoints = 300;
 
-// In gnuplot's single quotes.
-std::string in_quotes(std::string_view text) {
-  std::string out = "'";
-  for (const char c : text) {
-    if (c == '\'') out += '\'';
-    out += static_cast<unsigned char>(c) < 0x20 ? ' ' : c;
-  }
-  return out + "'";
-}
-
 void add_data(std::ostream& script, size_t index, const std::vector<StepMetrics>& metrics) {
   script << "$train" << index << " << END_OF_DATA\n";
   const size_t stretch = (metrics.size() + kPoints - 1) / kPoints;
@@ -81,19 +71,26 @@ class IgnoredPipeSignal {
 
 }  // namespace
 
-std::string plot_losses(const std::vector<Curve>& curves, const std::string& prefix) {
-  const bool empty = std::all_of(curves.begin(), curves.end(), [](const Curve& curve) { return curve.metrics.empty(); });
-  if (empty) return {};
-  // Drawn beside and moved into place, so that a curve is whole or the one before.
+std::string in_quotes(std::string_view text) {
+  std::string out = "'";
+  for (const char c : text) {
+    if (c == '\'') out += '\'';
+    out += static_cast<unsigned char>(c) < 0x20 ? ' ' : c;
+  }
+  return out + "'";
+}
+
+std::string draw(const std::string& what, const std::string& prefix,
+                 const std::function<std::string(const std::string& svg, const std::string& png)>& script) {
   const std::string drawn[] = {prefix + ".new.svg", prefix + ".new.png"};
-  const std::string script = make_script(curves, drawn[0], drawn[1]);
+  const std::string text = script(drawn[0], drawn[1]);
   const IgnoredPipeSignal ignored;
   std::FILE* gnuplot = popen("gnuplot 2>/dev/null", "w");
-  if (gnuplot == nullptr) return "no loss curve: gnuplot can't be started";
-  const bool written = std::fwrite(script.data(), 1, script.size(), gnuplot) == script.size();
+  if (gnuplot == nullptr) return "no " + what + ": gnuplot can't be started";
+  const bool written = std::fwrite(text.data(), 1, text.size(), gnuplot) == text.size();
   const int status = pclose(gnuplot);
   if (WIFEXITED(status) && WEXITSTATUS(status) == 127) {
-    return "no loss curve: gnuplot isn't installed (apt-get install gnuplot-nox)";
+    return "no " + what + ": gnuplot isn't installed (apt-get install gnuplot-nox)";
   }
   std::error_code error;
   if (written && status == 0) {
@@ -102,7 +99,14 @@ std::string plot_losses(const std::vector<Curve>& curves, const std::string& pre
     if (!error) return {};
   }
   for (const std::string& path : drawn) std::filesystem::remove(path, error);
-  return "no loss curve: gnuplot failed to draw " + prefix + ".svg and .png";
+  return "no " + what + ": gnuplot failed to draw " + prefix + ".svg and .png";
+}
+
+std::string plot_losses(const std::vector<Curve>& curves, const std::string& prefix) {
+  const bool empty = std::all_of(curves.begin(), curves.end(), [](const Curve& curve) { return curve.metrics.empty(); });
+  if (empty) return {};
+  return draw("loss curve", prefix,
+              [&](const std::string& svg, const std::string& png) { return make_script(curves, svg, png); });
 }
 
 }  // namespace latte::train

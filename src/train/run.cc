@@ -1,9 +1,6 @@
 #include "train/run.h"
 
 #include <ATen/Parallel.h>
-#include <fcntl.h>
-#include <sys/file.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -19,6 +16,7 @@
 #include "train/metrics.h"
 #include "train/plot.h"
 #include "train/progress.h"
+#include "train/run_folder.h"
 #include "train/trainer.h"
 
 namespace latte::train {
@@ -27,44 +25,6 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
-
-// A run's folder, held by one process at a time.
-class RunFolder {
- public:
-  explicit RunFolder(const std::string& path) : path_(path) {
-    std::error_code error;
-    std::filesystem::create_directories(path_, error);
-    if (error) throw formats::FileError("make", path, error.value());
-    const std::string lock = (path_ / ".lock").string();
-    lock_ = ::open(lock.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
-    if (lock_ < 0) throw formats::FileError("open", lock, errno);
-    if (::flock(lock_, LOCK_EX | LOCK_NB) != 0) {
-      ::close(lock_);
-      throw std::runtime_error("another process trains in " + path);
-    }
-    remove_remnants();
-  }
-  ~RunFolder() { ::close(lock_); }
-  RunFolder(const RunFolder&) = delete;
-  RunFolder& operator=(const RunFolder&) = delete;
-
-  std::string operator/(std::string_view name) const { return (path_ / name).string(); }
-  std::string checkpoint() const { return *this / kCheckpointName; }
-  std::string name() const { return path_.lexically_normal().filename().string(); }
-
- private:
-  // Temporary files (AtomicFile) of a process that was killed while it wrote.
-  void remove_remnants() const {
-    std::error_code ignored;
-    for (const auto& entry : std::filesystem::directory_iterator(path_, ignored)) {
-      const std::string name = entry.path().filename().string();
-      if (name.starts_with(".checkpoint.safetensors.") && name.ends_with(".tmp")) std::filesystem::remove(entry.path(), ignored);
-    }
-  }
-
-  std::filesystem::path path_;
-  int lock_ = -1;
-};
 
 TextCorpusOptions corpus_options(const TrainerOptions& options) {
   return {.kind = options.vocabulary_kind(), .validation_fraction = options.validation_fraction, .context = options.context};

@@ -1,0 +1,366 @@
+// latte eval: how a pretrained model reads long texts, by the kind of its attention.
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdio>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cli/torch_commands.h"
+#include "extend/evaluate.h"
+#include "extend/options.h"
+#include "extend/plot.h"
+#include "extend/retrieval.h"
+#include "extend/token_text.h"
+#include "extend/variants.h"
+#include "formats/error.h"
+#include "train/interrupt.h"
+#include "train/options.h"
+#include "train/progress.h"
+
+namespace latte::cli {
+namespace {
+
+using extend::AttentionKind;
+using extend::OptionError;
+using nlohmann::json;
+
+struct Options {
+  extend::VariantSources sources;
+  std::string text;
+  std::vector<int64_t> lengths = {2048, 8192};
+  int64_t windows = 4;
+  int64_t quadratic_limit = 16384;
+  std::vector<std::string> attention;
+  std::vector<std::string> tasks = {"text"};
+  std::vector<int64_t> task_lengths = {1024, 2048};
+  std::vector<double> depths = {0.1, 0.3, 0.5, 0.7, 0.9};
+  int64_t trials = 4;
+  int64_t pairs = 16;
+  std::optional<int64_t> window, sinks;
+  std::optional<double> rope_factor;
+  std::string dtype = "auto";
+  std::string plot;
+  bool kl = true;
+  int threads = 0;
+  bool json_output = false;
+  bool quiet = false;
+};
+
+bool Has(const std::vector<std::string>& list, const char* name) {
+  return std::find(list.begin(), list.end(), name) != list.end();
+}
+
+bool IsQuadratic(AttentionKind kind) {
+  return kind == AttentionKind::kFull || kind == AttentionKind::kFullNtk || kind == AttentionKind::kFullYarn ||
+         kind == AttentionKind::kFullUptrained;
+}
+
+// What was named, or all that the files allow.
+std::vector<AttentionKind> KindsOf(const Options& options, bool stretched) {
+  std::vector<AttentionKind> kinds;
+  for (const std::string& name : options.attention) kinds.push_back(extend::attention_kind_named(name));
+  if (!kinds.empty()) {
+    for (AttentionKind kind : kinds) {
+      if (const auto missing = missing_source(kind, options.sources)) throw OptionError(*missing);
+    }
+    return kinds;
+  }
+  for (AttentionKind kind : extend::all_attention_kinds()) {
+    const bool scaled = kind == AttentionKind::kFullNtk || kind == AttentionKind::kFullYarn;
+    if (!missing_source(kind, options.sources) && (stretched || !scaled)) kinds.push_back(kind);
+  }
+  return kinds;
+}
+
+json NumberOrNull(const std::optional<double>& value) { return value && std::isfinite(*value) ? json(*value) : json(nullptr); }
+
+json ToJson(const extend::TextRow& row) {
+  json buckets = json::array();
+  for (const extend::Bucket& bucket : row.buckets) {
+    buckets.push_back(
+        {{"from", bucket.from}, {"to", bucket.to}, {"perplexity", std::exp(bucket.loss)}, {"kl", NumberOrNull(bucket.kl)}});
+  }
+  json object = {{"attention", extend::name_of(row.attention)},
+                 {"length", row.length},
+                 {"windows", row.windows},
+                 {"perplexity", row.perplexity},
+                 {"stderr", NumberOrNull(row.standard_error)},
+                 {"loss", row.loss},
+                 {"kl", NumberOrNull(row.kl)},
+                 {"seconds", row.seconds},
+                 {"state_bytes", row.state_bytes},
+                 {"buckets", buckets}};
+  if (!row.latent_shares.empty()) object["latent_shares"] = row.latent_shares;
+  return object;
+}
+
+json ToJson(const extend::RetrievalRow& row) {
+  json object = {{"attention", extend::name_of(row.attention)},
+                 {"length", row.length},
+                 {"asked", row.asked},
+                 {"right", row.right},
+                 {"accuracy", static_cast<double>(row.right) / static_cast<double>(std::max<int64_t>(1, row.asked))}};
+  if (row.task == "passkey") object["depth"] = row.depth;
+  if (row.task == "recall") object["pairs"] = row.pairs;
+  return object;
+}
+
+double MeanShare(const extend::TextRow& row) {
+  double sum = 0.0;
+  size_t count = 0;
+  for (const auto& layer : row.latent_shares) {
+    for (double share : layer) sum += share;
+    count += layer.size();
+  }
+  return count > 0 ? sum / static_cast<double>(count) : 0.0;
+}
+
+std::string Format(const char* pattern, double value) {
+  std::array<char, 48> text{};
+  std::snprintf(text.data(), text.size(), pattern, value);
+  return text.data();
+}
+
+void Print(const extend::TextRow& row) {
+  std::printf("%-22s %7lld %3lld  %10.3f %9s %9s  %8.2f %9.2f %7s\n", std::string(extend::name_of(row.attention)).c_str(),
+              static_cast<long long>(row.length), static_cast<long long>(row.windows), row.perplexity,
+              row.standard_error ? Format("%.3f", *row.standard_error).c_str() : "-",
+              row.kl ? Format("%.4f", *row.kl).c_str() : "-", row.seconds, static_cast<double>(row.state_bytes) / 1e6,
+              row.latent_shares.empty() ? "-" : Format("%.1f%%", 100 * MeanShare(row)).c_str());
+  std::fflush(stdout);
+}
+
+class Evaluation {
+ public:
+  explicit Evaluation(Options& options) : options_(options), base_(options.sources.model), tokenizer_(base_.metadata()) {}
+
+  int run() {
+    prepare();
+    const train::InterruptGuard interrupt;
+    if (!options_.json_output && evaluator_) {
+      std::printf("%-22s %7s %3s  %10s %9s %9s  %8s %9s %7s\n", "attention", "length", "n", "perplexity", "stderr", "KL",
+                  "seconds", "state MB", "latents");
+    }
+    for (AttentionKind kind : kinds_) {
+      if (interrupted()) break;
+      extend::Variant variant = load_variant(kind, options_.sources);
+      if (evaluator_) read_text(variant);
+      if (Has(options_.tasks, "passkey")) passkey(variant);
+      if (Has(options_.tasks, "recall")) recall(variant);
+    }
+    if (options_.json_output) print_json();
+    if (!options_.plot.empty() && !rows_.empty()) {
+      const std::string problem = extend::plot_rows(rows_, options_.plot);
+      if (!problem.empty()) std::fprintf(stderr, "latte: %s\n", problem.c_str());
+    }
+    return interrupted() ? train::InterruptGuard::kExitCode : 0;
+  }
+
+ private:
+  static bool interrupted() { return train::InterruptGuard::interrupted(); }
+
+  void prepare() {
+    extend::VariantSources& sources = options_.sources;
+    sources.window = options_.window;
+    sources.sinks = options_.sinks;
+    sources.dtype = train::resolve_dtype(options_.dtype) == "bfloat16" ? torch::kBFloat16 : torch::kFloat32;
+    const auto config = formats::decoder_config(base_);
+    const bool text = Has(options_.tasks, "text");
+    int64_t longest = 0;
+    for (int64_t length : text ? options_.lengths : options_.task_lengths) longest = std::max(longest, length);
+    const double context = static_cast<double>(config.context_length);
+    sources.rope_factor = options_.rope_factor.value_or(std::max(1.0, static_cast<double>(longest) / context));
+    kinds_ = KindsOf(options_, sources.rope_factor > 1.0);
+    if (!text) return;
+    if (options_.text.empty()) throw OptionError("--text is missing");
+    models::Decoder original(nullptr);
+    if (options_.kl) original = models::load_decoder(sources.model, models::DecoderOptions{.dtype = sources.dtype});
+    evaluator_.emplace(extend::read_tokens(options_.text, tokenizer_), original);
+    for (int64_t length : options_.lengths) {
+      if (evaluator_->windows(length) > 0) continue;
+      throw formats::FormatError(options_.text, "too short for a stretch of " + std::to_string(length) + " tokens");
+    }
+  }
+
+  void note(const std::string& text) const {
+    if (!options_.quiet) std::fprintf(stderr, "%s\n", text.c_str());
+  }
+
+  void read_text(extend::Variant& variant) {
+    for (int64_t length : options_.lengths) {
+      if (interrupted()) return;
+      // Beyond, one stretch shows what there is to see, and the cost grows with the square.
+      const bool once = IsQuadratic(variant.kind) && length > options_.quadratic_limit;
+      rows_.push_back(evaluator_->evaluate(variant, length, once ? 1 : options_.windows));
+      if (!options_.json_output) Print(rows_.back());
+    }
+  }
+
+  void passkey(extend::Variant& variant) {
+    for (int64_t length : options_.task_lengths) {
+      for (double depth : options_.depths) {
+        extend::RetrievalRow row{variant.kind, "passkey", length, depth, 0, 0, 0};
+        for (int64_t trial = 0; trial < options_.trials && !interrupted(); ++trial) {
+          const auto retrieval = extend::passkey_case(tokenizer_, length, depth, static_cast<uint64_t>(trial));
+          row.right += extend::right_answers(variant.model.model, retrieval);
+          row.asked += static_cast<int64_t>(retrieval.answers.size());
+        }
+        keep(row, "passkey at depth " + Format("%.2f", depth));
+      }
+    }
+  }
+
+  void recall(extend::Variant& variant) {
+    for (int64_t length : options_.task_lengths) {
+      extend::RetrievalRow row{variant.kind, "recall", length, 0.0, options_.pairs, 0, 0};
+      for (int64_t trial = 0; trial < options_.trials && !interrupted(); ++trial) {
+        const auto retrieval = extend::recall_case(tokenizer_, length, options_.pairs, static_cast<uint64_t>(trial));
+        row.right += extend::right_answers(variant.model.model, retrieval);
+        row.asked += static_cast<int64_t>(retrieval.answers.size());
+      }
+      keep(row, "recall of " + std::to_string(options_.pairs));
+    }
+  }
+
+  void keep(const extend::RetrievalRow& row, const std::string& what) {
+    retrieval_.push_back(row);
+    if (options_.json_output) return;
+    std::printf("%-22s %7lld  %-24s %3lld of %lld\n", std::string(extend::name_of(row.attention)).c_str(),
+                static_cast<long long>(row.length), what.c_str(), static_cast<long long>(row.right),
+                static_cast<long long>(row.asked));
+    std::fflush(stdout);
+  }
+
+  void print_json() const {
+    json rows = json::array(), passkey = json::array(), recall = json::array();
+    for (const auto& row : rows_) rows.push_back(ToJson(row));
+    for (const auto& row : retrieval_) (row.task == "passkey" ? passkey : recall).push_back(ToJson(row));
+    json object = {{"model", options_.sources.model},
+                   {"adapter", options_.sources.adapter},
+                   {"text", options_.text},
+                   {"rope_factor", options_.sources.rope_factor},
+                   {"dtype", options_.sources.dtype == torch::kBFloat16 ? "bfloat16" : "float32"},
+                   {"threads", at::get_num_threads()},
+                   {"rows", rows}};
+    if (!passkey.empty()) object["passkey"] = passkey;
+    if (!recall.empty()) object["recall"] = recall;
+    std::printf("%s\n", object.dump(2, ' ', false, json::error_handler_t::replace).c_str());
+  }
+
+  Options& options_;
+  formats::GgufFile base_;
+  formats::Tokenizer tokenizer_;
+  std::vector<AttentionKind> kinds_;
+  std::optional<extend::TextEvaluator> evaluator_;
+  std::vector<extend::TextRow> rows_;
+  std::vector<extend::RetrievalRow> retrieval_;
+};
+
+int Eval(Options& options) {
+  if (options.threads > 0) at::set_num_threads(options.threads);
+  try {
+    return Evaluation(options).run();
+  } catch (const OptionError& error) {
+    throw CLI::ValidationError("eval", error.what());
+  }
+}
+
+}  // namespace
+
+void AddEval(CLI::App& app, int& exit_code) {
+  auto options = std::make_shared<Options>();
+  CLI::App* command = app.add_subcommand("eval", "Compare a pretrained model's attention on long texts");
+  command->option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
+  const auto list = CLI::MultiOptionPolicy::TakeAll;
+  const CLI::Range positive(int64_t{1}, int64_t{1} << 24);
+  command->add_option("model", options->sources.model, "The pretrained model, a GGUF file")->required()->type_name("MODEL");
+  command->add_option("--adapter", options->sources.adapter, "Of latte extend: latents")->type_name("FILE");
+  command->add_option("--control", options->sources.control, "Of latte extend --attention window-sinks")->type_name("FILE");
+  command->add_option("--full-adapter", options->sources.full_adapter, "Of latte extend --attention full")->type_name("FILE");
+  command
+      ->add_option("--attention", options->attention,
+                   "Some of full, full-ntk, full-yarn, full-uptrained, window, window-sinks, window-sinks-uptrained, macchiato, "
+                   "macchiato-latents-off; by default all that the files allow")
+      ->delimiter(',')
+      ->multi_option_policy(list);
+  command->add_option("--tasks", options->tasks, "Some of text, passkey, recall")
+      ->delimiter(',')
+      ->multi_option_policy(list)
+      ->check(CLI::IsMember({"text", "passkey", "recall"}))
+      ->capture_default_str();
+  command->add_option("--text", options->text, "A long plain text that no model was trained on")
+      ->type_name("FILE")
+      ->group("Text");
+  command->add_option("--lengths", options->lengths, "Tokens a stretch")
+      ->delimiter(',')
+      ->multi_option_policy(list)
+      ->check(positive)
+      ->capture_default_str()
+      ->group("Text");
+  command
+      ->add_option("--windows", options->windows, "Stretches of each length, from the start of the text; fewer where it is short")
+      ->check(positive)
+      ->capture_default_str()
+      ->group("Text");
+  command->add_option("--quadratic-limit", options->quadratic_limit, "Full attention reads one stretch where they are longer")
+      ->check(positive)
+      ->capture_default_str()
+      ->group("Text");
+  command->add_flag("!--no-kl", options->kl, "Leave out KL to the full model, which reads everything a second time")
+      ->group("Text");
+  command->add_option("--plot", options->plot, "Draw perplexity and time against length as PREFIX.svg and PREFIX.png")
+      ->type_name("PREFIX")
+      ->group("Text");
+  command->add_option("--task-lengths", options->task_lengths, "Tokens a case")
+      ->delimiter(',')
+      ->multi_option_policy(list)
+      ->check(positive)
+      ->capture_default_str()
+      ->group("Retrieval");
+  command->add_option("--depths", options->depths, "Where the passkey is: 0 the start, 1 the end")
+      ->delimiter(',')
+      ->multi_option_policy(list)
+      ->check(CLI::Range(0.0, 1.0))
+      ->capture_default_str()
+      ->group("Retrieval");
+  command->add_option("--trials", options->trials, "Cases of each length and depth")
+      ->check(positive)
+      ->capture_default_str()
+      ->group("Retrieval");
+  command->add_option("--pairs", options->pairs, "Names to recall")
+      ->check(CLI::Range(1, 4096))
+      ->capture_default_str()
+      ->group("Retrieval");
+  command->add_option("--window", options->window, "Of window and window-sinks; by default the adapter's, or 128")
+      ->check(positive)
+      ->group("Attention");
+  command->add_option("--sinks", options->sinks, "Of window-sinks; by default the adapter's, or 4")
+      ->check(CLI::Range(int64_t{0}, int64_t{1} << 24))
+      ->group("Attention");
+  command
+      ->add_option("--rope-factor", options->rope_factor,
+                   "Of full-ntk and full-yarn; by default the longest length by the trained context")
+      ->check(CLI::Range(1.0, 1e6))
+      ->group("Attention");
+  command->add_option("--dtype", options->dtype, "Of matrix products")
+      ->check(CLI::IsMember({"auto", "float32", "bfloat16"}))
+      ->capture_default_str();
+  command->add_option("--threads", options->threads, "Threads; by default torch's choice")->check(CLI::Range(1, 4096));
+  command->add_flag("--json", options->json_output, "Print the rows as JSON");
+  command->add_flag("--quiet", options->quiet, "No notes");
+  command->footer(
+      "Examples:\n"
+      "  latte eval smollm2.gguf --adapter w128.gguf --text book.txt\n"
+      "  latte eval smollm2.gguf --adapter w512.gguf --control w512-control.gguf --text book.txt --lengths 2048,8192,65536 "
+      "--json\n"
+      "  latte eval smollm2.gguf --adapter w128.gguf --tasks passkey,recall --task-lengths 2048");
+  command->callback([options, &exit_code] { exit_code = Eval(*options); });
+}
+
+}  // namespace latte::cli

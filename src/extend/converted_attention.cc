@@ -1,0 +1,108 @@
+#include "extend/converted_attention.h"
+
+#include <algorithm>
+#include <tuple>
+#include <utility>
+
+#include "nn/attention.h"
+
+namespace latte::extend {
+
+ConvertedAttentionImpl::ConvertedAttentionImpl(const formats::DecoderConfig& config, std::shared_ptr<const models::Rope> rope,
+                                               const FarOptions& far, LatentLogits latents)
+    : config_(config), rope_(std::move(rope)), far_(far) {
+  TORCH_CHECK_VALUE(config.attention_softcap == 0.0,
+                    "a model whose attention scores are capped can't be converted: its architecture is ", config.architecture);
+  if (latents) latents_ = register_module("latents", std::move(latents));
+  share_sum_ = torch::zeros({config.num_heads}, torch::kFloat64);
+}
+
+at::Tensor ConvertedAttentionImpl::mix(const at::Tensor& x, const models::AttentionWeights::Heads& heads,
+                                       const models::DecoderAttentionOptions& options, models::DecoderAttentionState* next) {
+  const bool mixed = latents_ && !latents_off_;
+  // The operators compute in float32 whatever comes; logits shouldn't be rounded to less, and all inputs share one dtype.
+  const auto dtype = x.scalar_type() == torch::kFloat64 ? torch::kFloat64 : torch::kFloat32;
+  const auto wide = [&](const at::Tensor& tensor) { return mixed ? tensor.to(dtype) : tensor; };
+  const auto query = wide(heads.query), key = wide(heads.key), value = wide(heads.value);
+  const auto positions = nn::positions_from(options.position(), x.size(1), x.device());
+
+  latte::MacchiatoAttentionOptions attention;
+  attention.window = far_.window;
+  attention.sinks = far_.sinks;
+  attention.scale = config_.attention_scale;
+  if (far_.sinks > 0) attention.sink_query = rope_->rotate(query, positions.clamp_max(far_.window + far_.sinks - 1));
+  attention.output_final_state = next != nullptr;
+  if (options.state) {
+    TORCH_CHECK_VALUE(options.state->macchiato.has_value(),
+                      "converted attention: the state comes from attention of another kind");
+    attention.initial_state = options.state->macchiato;
+  }
+  const auto rotated_query = rope_->rotate(query, positions), rotated_key = rope_->rotate(key, positions);
+  at::Tensor out;
+  std::optional<MacchiatoState> after;
+  if (mixed) {
+    LatentInputs inputs = latents_->forward(x, query, key, options.position(), far_);
+    if (recording_) {
+      const auto has_far = positions >= far_.window + far_.sinks;
+      const auto shares = 1.0 - inputs.query_logits.softmax(-1).select(-1, 0).to(torch::kFloat64);  // [B, T, H]
+      share_sum_ += (shares * has_far.view({1, -1, 1})).sum({0, 1});
+      share_count_ += has_far.sum().item<int64_t>() * x.size(0);
+    }
+    attention.log_decay = std::move(inputs.log_decay);
+    std::tie(out, after) =
+        macchiato_attention(rotated_query, rotated_key, value, inputs.query_logits, inputs.key_logits, attention);
+  } else {
+    std::tie(out, after) = window_attention(rotated_query, rotated_key, value, attention);
+  }
+  if (next) {
+    next->macchiato = std::move(after);
+    next->position = options.position() + x.size(1);
+  }
+  return out.to(x.scalar_type());
+}
+
+models::DecoderAttentionResult ConvertedAttentionImpl::forward(const at::Tensor& x, const models::AttentionWeights& weights,
+                                                               const models::DecoderAttentionOptions& options) {
+  models::DecoderAttentionResult result;
+  if (options.output_state) result.state.emplace();
+  const auto heads = weights.project(x, config_.head_dim);
+  const auto out = mix(x, heads, options, options.output_state ? &*result.state : nullptr);
+  auto output = weights.output;  // forward() isn't const
+  result.out = output(out.flatten(2));
+  return result;
+}
+
+void ConvertedAttentionImpl::record_shares(bool on) {
+  recording_ = on;
+  if (!on) return;
+  share_sum_.zero_();
+  share_count_ = 0;
+}
+
+at::Tensor ConvertedAttentionImpl::mean_shares() const {
+  return share_sum_ / static_cast<double>(std::max<int64_t>(1, share_count_));
+}
+
+FarOptions far_options(const formats::AdapterSpec& spec) { return {spec.window, spec.sinks, spec.far_limit}; }
+
+std::vector<ConvertedAttention> convert(models::Decoder& model, const formats::AdapterSpec& spec, bool forget) {
+  const auto& config = model->config();
+  TORCH_CHECK_VALUE(static_cast<int64_t>(spec.latents.size()) == config.num_layers, "convert: ", spec.latents.size(),
+                    " blocks, expected ", config.num_layers);
+  std::vector<ConvertedAttention> converted(spec.latents.size());
+  for (size_t i = 0; i < spec.latents.size(); ++i) {
+    if (spec.latents[i] < 0) continue;
+    const auto block = static_cast<int64_t>(i);
+    LatentLogits latents(nullptr);
+    if (spec.latents[i] > 0) {
+      latents = LatentLogits(
+          LatentSizes{config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim, spec.latents[i], forget});
+      if (model->dtype() == torch::kFloat64) latents->to(torch::kFloat64);  // of tests
+    }
+    converted[i] = std::make_shared<ConvertedAttentionImpl>(config, model->rope(block), far_options(spec), std::move(latents));
+    model->set_attention(block, converted[i]);
+  }
+  return converted;
+}
+
+}  // namespace latte::extend

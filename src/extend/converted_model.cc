@@ -1,0 +1,120 @@
+#include "extend/converted_model.h"
+
+#include <string_view>
+
+#include "extend/options.h"
+#include "formats/error.h"
+
+namespace latte::extend {
+namespace {
+
+std::string latent_name(size_t block, const std::string& name) { return "blk." + std::to_string(block) + ".latte_" + name; }
+
+void copy_in(const formats::GgufTensor& tensor, at::Tensor parameter) {
+  std::vector<float> values = tensor.floats();
+  parameter.copy_(torch::from_blob(values.data(), parameter.sizes(), torch::kFloat32));
+}
+
+bool has_decay(const formats::GgufFile& file, const formats::AdapterSpec& spec) {
+  for (size_t block = 0; block < spec.latents.size(); ++block) {
+    if (spec.latents[block] > 0 && file.find(latent_name(block, "decay"))) return true;
+  }
+  return false;
+}
+
+// The file's tensors into a model of that spec.
+void fill(ConvertedModel& converted, const formats::GgufFile& file) {
+  const torch::NoGradGuard no_grad;
+  for (size_t block = 0; block < converted.converted.size(); ++block) {
+    const ConvertedAttention& attention = converted.converted[block];
+    if (!attention || !attention->latents()) continue;
+    for (auto& [name, parameter] : attention->latents()->named_tensors()) {
+      const formats::GgufTensor* tensor = file.find(latent_name(block, name));
+      if (tensor == nullptr) {  // a block without decay among others that have one
+        parameter.fill_(-1e4);
+        continue;
+      }
+      copy_in(*tensor, parameter);
+    }
+  }
+  auto parameters = converted.model->named_parameters();
+  for (const formats::GgufTensor& tensor : file.tensors()) {
+    if (formats::is_added_tensor(tensor.name) || tensor.name == "rope_freqs.weight") continue;
+    at::Tensor* parameter = parameters.find(tensor.name);
+    if (parameter == nullptr) throw formats::FormatError(file.path(), "unknown tensor " + formats::quote(tensor.name));
+    copy_in(tensor, *parameter);
+  }
+}
+
+}  // namespace
+
+ConvertedModel make_converted(const std::string& model, const formats::AdapterSpec& spec, bool forget, at::ScalarType dtype) {
+  ConvertedModel converted;
+  converted.model = models::load_decoder(model, models::DecoderOptions{.dtype = dtype});
+  converted.spec = spec;
+  converted.converted = convert(converted.model, spec, forget);
+  return converted;
+}
+
+ConvertedModel load_converted(const std::string& model, const std::string& adapter, at::ScalarType dtype) {
+  if (adapter.empty()) {
+    const formats::GgufFile merged(model);
+    const auto spec = formats::merged_spec(merged);
+    if (!spec) throw formats::FormatError(model, "its attention isn't converted: it needs an adapter");
+    ConvertedModel converted = make_converted(model, *spec, has_decay(merged, *spec), dtype);
+    fill(converted, merged);
+    for (auto& parameter : converted.model->parameters()) parameter.requires_grad_(false);
+    return converted;
+  }
+  const formats::AdapterFile file(adapter);
+  file.check_fits(formats::GgufFile(model));
+  ConvertedModel converted = make_converted(model, file.spec(), has_decay(file.file(), file.spec()), dtype);
+  fill(converted, file.file());
+  for (auto& parameter : converted.model->parameters()) parameter.requires_grad_(false);
+  return converted;
+}
+
+std::vector<std::pair<std::string, at::Tensor>> latent_tensors(const std::vector<ConvertedAttention>& converted) {
+  std::vector<std::pair<std::string, at::Tensor>> tensors;
+  for (size_t block = 0; block < converted.size(); ++block) {
+    if (!converted[block] || !converted[block]->latents()) continue;
+    for (auto& [name, parameter] : converted[block]->latents()->named_tensors()) {
+      tensors.emplace_back(latent_name(block, name), parameter);
+    }
+  }
+  return tensors;
+}
+
+Storage storage_named(const std::string& name) {
+  if (name == "q8_0") return Storage::kQ8_0;
+  if (name == "bf16") return Storage::kBFloat16;
+  if (name == "f32") return Storage::kFloat32;
+  throw OptionError("storage is " + formats::quote(name) + ", expected one of q8_0, bf16, f32");
+}
+
+void StoredTensors::add(const std::string& name, const at::Tensor& tensor, Storage storage) {
+  const auto values = tensor.detach().to(torch::kFloat32).contiguous();
+  formats::GgufTensor stored;
+  stored.name = name;
+  stored.shape = values.sizes().vec();
+  // Biases, slopes and decays are few, and a rounded one shifts a whole latent. They may be [H, L]: the name tells.
+  const bool matrix = std::string_view(name).ends_with(".weight") && values.dim() >= 2;
+  const int64_t columns = values.size(-1);
+  if (!matrix || storage == Storage::kFloat32) {
+    stored.type = formats::TensorType::kF32;
+  } else {
+    const bool blocks = columns % formats::block_size(formats::TensorType::kQ8_0) == 0;
+    stored.type = storage == Storage::kQ8_0 && blocks ? formats::TensorType::kQ8_0 : formats::TensorType::kBF16;
+  }
+  data_.push_back(formats::quantize(stored.type, {values.data_ptr<float>(), static_cast<size_t>(values.numel())}, columns));
+  stored.data = data_.back();
+  tensors_.push_back(std::move(stored));
+}
+
+size_t StoredTensors::bytes() const {
+  size_t total = 0;
+  for (const auto& data : data_) total += data.size();
+  return total;
+}
+
+}  // namespace latte::extend

@@ -1,0 +1,157 @@
+#include "extend/evaluate.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <stdexcept>
+#include <string>
+
+#include "extend/kl_loss.h"
+
+namespace latte::extend {
+namespace {
+
+constexpr int64_t kPiece = 2048, kLeastPiece = 128;
+constexpr int64_t kMostScores = int64_t{1} << 24;  // a head, of queries times keys, where torch forms them
+constexpr int64_t kFirstBucket = 128;
+
+using Clock = std::chrono::steady_clock;
+
+int64_t bytes_of(const at::Tensor& tensor) { return tensor.defined() ? static_cast<int64_t>(tensor.nbytes()) : 0; }
+
+int64_t bytes_of(const models::DecoderState& state) {
+  int64_t total = 0;
+  for (const auto& layer : state.layers) {
+    total += bytes_of(layer.keys) + bytes_of(layer.values);
+    if (layer.macchiato) {
+      const MacchiatoState& s = *layer.macchiato;
+      for (const at::Tensor* tensor : {&s.latents, &s.keys, &s.values, &s.mask, &s.sink_keys, &s.sink_values, &s.sink_mask}) {
+        total += bytes_of(*tensor);
+      }
+    }
+    for (const auto& [name, tensor] : layer.more) total += bytes_of(tensor);
+  }
+  return total;
+}
+
+// 0 … 128 … 256 … 512 …: 128, then doubling, up to `length`.
+std::vector<Bucket> buckets_of(int64_t length) {
+  std::vector<Bucket> buckets;
+  for (int64_t from = 0, to = kFirstBucket; from < length; from = to, to *= 2) {
+    buckets.push_back({from, std::min(to, length), 0.0, std::nullopt});
+  }
+  return buckets;
+}
+
+}  // namespace
+
+at::Tensor head_of(const models::Decoder& model) {
+  const auto parameters = model->named_parameters();
+  const at::Tensor* output = parameters.find("output.weight");
+  return output ? *output : parameters["token_embd.weight"];
+}
+
+int64_t read_in_pieces(models::Decoder& model, const at::Tensor& tokens,
+                       const std::function<void(int64_t, const at::Tensor&)>& visit) {
+  const torch::NoGradGuard no_grad;
+  std::optional<models::DecoderState> state;
+  const int64_t piece = std::clamp(kMostScores / std::max<int64_t>(1, tokens.size(0)), kLeastPiece, kPiece);
+  for (int64_t begin = 0; begin < tokens.size(0); begin += piece) {
+    models::DecoderForwardOptions options;
+    options.logits = models::DecoderForwardOptions::kNoLogits;
+    options.state = state ? &*state : nullptr;
+    options.output_state = true;
+    auto result = model->forward(tokens.slice(0, begin, std::min(tokens.size(0), begin + piece)).unsqueeze(0), options);
+    visit(begin, result.hidden[0]);
+    state = std::move(result.state);
+  }
+  return state ? bytes_of(*state) : 0;
+}
+
+TextEvaluator::TextEvaluator(std::vector<int64_t> tokens, models::Decoder original)
+    : tokens_(torch::tensor(at::ArrayRef<int64_t>(tokens), torch::kLong)), original_(std::move(original)) {}
+
+int64_t TextEvaluator::windows(int64_t length) const {
+  return length > 0 ? std::max<int64_t>(0, tokens_.size(0) - 1) / length : 0;
+}
+
+at::Tensor TextEvaluator::original_hidden(int64_t length, int64_t window) {
+  if (!original_ || length > original_->config().context_length) return {};
+  at::Tensor& hidden = original_hidden_[{length, window}];
+  if (!hidden.defined()) {
+    std::vector<at::Tensor> pieces;
+    read_in_pieces(original_, tokens_.slice(0, window * length, (window + 1) * length),
+                   [&](int64_t, const at::Tensor& piece) { pieces.push_back(piece); });
+    hidden = at::cat(pieces);
+  }
+  return hidden;
+}
+
+TextRow TextEvaluator::evaluate(Variant& variant, int64_t length, int64_t windows) {
+  windows = std::min(windows, this->windows(length));
+  if (windows <= 0) {
+    throw std::invalid_argument("the text has " + std::to_string(tokens_.size(0)) + " tokens, expected at least " +
+                                std::to_string(length + 1) + " for a stretch of " + std::to_string(length));
+  }
+  TextRow row;
+  row.attention = variant.kind;
+  row.length = length;
+  row.windows = windows;
+  const auto& converted = variant.model.converted;
+  for (const auto& attention : converted) {
+    if (attention) attention->record_shares(variant.kind == AttentionKind::kMacchiato);
+  }
+  const at::Tensor head = head_of(variant.model.model);
+  std::vector<at::Tensor> losses, kls;  // [length] each
+  double seconds = 0.0;
+  for (int64_t window = 0; window < windows; ++window) {
+    const auto original = original_hidden(length, window);
+    const auto tokens = tokens_.slice(0, window * length, (window + 1) * length);
+    const auto targets = tokens_.slice(0, window * length + 1, (window + 1) * length + 1);
+    std::vector<at::Tensor> next_token, kl;
+    double elsewhere = 0.0;  // of the logits, which cost the same whatever the attention
+    const auto start = Clock::now();
+    row.state_bytes = read_in_pieces(variant.model.model, tokens, [&](int64_t begin, const at::Tensor& hidden) {
+      const auto pause = Clock::now();
+      const int64_t end = begin + hidden.size(0);
+      const auto piece = token_losses(hidden, targets.slice(0, begin, end), head,
+                                      original.defined() ? original.slice(0, begin, end) : at::Tensor());
+      next_token.push_back(piece.next_token);
+      if (piece.kl.defined()) kl.push_back(piece.kl);
+      elsewhere += std::chrono::duration<double>(Clock::now() - pause).count();
+    });
+    seconds += std::chrono::duration<double>(Clock::now() - start).count() - elsewhere;
+    losses.push_back(at::cat(next_token));
+    if (!kl.empty()) kls.push_back(at::cat(kl));
+  }
+  row.seconds = seconds / static_cast<double>(windows);
+
+  const auto all = at::stack(losses).to(torch::kFloat64);  // [windows, length]
+  const auto all_kl = kls.empty() ? at::Tensor() : at::stack(kls).to(torch::kFloat64);
+  row.loss = all.mean().item<double>();
+  row.perplexity = std::exp(row.loss);
+  if (windows > 1) {
+    const double spread = all.mean(1).std().item<double>() / std::sqrt(static_cast<double>(windows));
+    row.standard_error = row.perplexity * spread;
+  }
+  if (all_kl.defined()) row.kl = all_kl.mean().item<double>();
+  row.buckets = buckets_of(length);
+  for (Bucket& bucket : row.buckets) {
+    bucket.loss = all.slice(1, bucket.from, bucket.to).mean().item<double>();
+    if (all_kl.defined()) bucket.kl = all_kl.slice(1, bucket.from, bucket.to).mean().item<double>();
+  }
+  if (variant.kind == AttentionKind::kMacchiato) {
+    for (const auto& attention : converted) {
+      auto& shares = row.latent_shares.emplace_back();
+      if (!attention || !attention->latents()) continue;
+      const auto mean = attention->mean_shares();
+      shares.assign(mean.data_ptr<double>(), mean.data_ptr<double>() + mean.numel());
+    }
+  }
+  for (const auto& attention : converted) {
+    if (attention) attention->record_shares(false);
+  }
+  return row;
+}
+
+}  // namespace latte::extend

@@ -1,0 +1,67 @@
+// How well a model reads long texts, by the kind of its attention: perplexity by length and position, KL to the original, what it
+// costs.
+#pragma once
+
+#include <torch/torch.h>
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "extend/variants.h"
+
+namespace latte::extend {
+
+struct Bucket {
+  int64_t from = 0, to = 0;  // positions
+  double loss = 0.0;         // nats a token
+  std::optional<double> kl;
+};
+
+struct TextRow {
+  AttentionKind attention = AttentionKind::kFull;
+  int64_t length = 0;
+  int64_t windows = 0;  // stretches of that length that were read
+  double loss = 0.0;    // nats a token, over all tokens of all stretches
+  double perplexity = 0.0;
+  std::optional<double> standard_error;  // of the perplexity, from the spread between stretches: two or more
+  std::optional<double> kl;              // of the full model to this one, nats a token; within the trained context only
+  double seconds = 0.0;                  // of reading, a stretch
+  int64_t state_bytes = 0;               // what is carried on after a stretch
+  std::vector<Bucket> buckets;
+  // Latents' share of probability, [layer][head], of tokens that have anything beyond the window; empty for layers without.
+  std::vector<std::vector<double>> latent_shares;
+};
+
+// Reads texts in pieces with a state between them, so that memory beyond the state's doesn't grow.
+class TextEvaluator {
+ public:
+  // Stretches are taken from the start of `tokens`, one after the other. `original` reads those within its trained context, for
+  // KL; without it there is none.
+  TextEvaluator(std::vector<int64_t> tokens, models::Decoder original);
+
+  // How many stretches of `length` tokens, each followed by one more, the text has.
+  int64_t windows(int64_t length) const;
+
+  // Throws std::invalid_argument where windows(length) is 0.
+  TextRow evaluate(Variant& variant, int64_t length, int64_t windows);
+
+ private:
+  at::Tensor original_hidden(int64_t length, int64_t window);
+
+  at::Tensor tokens_;
+  models::Decoder original_{nullptr};
+  std::map<std::pair<int64_t, int64_t>, at::Tensor> original_hidden_;
+};
+
+// Reads `tokens` [T] in pieces and calls `visit` with each piece's first position and hidden states [n, E]. Returns the bytes of
+// the state after them.
+int64_t read_in_pieces(models::Decoder& model, const at::Tensor& tokens,
+                       const std::function<void(int64_t, const at::Tensor&)>& visit);
+
+at::Tensor head_of(const models::Decoder& model);  // [V, E]
+
+}  // namespace latte::extend

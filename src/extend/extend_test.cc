@@ -1,0 +1,255 @@
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <nlohmann/json.hpp>
+
+#include "extend/converted_model.h"
+#include "extend/evaluate.h"
+#include "extend/extend_trainer.h"
+#include "extend/latent_start.h"
+#include "extend/run.h"
+#include "extend/tiny_model.h"
+#include "formats/error.h"
+#include "formats/test_files.h"
+#include "nn/test_close.h"
+
+namespace latte::extend {
+namespace {
+
+using formats::error_text;
+using formats::FormatError;
+using nn::close;
+
+class ExtendTest : public ::testing::Test {
+ protected:
+  ExtendTest() {
+    write_tiny_model(folder_ / "base.gguf");
+    std::string text;
+    for (int i = 0; i < 400; ++i)
+      text += "line " + std::to_string(i * i % 97) + " of a text with " + std::to_string(i % 7) + "\n";
+    formats::write_bytes(folder_ / "text.txt", text);
+    options_.model = folder_ / "base.gguf";
+    options_.text = {folder_ / "text.txt"};
+    options_.held_out_fraction = 0.1;
+    options_.window = 8;
+    options_.sinks = 2;
+    options_.latents = 4;
+    options_.match_sequences = 2;
+    options_.match_steps = 6;
+    options_.context = 64;
+    options_.tokens = 64 * 6;
+    options_.least_window = 4;
+    options_.dtype = "float32";
+    options_.storage = "f32";
+  }
+
+  formats::Tokenizer tokenizer() const { return formats::Tokenizer(formats::GgufFile(options_.model).metadata()); }
+  TokenText text() const { return TokenText(options_.text, tokenizer(), options_.held_out_fraction, options_.context); }
+  RunOptions run(const std::string& out = "out.gguf") const {
+    RunOptions run;
+    run.out = folder_ / out;
+    run.quiet = true;
+    return run;
+  }
+  std::vector<int64_t> some_tokens(int64_t count) const {
+    auto tokens = read_tokens(options_.text[0], tokenizer());
+    tokens.resize(static_cast<size_t>(count));
+    return tokens;
+  }
+
+  formats::TestFolder folder_;
+  ExtendOptions options_;
+};
+
+TEST_F(ExtendTest, MatchingLowersTheError) {
+  options_.match_steps = 40;
+  const TokenText text = this->text();
+  ExtendTrainer trainer(options_, text);
+  std::vector<MatchResult> layers;
+  trainer.match([&](const MatchResult& result) {
+    layers.push_back(result);
+    return true;
+  });
+  ASSERT_EQ(layers.size(), 2U);
+  for (const MatchResult& layer : layers) {
+    EXPECT_GT(layer.far_share, 0.3);
+    EXPECT_LT(layer.error, 0.6 * layer.window_error) << "layer " << layer.layer;
+  }
+}
+
+TEST_F(ExtendTest, TrainingBringsTheModelCloser) {
+  options_.tokens = 64 * 40;
+  options_.match_sequences = 0;  // closed latents: the attention weights do it
+  const Report report = run_extend(options_, run());
+  ASSERT_TRUE(report.window_sinks && report.trained);
+  EXPECT_LT(report.trained->kl, 0.95 * report.window_sinks->kl);
+  EXPECT_EQ(report.step, 40);
+}
+
+TEST_F(ExtendTest, GoesOnBitForBit) {
+  const TokenText text = this->text();
+  const auto matched = [](ExtendTrainer& trainer) { trainer.match([](const MatchResult&) { return true; }); };
+  ExtendTrainer whole(options_, text), first(options_, text), second(options_, text);
+  matched(whole);
+  matched(first);
+  for (int i = 0; i < 4; ++i) whole.step();
+  for (int i = 0; i < 2; ++i) first.step();
+  first.save(folder_ / "c.safetensors", "{}");
+  second.load(formats::CheckpointFile(folder_ / "c.safetensors"));
+  for (int i = 0; i < 2; ++i) second.step();
+  EXPECT_EQ(second.steps_done(), 4);
+  const auto a = whole.student().model->named_parameters(), b = second.student().model->named_parameters();
+  for (const auto& item : a) EXPECT_TRUE(item.value().equal(b[item.key()])) << item.key();
+}
+
+TEST_F(ExtendTest, TheAdapterIsTheStudent) {
+  const TokenText text = this->text();
+  ExtendTrainer trainer(options_, text);
+  trainer.match([](const MatchResult&) { return true; });
+  for (int i = 0; i < 2; ++i) trainer.step();
+  formats::write_adapter(folder_ / "a.gguf", trainer.spec(), formats::GgufFile(options_.model),
+                         trainer.adapter_tensors().tensors());
+  auto loaded = load_converted(options_.model, folder_ / "a.gguf", torch::kFloat32);
+  const auto tokens = torch::tensor(some_tokens(60)).unsqueeze(0);
+  const torch::NoGradGuard no_grad;
+  EXPECT_TRUE(close(loaded.model->forward(tokens).logits, trainer.student().model->forward(tokens).logits, 1e-6));
+}
+
+TEST_F(ExtendTest, AMergedModelIsTheAdapterOnItsBase) {
+  RunOptions both = run();
+  both.merged = folder_ / "merged.gguf";
+  run_extend(options_, both);
+  auto adapted = load_converted(options_.model, both.out, torch::kFloat32);
+  auto merged = load_converted(both.merged, "", torch::kFloat32);
+  const auto tokens = torch::tensor(some_tokens(60)).unsqueeze(0);
+  const torch::NoGradGuard no_grad;
+  EXPECT_TRUE(close(merged.model->forward(tokens).logits, adapted.model->forward(tokens).logits, 1e-6));
+  EXPECT_CONTAINS(error_text<FormatError>([&] { load_converted(options_.model, "", torch::kFloat32); }), "isn't converted");
+}
+
+TEST_F(ExtendTest, ARunIsStoppedAndResumed) {
+  options_.tokens = 64 * 3;
+  const Report first = run_extend(options_, run());
+  EXPECT_EQ(first.step, 3);
+  EXPECT_EQ(first.layers.size(), 2U);
+  EXPECT_TRUE(first.latents_off.has_value());
+  EXPECT_THROW(run_extend(options_, run()), OptionError);  // it is there already
+  ExtendOptions more = options_of_run(run().out);
+  EXPECT_EQ(more, options_);
+  more.tokens = 64 * 5;
+  const Report second = resume_extend(more, run());
+  EXPECT_EQ(second.step, 5);
+  EXPECT_TRUE(second.layers.empty());
+  more.window = 16;
+  EXPECT_CONTAINS(error_text<OptionError>([&] { resume_extend(more, run()); }), "window is 16");
+  write_tiny_model(folder_ / "other.gguf", 9);
+  more.window = 8;
+  more.model = folder_ / "other.gguf";
+  EXPECT_CONTAINS(error_text<FormatError>([&] { resume_extend(more, run()); }), "another model");
+}
+
+TEST_F(ExtendTest, FullAttentionCanBeTheControl) {
+  options_.attention = "full";
+  options_.loss = "text";
+  run_extend(options_, run("full.gguf"));
+  const formats::AdapterFile adapter(folder_ / "full.gguf");
+  EXPECT_EQ(adapter.spec().converted_blocks(), 0);
+  EXPECT_EQ(adapter.file().tensors().size(), 8U);  // q, k, v, o of two layers
+}
+
+TEST_F(ExtendTest, EvaluationAgreesWithTheModelAsAWhole) {
+  run_extend(options_, run());
+  VariantSources sources;
+  sources.model = options_.model;
+  sources.adapter = run().out;
+  sources.dtype = torch::kFloat32;
+  const auto tokens = some_tokens(257);
+  TextEvaluator evaluator(tokens, models::load_decoder(sources.model));
+  EXPECT_EQ(evaluator.windows(64), 4);
+  for (AttentionKind kind : {AttentionKind::kFull, AttentionKind::kMacchiato, AttentionKind::kMacchiatoLatentsOff}) {
+    Variant variant = load_variant(kind, sources);
+    const TextRow row = evaluator.evaluate(variant, 64, 3);
+    EXPECT_EQ(row.windows, 3);
+    double expected = 0.0;
+    const torch::NoGradGuard no_grad;
+    for (int64_t i = 0; i < 3; ++i) {
+      const auto all = torch::tensor(tokens);
+      const auto logits = variant.model.model->forward(all.slice(0, 64 * i, 64 * i + 64).unsqueeze(0)).logits[0];
+      expected += torch::nn::functional::cross_entropy(logits, all.slice(0, 64 * i + 1, 64 * i + 65)).item<double>() / 3;
+    }
+    EXPECT_NEAR(row.loss, expected, 1e-5);
+    EXPECT_TRUE(row.standard_error && row.kl);
+    if (kind == AttentionKind::kFull) {
+      EXPECT_LT(*row.kl, 1e-6);
+    } else {
+      EXPECT_GT(*row.kl, 1e-4);
+    }
+    EXPECT_EQ(row.buckets.size(), 1U);
+    EXPECT_EQ(row.latent_shares.size(), kind == AttentionKind::kMacchiato ? 2U : 0U);
+  }
+  Variant linear = load_variant(AttentionKind::kMacchiato, sources);
+  EXPECT_EQ(evaluator.evaluate(linear, 64, 1).state_bytes, evaluator.evaluate(linear, 256, 1).state_bytes);
+  EXPECT_THROW(evaluator.evaluate(linear, 257, 1), std::invalid_argument);
+  EXPECT_THROW(load_variant(AttentionKind::kWindowSinksUptrained, sources), OptionError);
+  sources.control = run().out;
+  EXPECT_CONTAINS(error_text<OptionError>([&] { load_variant(AttentionKind::kWindowSinksUptrained, sources); }), "has latents");
+}
+
+TEST_F(ExtendTest, TextsThatAreTooShortAreRefused) {
+  formats::write_bytes(folder_ / "short.txt", "short");
+  options_.text = {folder_ / "short.txt"};
+  EXPECT_CONTAINS(error_text<FormatError>([&] { run_extend(options_, run()); }), "no text has 65 tokens");
+  EXPECT_EQ(folder_.names().count("out.gguf"), 0U);
+  options_.text = {folder_ / "none.txt"};
+  EXPECT_THROW(run_extend(options_, run()), formats::FileError);
+}
+
+TEST(ExtendOptions, ComeBackFromJson) {
+  ExtendOptions options;
+  options.model = "m.gguf";
+  options.text = {"a.txt", "b.txt"};
+  options.latents = 32;
+  options.lr = 1e-4;
+  EXPECT_EQ(ExtendOptions::from_json(options.to_json()), options);
+  nlohmann::json bad = options.to_json();
+  bad["latents"] = 0;
+  EXPECT_THROW(ExtendOptions::from_json(bad), OptionError);
+  bad = options.to_json();
+  bad["nonsense"] = 1;
+  EXPECT_THROW(ExtendOptions::from_json(bad), OptionError);
+  options.window = 100;
+  options.least_window = 32;
+  EXPECT_EQ(options.training_windows(), (std::vector<int64_t>{32, 64, 100}));
+  options.least_window = 0;
+  EXPECT_EQ(options.training_windows(), (std::vector<int64_t>{100}));
+}
+
+TEST(FarShares, EqualTheDefinition) {
+  torch::manual_seed(5);
+  const auto query = torch::randn({30, 4, 8}), key = torch::randn({30, 2, 8});
+  const auto positions = torch::tensor({3, 15, 29});
+  const auto shares = far_shares(query, key, positions, 0.4, {.window = 8, .sinks = 2, .far_limit = 100});
+  for (int64_t i = 0; i < 3; ++i) {
+    const auto t = positions[i].item<int64_t>();
+    for (int64_t h = 0; h < 4; ++h) {
+      const auto p = (key.select(1, h / 2).slice(0, 0, t + 1).matmul(query[t][h]) * 0.4).softmax(0);
+      const double expected = t - 8 >= 2 ? p.slice(0, 2, t - 7).sum().item<double>() : 0.0;
+      EXPECT_NEAR(shares[i][h].item<double>(), expected, 1e-5);
+    }
+  }
+}
+
+TEST(KMeans, FindsClusters) {
+  torch::manual_seed(6);
+  const auto centers = torch::tensor({{0.0, 10.0}, {10.0, 0.0}, {-10.0, -10.0}});
+  const auto points = (centers.unsqueeze(1) + torch::randn({3, 50, 2}) * 0.1).flatten(0, 1);
+  const Clusters clusters = k_means(points, torch::ones({150}), 3, 1);
+  for (int64_t c = 0; c < 3; ++c) {
+    EXPECT_TRUE((clusters.member.slice(0, c * 50, c * 50 + 50) == clusters.member[c * 50]).all().item<bool>());
+    EXPECT_TRUE(close(clusters.centers[clusters.member[c * 50].item<int64_t>()], centers[c].to(torch::kFloat32), 0.02));
+  }
+  EXPECT_EQ(k_means(points.slice(0, 0, 2), torch::ones({2}), 4, 1).centers.size(0), 4);  // fewer points than clusters
+}
+
+}  // namespace
+}  // namespace latte::extend

@@ -1,0 +1,231 @@
+#include "extend/extend_trainer.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <nlohmann/json.hpp>
+#include <random>
+
+#include "extend/kl_loss.h"
+#include "formats/error.h"
+#include "formats/hash.h"
+#include "train/training_checkpoint.h"
+
+namespace latte::extend {
+namespace {
+
+at::ScalarType scalar_type(const std::string& dtype) { return dtype == "bfloat16" ? torch::kBFloat16 : torch::kFloat32; }
+
+// Of a stretch of tokens [B, T + 1], what is read and what follows it.
+at::Tensor inputs_of(const at::Tensor& tokens) { return tokens.slice(1, 0, -1); }
+at::Tensor targets_of(const at::Tensor& tokens) { return tokens.slice(1, 1).flatten(); }
+
+int64_t drawn_window(const ExtendOptions& options, int64_t step) {
+  const auto windows = options.training_windows();
+  std::seed_seq sequence{static_cast<uint32_t>(options.seed), static_cast<uint32_t>(step), 0x77u};
+  std::mt19937 random(sequence);
+  return windows[random() % windows.size()];
+}
+
+bool trains(const std::string& name) {
+  for (const char* part : {".attn_q.weight", ".attn_k.weight", ".attn_v.weight", ".attn_output.weight"}) {
+    if (name.ends_with(part)) return true;
+  }
+  return false;
+}
+
+}  // namespace
+
+formats::AdapterSpec spec_of(const ExtendOptions& options, const formats::DecoderConfig& config) {
+  formats::AdapterSpec spec;
+  spec.window = options.window;
+  spec.sinks = options.sinks;
+  spec.far_limit = options.far_limit;
+  for (int64_t block = 0; block < config.num_layers; ++block) {
+    // Local layers have a window of their own already.
+    const bool stays = options.attention == "full" || config.is_local(block);
+    spec.latents.push_back(stays ? -1 : options.attention == "macchiato" ? static_cast<int32_t>(options.latents) : 0);
+  }
+  spec.base_hash = formats::hash_of_file(options.model);
+  spec.recipe = options.to_json().dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
+  return spec;
+}
+
+ExtendTrainer::ExtendTrainer(const ExtendOptions& options, const TokenText& text)
+    : options_(options), dtype_(train::resolve_dtype(options.dtype)), text_(text) {
+  options.validate();
+  torch::manual_seed(static_cast<uint64_t>(options.seed));
+  original_ = models::load_decoder(options.model, models::DecoderOptions{.dtype = scalar_type(dtype_)});
+  formats::AdapterSpec spec = spec_of(options, original_->config());
+  spec.base_name = formats::GgufFile(options.model).metadata().string_or("general.name", "");
+  student_ = make_converted(options.model, spec, options.forget, scalar_type(dtype_));
+  collect_parameters();
+  held_out_ = text.held_out(options.eval_sequences);
+}
+
+void ExtendTrainer::collect_parameters() {
+  auto originals = original_->named_parameters();
+  train::AdamW::NamedTensors attention;
+  for (auto& item : student_.model->named_parameters()) {
+    at::Tensor* original = originals.find(item.key());
+    if (original == nullptr) continue;  // of latents
+    if (options_.train == "attention" && trains(item.key())) {
+      item.value().requires_grad_(true);
+      const auto master = original->detach().to(torch::kFloat32, /*non_blocking=*/false, /*copy=*/true).requires_grad_(true);
+      masters_.push_back({item.key(), master, item.value()});
+      attention.emplace_back(item.key(), master);
+    } else {
+      item.value().set_data(original->data());  // one copy of what stays
+    }
+  }
+  train::AdamW::NamedTensors matrices, gates, vectors;
+  for (auto& [name, parameter] : latent_tensors(student_.converted)) {
+    const bool matrix = name.ends_with("query.weight") || name.ends_with("key.weight");
+    (matrix ? matrices : name.ends_with("gate.weight") ? gates : vectors).emplace_back(name, parameter);
+  }
+  const auto add = [&](const char* name, double lr, const train::AdamW::NamedTensors& tensors) {
+    if (tensors.empty()) return;
+    groups_.push_back({name, lr, train::AdamW(tensors, {.beta1 = 0.9, .beta2 = 0.95, .weight_decay = 0.0})});
+    for (const auto& [key, tensor] : tensors) parameters_.push_back(tensor);
+  };
+  add("attention", options_.lr, attention);
+  add("matrices", options_.latent_lr, matrices);
+  add("gates", options_.latent_lr / 3, gates);
+  add("vectors", options_.vector_lr, vectors);
+}
+
+void ExtendTrainer::masters_to_model() {
+  const torch::NoGradGuard no_grad;
+  for (Master& master : masters_) master.weight.copy_(master.master);
+}
+
+at::Tensor ExtendTrainer::head() const {
+  const auto parameters = original_->named_parameters();
+  const at::Tensor* output = parameters.find("output.weight");
+  return output ? *output : parameters["token_embd.weight"];
+}
+
+at::Tensor ExtendTrainer::teacher_hidden(const at::Tensor& tokens) {
+  const torch::NoGradGuard no_grad;
+  auto forward = models::DecoderForwardOptions();
+  forward.logits = models::DecoderForwardOptions::kNoLogits;
+  return original_->forward(inputs_of(tokens), forward).hidden.flatten(0, 1);
+}
+
+void ExtendTrainer::match(const std::function<bool(const MatchResult&)>& report) {
+  const bool any = std::any_of(student_.converted.begin(), student_.converted.end(),
+                               [](const auto& attention) { return attention && attention->latents(); });
+  if (!any || options_.match_sequences == 0) return;
+  std::vector<at::Tensor> sequences;
+  for (int64_t i = 0; i < options_.match_sequences; ++i) {
+    // Numbers from the far end: other stretches than the steps'.
+    const auto index = std::numeric_limits<uint64_t>::max() - static_cast<uint64_t>(i);
+    sequences.push_back(inputs_of(text_.sample(1, static_cast<uint64_t>(options_.seed), index))[0]);
+  }
+  match_latents(original_, student_.converted, sequences, options_, report);
+}
+
+StepResult ExtendTrainer::step() {
+  StepResult result;
+  result.window = drawn_window(options_, steps_done_);
+  const auto tokens = text_.sample(options_.batch, static_cast<uint64_t>(options_.seed), static_cast<uint64_t>(steps_done_));
+  for (const auto& attention : student_.converted) {
+    if (attention) attention->set_window(result.window);
+  }
+  auto forward = models::DecoderForwardOptions();
+  forward.logits = models::DecoderForwardOptions::kNoLogits;
+  const auto hidden = student_.model->forward(inputs_of(tokens), forward).hidden.flatten(0, 1);
+  const auto loss = options_.loss == "kl" ? kl_to_teacher(hidden, teacher_hidden(tokens), head())
+                                          : next_token_loss(hidden, targets_of(tokens), head());
+  loss.backward();
+  for (const auto& attention : student_.converted) {
+    if (attention) attention->set_window(options_.window);
+  }
+  for (Master& master : masters_) {
+    if (master.weight.grad().defined()) master.master.mutable_grad() = master.weight.grad().to(torch::kFloat32);
+    master.weight.mutable_grad() = at::Tensor();
+  }
+  result.loss = loss.item<double>();
+  const double limit = options_.clip > 0 ? options_.clip : std::numeric_limits<double>::infinity();
+  result.grad_norm = torch::nn::utils::clip_grad_norm_(parameters_, limit);
+  const double factor = learning_rate_factor(options_, steps_done_);
+  result.lr = (groups_.empty() ? 0.0 : groups_.front().lr) * factor;
+  if (std::isfinite(result.loss) && std::isfinite(result.grad_norm)) {
+    ++steps_done_;
+    for (Group& group : groups_) group.optimizer.step(group.lr * factor, steps_done_);
+    masters_to_model();
+  }
+  for (Group& group : groups_) group.optimizer.zero_grad();
+  return result;
+}
+
+Validation ExtendTrainer::validate(bool latents_off) {
+  const torch::NoGradGuard no_grad;
+  if (!held_out_hidden_.defined()) {
+    std::vector<at::Tensor> rows;
+    for (int64_t i = 0; i < held_out_.size(0); ++i) rows.push_back(teacher_hidden(held_out_.slice(0, i, i + 1)));
+    held_out_hidden_ = at::stack(rows);
+  }
+  for (const auto& attention : student_.converted) {
+    if (attention) attention->set_latents_off(latents_off);
+  }
+  Validation total;
+  auto forward = models::DecoderForwardOptions();
+  forward.logits = models::DecoderForwardOptions::kNoLogits;
+  for (int64_t i = 0; i < held_out_.size(0); ++i) {
+    const auto tokens = held_out_.slice(0, i, i + 1);
+    const auto hidden = student_.model->forward(inputs_of(tokens), forward).hidden.flatten(0, 1);
+    const TokenLosses losses = token_losses(hidden, targets_of(tokens), head(), held_out_hidden_[i]);
+    total.kl += losses.kl.mean().item<double>() / static_cast<double>(held_out_.size(0));
+    total.next_token += losses.next_token.mean().item<double>() / static_cast<double>(held_out_.size(0));
+  }
+  for (const auto& attention : student_.converted) {
+    if (attention) attention->set_latents_off(false);
+  }
+  return total;
+}
+
+train::AdamW::NamedTensors ExtendTrainer::state() const {
+  train::AdamW::NamedTensors tensors;
+  for (const Master& master : masters_) tensors.emplace_back("attention." + master.name, master.master.detach());
+  for (const auto& [name, tensor] : latent_tensors(student_.converted)) tensors.emplace_back("latents." + name, tensor.detach());
+  for (const Group& group : groups_) {
+    for (const auto& [name, tensor] : group.optimizer.state()) {
+      tensors.emplace_back("optimizer." + group.name + "." + name, tensor);
+    }
+  }
+  return tensors;
+}
+
+void ExtendTrainer::save(const std::string& path, const std::string& config) const {
+  const auto tensors = state();
+  std::vector<formats::TensorView> views;
+  for (const auto& [name, tensor] : tensors) views.push_back(train::view_of(name, tensor));
+  formats::write_checkpoint(path, {config, steps_done_}, views);
+}
+
+void ExtendTrainer::load(const formats::CheckpointFile& checkpoint) {
+  const auto tensors = state();
+  std::vector<formats::TensorSpec> specs;
+  for (const auto& [name, tensor] : tensors) specs.push_back(train::view_of(name, tensor));
+  checkpoint.file().require(specs);
+  for (const auto& [name, tensor] : tensors) train::copy_from(checkpoint.file(), name, tensor);
+  steps_done_ = checkpoint.step();
+  masters_to_model();
+}
+
+StoredTensors ExtendTrainer::adapter_tensors() const {
+  const Storage storage = storage_named(options_.storage);
+  StoredTensors stored;
+  for (const auto& [name, tensor] : latent_tensors(student_.converted)) stored.add(name, tensor, storage);
+  for (const Master& master : masters_) stored.add(master.name, master.master, storage);
+  return stored;
+}
+
+int64_t ExtendTrainer::trained_parameters() const {
+  int64_t count = 0;
+  for (const at::Tensor& parameter : parameters_) count += parameter.numel();
+  return count;
+}
+
+}  // namespace latte::extend

@@ -1,0 +1,68 @@
+#include "extend/latent_logits.h"
+
+#include <cmath>
+#include <limits>
+
+#include "formats/adapter.h"
+
+namespace latte::extend {
+namespace {
+
+constexpr double kClosed = 30.0;  // e^-30 is less than float32 can add to 1, for any number of latents below 10^5
+// Latents start with half-lives from here to there, in tokens, so that some are recent and some are long.
+constexpr double kShortestHalfLife = 512.0, kLongestHalfLife = 16384.0;
+
+// heads [B, T, H, D] times weight [H, L, D] -> [B, T, H, L]: one product a head.
+at::Tensor per_head(const at::Tensor& heads, const at::Tensor& weight, const at::Tensor& bias) {
+  const auto by_head = heads.to(weight.scalar_type()).permute({2, 0, 1, 3}).flatten(1, 2);  // [H, B T, D]
+  const auto logits = at::baddbmm(bias.unsqueeze(1), by_head, weight.transpose(1, 2));      // [H, B T, L]
+  return logits.view({heads.size(2), heads.size(0), heads.size(1), weight.size(1)}).permute({1, 2, 0, 3});
+}
+
+}  // namespace
+
+LatentLogitsImpl::LatentLogitsImpl(const LatentSizes& sizes) : sizes_(sizes) {
+  const auto [embed, heads, kv_heads, dim, latents, forget] = sizes;
+  query_weight = register_parameter("query_weight", torch::zeros({heads, latents, dim}));
+  query_bias = register_parameter("query_bias", torch::zeros({heads, latents}));
+  key_weight = register_parameter("key_weight", torch::zeros({kv_heads, latents, dim}));
+  key_bias = register_parameter("key_bias", torch::zeros({kv_heads, latents}));
+  gate_weight = register_parameter("gate_weight", torch::zeros({heads, embed}));
+  gate_bias = register_parameter("gate_bias", torch::full({heads}, kClosed));
+  gate_slope = register_parameter("gate_slope", torch::zeros({heads}));
+  if (forget) {
+    const auto half_lives = torch::linspace(std::log(kShortestHalfLife), std::log(kLongestHalfLife), latents).exp();
+    decay = register_parameter("decay", (std::log(2.0) / half_lives).log().expand({kv_heads, latents}).clone());
+  }
+}
+
+LatentInputs LatentLogitsImpl::forward(const at::Tensor& x, const at::Tensor& query, const at::Tensor& key, int64_t position,
+                                       const FarOptions& far) {
+  const auto dtype = query_weight.scalar_type();
+  const int64_t first = position + 1 - far.window - far.sinks;
+  const auto count = torch::arange(first, first + x.size(1), torch::kLong).clamp(0, far.far_limit);
+  const auto growth = (count.clamp_min(1).to(dtype) / formats::kFarUnit).log();  // [T]
+  const auto gate = at::linear(x.to(dtype), gate_weight, gate_bias) - gate_slope * growth.unsqueeze(-1);
+
+  LatentInputs inputs;
+  auto query_logits = per_head(query, query_weight, query_bias);
+  if (first <= 0) {
+    query_logits = query_logits.masked_fill((count == 0).view({1, -1, 1, 1}), -std::numeric_limits<double>::infinity());
+  }
+  inputs.query_logits = at::cat({gate.unsqueeze(-1), query_logits}, -1);
+  inputs.key_logits = per_head(key, key_weight, key_bias);
+  if (decay.defined()) {
+    inputs.log_decay = decay.exp().neg().expand({x.size(0), x.size(1), sizes_.num_kv_heads, sizes_.latents});
+  }
+  return inputs;
+}
+
+std::vector<std::pair<std::string, at::Tensor>> LatentLogitsImpl::named_tensors() const {
+  std::vector<std::pair<std::string, at::Tensor>> tensors = {
+      {"query.weight", query_weight}, {"query.bias", query_bias}, {"key.weight", key_weight}, {"key.bias", key_bias},
+      {"gate.weight", gate_weight},   {"gate.bias", gate_bias},   {"gate.slope", gate_slope}};
+  if (decay.defined()) tensors.emplace_back("decay", decay);
+  return tensors;
+}
+
+}  // namespace latte::extend

@@ -1,0 +1,67 @@
+// The new weights of a converted layer: latent logits read from the pretrained query and key heads (formats/adapter.h has the
+// formulas). Shapes: B batch, T tokens, E embedding, H query heads, Hkv key-value heads, Dk size of a head, L latents.
+#pragma once
+
+#include <torch/torch.h>
+
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "ops/ops.h"
+
+namespace latte::extend {
+
+struct LatentSizes {
+  int64_t embed_dim = 0;     // E
+  int64_t num_heads = 0;     // H
+  int64_t num_kv_heads = 0;  // Hkv
+  int64_t head_dim = 0;      // Dk
+  int64_t latents = 0;       // L
+  bool forget = true;
+};
+
+// Inputs of macchiato_attention, float32 (or float64 where the weights are).
+struct LatentInputs {
+  at::Tensor query_logits;   // [B, T, H, L + 1]
+  at::Tensor key_logits;     // [B, T, Hkv, L]
+  OptionalTensor log_decay;  // [B, T, Hkv, L], expanded
+};
+
+// What a token's far[t] depends on.
+struct FarOptions {
+  int64_t window = 128;
+  int64_t sinks = 4;
+  int64_t far_limit = 8192;
+};
+
+class LatentLogitsImpl : public torch::nn::Module {
+ public:
+  // Closed: every query reads its window alone, to rounding, whatever the other weights are.
+  explicit LatentLogitsImpl(const LatentSizes& sizes);
+
+  // x [B, T, E] the attention's input, query [B, T, H, Dk] and key [B, T, Hkv, Dk] before rotation; `position` of the first
+  // token.
+  LatentInputs forward(const at::Tensor& x, const at::Tensor& query, const at::Tensor& key, int64_t position,
+                       const FarOptions& far);
+
+  const LatentSizes& sizes() const { return sizes_; }
+  // Names in an adapter behind "blk.N.latte_", with the parameters.
+  std::vector<std::pair<std::string, at::Tensor>> named_tensors() const;
+
+  at::Tensor query_weight;  // [H, L, Dk]
+  at::Tensor query_bias;    // [H, L]
+  at::Tensor key_weight;    // [Hkv, L, Dk]
+  at::Tensor key_bias;      // [Hkv, L]
+  at::Tensor gate_weight;   // [H, E]
+  at::Tensor gate_bias;     // [H]
+  at::Tensor gate_slope;    // [H]
+  at::Tensor decay;         // [Hkv, L]; undefined unless sizes.forget
+
+ private:
+  LatentSizes sizes_;
+};
+TORCH_MODULE(LatentLogits);
+
+}  // namespace latte::extend

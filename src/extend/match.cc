@@ -1,0 +1,187 @@
+#include "extend/match.h"
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <utility>
+
+#include "extend/latent_start.h"
+#include "train/optimizer.h"
+
+namespace latte::extend {
+namespace {
+
+// Higher than through the whole model: these losses have little noise.
+constexpr double kMatrixRate = 8e-3, kGateRate = 4e-3, kVectorRate = 4e-2;
+constexpr int64_t kWarmup = 5;
+constexpr int64_t kSamplesASequence = 200;
+constexpr int64_t kKeyStride = 16;
+
+// One layer's activations for one sequence, [1, T, …] each.
+struct Activations {
+  at::Tensor x;    // the attention's input, normed
+  at::Tensor out;  // the attention's output, projected
+};
+
+// The original's attention, which leaves behind what went in and came out.
+class RecordingAttention : public models::DecoderAttentionImpl {
+ public:
+  RecordingAttention(models::DecoderAttention inner, Activations& into) : inner_(std::move(inner)), into_(into) {}
+  models::DecoderAttentionResult forward(const at::Tensor& x, const models::AttentionWeights& weights,
+                                         const models::DecoderAttentionOptions& options) override {
+    auto result = inner_->forward(x, weights, options);
+    into_ = {x, result.out};
+    return result;
+  }
+
+ private:
+  models::DecoderAttention inner_;
+  Activations& into_;
+};
+
+// Tokens of which something lies beyond window and sinks, at random, rising.
+at::Tensor sample_positions(int64_t time, const FarOptions& far, int64_t count) {
+  const int64_t first = std::min(time - 1, far.window + far.sinks);
+  const auto order = torch::randperm(time - first, torch::kLong).slice(0, 0, count);
+  return std::get<0>(order.sort()) + first;
+}
+
+class LayerMatcher {
+ public:
+  LayerMatcher(models::Decoder& model, int64_t layer, const ConvertedAttention& converted, std::vector<Activations> sequences,
+               const ExtendOptions& options)
+      : model_(model), layer_(layer), converted_(converted), sequences_(std::move(sequences)), options_(options) {
+    const auto& weights = model->layer(layer).attention_weights();
+    for (Activations& sequence : sequences_) {
+      const auto heads = weights.project(sequence.x, model->config().head_dim);
+      heads_.push_back({heads.query.to(torch::kFloat32), heads.key.to(torch::kFloat32), heads.value.to(torch::kFloat32)});
+      sequence.x = sequence.x.to(torch::kFloat32);
+      sequence.out = sequence.out.to(torch::kFloat32);
+    }
+    output_weight_ = weights.output->weight.to(torch::kFloat32);
+  }
+
+  MatchResult run() {
+    MatchResult result;
+    result.layer = layer_;
+    start(result);
+    converted_->set_latents_off(true);
+    result.window_error = error();
+    converted_->set_latents_off(false);
+    fit();
+    result.error = error();
+    return result;
+  }
+
+ private:
+  const FarOptions& far() const { return converted_->far(); }
+
+  void start(MatchResult& result) {
+    const auto& rope = *model_->rope(layer_);
+    std::vector<at::Tensor> x, query, share, count, key;
+    for (size_t i = 0; i < sequences_.size(); ++i) {
+      const int64_t time = sequences_[i].x.size(1);
+      const auto positions = torch::arange(time, torch::kLong);
+      const auto chosen = sample_positions(time, far(), kSamplesASequence);
+      const auto rotated_query = rope.rotate(heads_[i].query, positions), rotated_key = rope.rotate(heads_[i].key, positions);
+      share.push_back(far_shares(rotated_query[0], rotated_key[0], chosen, model_->config().attention_scale, far()));
+      x.push_back(sequences_[i].x[0].index_select(0, chosen));
+      query.push_back(heads_[i].query[0].index_select(0, chosen));
+      count.push_back((chosen + 1 - far().window - far().sinks).clamp(0, far().far_limit));
+      key.push_back(heads_[i].key[0].slice(0, 0, time, kKeyStride));
+    }
+    const LayerSamples samples{at::cat(x), at::cat(query), at::cat(share), at::cat(count), at::cat(key)};
+    result.far_share = samples.far_share.mean().item<double>();
+    start_latents(converted_->latents(), samples, rope, model_->config().attention_scale, static_cast<uint64_t>(options_.seed));
+  }
+
+  // ‖student − original‖² and ‖original‖² over the tokens that have anything far.
+  std::pair<at::Tensor, double> squared_error(size_t i) {
+    const int64_t first = std::min(sequences_[i].x.size(1) - 1, far().window + far().sinks);
+    const auto out = converted_->mix(sequences_[i].x, heads_[i], {});
+    const auto wanted = sequences_[i].out.slice(1, first);
+    const auto got = at::linear(out.slice(1, first).flatten(2), output_weight_);
+    return {(got - wanted).square().sum(), wanted.square().sum().item<double>()};
+  }
+
+  double error() {
+    const torch::NoGradGuard no_grad;
+    double error = 0.0, whole = 0.0;
+    for (size_t i = 0; i < sequences_.size(); ++i) {
+      const auto [squared, norm] = squared_error(i);
+      error += squared.item<double>();
+      whole += norm;
+    }
+    return error / std::max(whole, 1e-30);
+  }
+
+  void fit() {
+    auto& latents = *converted_->latents();
+    train::AdamW::NamedTensors matrices = {{"query", latents.query_weight}, {"key", latents.key_weight}};
+    train::AdamW::NamedTensors vectors = {{"query_bias", latents.query_bias},
+                                          {"key_bias", latents.key_bias},
+                                          {"gate_bias", latents.gate_bias},
+                                          {"gate_slope", latents.gate_slope}};
+    if (latents.decay.defined()) vectors.emplace_back("decay", latents.decay);
+    const train::AdamWOptions plain{.beta1 = 0.9, .beta2 = 0.95, .weight_decay = 0.0};
+    train::AdamW matrix_optimizer(matrices, plain), vector_optimizer(vectors, plain);
+    train::AdamW gate_optimizer({{"gate", latents.gate_weight}}, {.beta1 = 0.9, .beta2 = 0.95, .weight_decay = 1.0});
+    const auto windows = options_.training_windows();
+    const int64_t used = far().window;
+    for (int64_t step = 0; step < options_.match_steps; ++step) {
+      // The window in use counts most: every other step, and the last third.
+      const bool vary = step % 2 == 1 && step * 3 < options_.match_steps * 2;
+      converted_->set_window(vary ? windows[static_cast<size_t>(step / 2) % windows.size()] : used);
+      const auto [squared, norm] = squared_error(static_cast<size_t>(step) % sequences_.size());
+      (squared / std::max(norm, 1e-30)).backward();
+      const double factor = std::min(1.0, static_cast<double>(step + 1) / static_cast<double>(kWarmup)) *
+                            (1.0 - static_cast<double>(step) / static_cast<double>(options_.match_steps));
+      matrix_optimizer.step(kMatrixRate * factor, step + 1);
+      vector_optimizer.step(kVectorRate * factor, step + 1);
+      gate_optimizer.step(kGateRate * factor, step + 1);
+      for (train::AdamW* optimizer : {&matrix_optimizer, &vector_optimizer, &gate_optimizer}) optimizer->zero_grad();
+    }
+    converted_->set_window(used);
+  }
+
+  models::Decoder& model_;
+  int64_t layer_;
+  ConvertedAttention converted_;
+  std::vector<Activations> sequences_;
+  std::vector<models::AttentionWeights::Heads> heads_;
+  at::Tensor output_weight_;
+  const ExtendOptions& options_;
+};
+
+}  // namespace
+
+void match_latents(models::Decoder& original, const std::vector<ConvertedAttention>& converted,
+                   const std::vector<at::Tensor>& sequences, const ExtendOptions& options,
+                   const std::function<bool(const MatchResult&)>& report) {
+  torch::manual_seed(static_cast<uint64_t>(options.seed));
+  std::vector<at::Tensor> hidden;
+  {
+    const torch::NoGradGuard no_grad;
+    for (const at::Tensor& tokens : sequences) hidden.push_back(original->embed(tokens.unsqueeze(0)));
+  }
+  for (int64_t i = 0; i < original->config().num_layers; ++i) {
+    std::vector<Activations> activations;
+    {
+      const torch::NoGradGuard no_grad;
+      Activations seen;
+      const auto pretrained = original->layer(i).attention();
+      original->set_attention(i, std::make_shared<RecordingAttention>(pretrained, seen));
+      for (at::Tensor& x : hidden) {
+        const auto attended = original->layer(i).attend(x);
+        activations.push_back(seen);
+        x = original->layer(i).finish(x, attended.out);
+      }
+      original->set_attention(i, pretrained);
+    }
+    const ConvertedAttention& layer = converted[static_cast<size_t>(i)];
+    if (!layer || !layer->latents()) continue;
+    if (!report(LayerMatcher(original, i, layer, std::move(activations), options).run())) return;
+  }
+}
+
+}  // namespace latte::extend

@@ -1,0 +1,119 @@
+#include "extend/options.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <nlohmann/json.hpp>
+#include <numbers>
+
+#include "train/option_fields.h"
+
+namespace latte::extend {
+namespace {
+
+using namespace train::fields;
+using nlohmann::json;
+
+template <typename Options, typename Visit>
+void for_each_field(Options& options, const Visit& visit) {
+  visit("model", options.model);
+  visit("text", options.text);
+  visit("held_out_fraction", options.held_out_fraction);
+  visit("attention", options.attention);
+  visit("window", options.window);
+  visit("sinks", options.sinks);
+  visit("latents", options.latents);
+  visit("far_limit", options.far_limit);
+  visit("forget", options.forget);
+  visit("train", options.train);
+  visit("loss", options.loss);
+  visit("match_sequences", options.match_sequences);
+  visit("match_steps", options.match_steps);
+  visit("tokens", options.tokens);
+  visit("context", options.context);
+  visit("batch", options.batch);
+  visit("least_window", options.least_window);
+  visit("lr", options.lr);
+  visit("latent_lr", options.latent_lr);
+  visit("vector_lr", options.vector_lr);
+  visit("final_lr", options.final_lr);
+  visit("warmup", options.warmup);
+  visit("clip", options.clip);
+  visit("seed", options.seed);
+  visit("dtype", options.dtype);
+  visit("storage", options.storage);
+  visit("eval_every", options.eval_every);
+  visit("eval_sequences", options.eval_sequences);
+  visit("save_every", options.save_every);
+}
+
+void check_choice(std::string_view field, const std::string& value, std::initializer_list<std::string_view> choices) {
+  if (std::find(choices.begin(), choices.end(), value) != choices.end()) return;
+  std::string expected;
+  for (std::string_view choice : choices) expected += (expected.empty() ? "" : ", ") + std::string(choice);
+  fail(field, formats::quote(value), "one of " + expected);
+}
+
+}  // namespace
+
+std::vector<int64_t> ExtendOptions::training_windows() const {
+  std::vector<int64_t> windows;
+  for (int64_t size = least_window; size > 0 && size < window; size *= 2) windows.push_back(size);
+  windows.push_back(window);
+  return windows;
+}
+
+void ExtendOptions::validate() const {
+  if (model.empty()) fail("model", "missing", "a GGUF file");
+  if (text.empty()) fail("text", "missing", "a file or more");
+  check_that(held_out_fraction >= 0 && held_out_fraction < 1, "held_out_fraction", held_out_fraction, "a number in [0, 1)");
+  check_choice("attention", attention, {"macchiato", "window-sinks", "full"});
+  check_range("window", window, 1, kLargestSize);
+  check_range("sinks", sinks, 0, kLargestSize);
+  check_range("latents", latents, 1, 65536);
+  check_range("far_limit", far_limit, 1, kLargestSize);
+  check_choice("train", train, {"latents", "attention"});
+  if (train == "latents" && attention != "macchiato") fail("train", "latents", "attention: " + attention + " has no latents");
+  check_choice("loss", loss, {"kl", "text"});
+  check_range("match_sequences", match_sequences, 0, 1024);
+  check_range("match_steps", match_steps, 0, kLargestCount);
+  check_range("tokens", tokens, 0, kLargestCount);
+  check_range("context", context, 2, kLargestSize);
+  check_range("batch", batch, 1, kLargestSize);
+  check_range("least_window", least_window, 0, window);
+  check_that(lr > 0, "lr", lr, "a positive number");
+  check_that(latent_lr > 0, "latent_lr", latent_lr, "a positive number");
+  check_that(vector_lr > 0, "vector_lr", vector_lr, "a positive number");
+  check_that(final_lr >= 0 && final_lr <= 1, "final_lr", final_lr, "a number in [0, 1]");
+  check_range("warmup", warmup, 0, kLargestCount);
+  check_that(clip >= 0, "clip", clip, "a number >= 0");
+  check_range("seed", seed, 0, std::numeric_limits<int64_t>::max());
+  check_choice("dtype", dtype, {"auto", "float32", "bfloat16"});
+  check_choice("storage", storage, {"q8_0", "bf16", "f32"});
+  check_range("eval_every", eval_every, 0, kLargestCount);
+  check_range("eval_sequences", eval_sequences, 1, kLargestSize);
+  check_range("save_every", save_every, 0, kLargestCount);
+}
+
+json ExtendOptions::to_json() const {
+  json object = json::object();
+  for_each_field(*this, [&](const char* field, const auto& value) { object[field] = value; });
+  return object;
+}
+
+ExtendOptions ExtendOptions::from_json(const json& object) {
+  ExtendOptions options;
+  read_object("extend option", object, [&](const auto& visit) { for_each_field(options, visit); });
+  options.validate();
+  return options;
+}
+
+double learning_rate_factor(const ExtendOptions& options, int64_t step) {
+  const double steps = static_cast<double>(std::max<int64_t>(1, options.steps()));
+  const double cosine = 0.5 * (1.0 + std::cos(std::numbers::pi * std::min(1.0, static_cast<double>(step) / steps)));
+  const double warm =
+      options.warmup > 0 ? std::min(1.0, static_cast<double>(step + 1) / static_cast<double>(options.warmup)) : 1.0;
+  return warm * (options.final_lr + (1.0 - options.final_lr) * cosine);
+}
+
+}  // namespace latte::extend

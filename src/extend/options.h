@@ -1,0 +1,69 @@
+// What `latte extend` is told: as a value and as JSON (what a checkpoint and an adapter's recipe hold).
+#pragma once
+
+#include <cstdint>
+#include <nlohmann/json_fwd.hpp>
+#include <string>
+#include <vector>
+
+#include "train/options.h"
+
+namespace latte::extend {
+
+using train::OptionError;
+
+struct ExtendOptions {
+  std::string model;                // GGUF file
+  std::vector<std::string> text;    // plain files
+  double held_out_fraction = 0.02;  // of each text, its end: for validation
+
+  // What takes the place of softmax attention.
+  std::string attention = "macchiato";  // macchiato | window-sinks (the control) | full (attention as it is: the other control)
+  int64_t window = 128;
+  int64_t sinks = 4;
+  int64_t latents = 64;      // a key-value head
+  int64_t far_limit = 8192;  // formats/adapter.h
+  bool forget = true;        // latents have a decay each
+
+  std::string train = "attention";  // latents | attention: those and the attention's own weights
+  std::string loss = "kl";          // kl: to the original model; text: the next token
+
+  // First stage, of the latents alone: each layer's attention output is matched to the original's.
+  int64_t match_sequences = 16;  // of `context` tokens; 0: latents start closed
+  int64_t match_steps = 96;      // a layer
+
+  // Second stage, through the whole model.
+  int64_t tokens = 300000;
+  int64_t context = 2048;
+  int64_t batch = 1;
+  // Smallest window in training: each step draws 32, 64 … from here up to `window`, so that latents must carry. 0: `window`.
+  int64_t least_window = 32;
+  double lr = 4e-4;         // of attention weights
+  double latent_lr = 3e-3;  // of the latents' matrices
+  double vector_lr = 1e-2;  // of their biases, slopes and decays
+  double final_lr = 0.05;   // of each, at the end of the cosine
+  int64_t warmup = 10;      // steps
+  double clip = 1.0;        // gradient norm; 0: none
+  int64_t seed = 1;
+  std::string dtype = "auto";  // of matrix products: auto | float32 | bfloat16
+
+  std::string storage = "q8_0";  // of the adapter's matrices: q8_0 | bf16 | f32
+  int64_t eval_every = 25;       // steps; 0: at the end only
+  int64_t eval_sequences = 2;    // a validation
+  int64_t save_every = 25;       // steps; 0: at the end only
+
+  int64_t steps() const { return (tokens + context * batch - 1) / (context * batch); }
+  std::vector<int64_t> training_windows() const;  // rising
+
+  void validate() const;  // throws OptionError
+
+  nlohmann::json to_json() const;                              // every field
+  static ExtendOptions from_json(const nlohmann::json& json);  // throws OptionError
+
+  bool operator==(const ExtendOptions&) const = default;
+};
+
+// The factor on every learning rate at the step that follows `step` finished ones.
+double learning_rate_factor(const ExtendOptions& options, int64_t step);
+
+}  // namespace latte::extend

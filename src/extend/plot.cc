@@ -1,0 +1,50 @@
+#include "extend/plot.h"
+
+#include <algorithm>
+#include <sstream>
+
+#include "train/plot.h"
+
+namespace latte::extend {
+namespace {
+
+std::string make_script(const std::vector<TextRow>& rows, const std::string& svg, const std::string& png) {
+  std::vector<AttentionKind> kinds;
+  for (const TextRow& row : rows) {
+    if (std::find(kinds.begin(), kinds.end(), row.attention) == kinds.end()) kinds.push_back(row.attention);
+  }
+  std::ostringstream script;
+  for (size_t i = 0; i < kinds.size(); ++i) {
+    script << "$rows" << i << " << END_OF_DATA\n";
+    for (const TextRow& row : rows) {
+      if (row.attention == kinds[i]) script << row.length << ' ' << row.perplexity << ' ' << row.seconds << '\n';
+    }
+    script << "END_OF_DATA\n";
+  }
+  const auto lines = [&](int column, bool titles) {
+    std::string plot = "plot ";
+    for (size_t i = 0; i < kinds.size(); ++i) {
+      const std::string title = titles ? "title " + train::in_quotes(name_of(kinds[i])) : "notitle";
+      plot += (i > 0 ? ", " : "") + ("$rows" + std::to_string(i)) + " using 1:" + std::to_string(column) +
+              " with linespoints lw 2 pt 7 ps 0.6 lc " + std::to_string(i + 1) + " " + title;
+    }
+    return plot + "\n";
+  };
+  const std::string panels = "set multiplot layout 1,2\nset ylabel 'perplexity'\n" + lines(2, true) +
+                             "set ylabel 'seconds to read'\n" + lines(3, false) + "unset multiplot\n";
+  script << "set xlabel 'tokens'\nset logscale xy 2\nset grid\nset key top left noenhanced\n"
+         << "set terminal svg size 1200,500 dynamic background 'white'\nset output " << train::in_quotes(svg) << '\n'
+         << panels << "set terminal pngcairo size 1200,500\nset output " << train::in_quotes(png) << '\n'
+         << panels << "set output\n";
+  return script.str();
+}
+
+}  // namespace
+
+std::string plot_rows(const std::vector<TextRow>& rows, const std::string& prefix) {
+  if (rows.empty()) return {};
+  return train::draw("figure", prefix,
+                     [&](const std::string& svg, const std::string& png) { return make_script(rows, svg, png); });
+}
+
+}  // namespace latte::extend

@@ -1,0 +1,274 @@
+#include "extend/run.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <chrono>
+#include <cmath>
+#include <filesystem>
+#include <nlohmann/json.hpp>
+#include <stdexcept>
+
+#include "formats/error.h"
+#include "formats/tokenizer.h"
+#include "train/interrupt.h"
+#include "train/metrics.h"
+#include "train/plot.h"
+#include "train/progress.h"
+#include "train/run_folder.h"
+#include "train/training_checkpoint.h"
+
+namespace latte::extend {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+using nlohmann::json;
+using train::InterruptGuard;
+
+double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
+std::string folder_of(const std::string& out) { return out + ".run"; }
+std::string checkpoint_of(const std::string& out) {
+  return (std::filesystem::path(folder_of(out)) / train::kCheckpointName).string();
+}
+
+// What a checkpoint says beside its tensors.
+struct Record {
+  ExtendOptions options;
+  std::string base_hash;
+  bool matched = false;
+  double seconds = 0.0, match_seconds = 0.0;
+  std::optional<Validation> window_sinks, matched_loss;
+
+  std::string to_json() const {
+    const auto losses = [](const std::optional<Validation>& loss) {
+      return loss ? json{{"kl", loss->kl}, {"next_token", loss->next_token}} : json(nullptr);
+    };
+    return json{{"extend", options.to_json()},
+                {"base_hash", base_hash},
+                {"matched", matched},
+                {"seconds", seconds},
+                {"match_seconds", match_seconds},
+                {"window_sinks", losses(window_sinks)},
+                {"matched_loss", losses(matched_loss)}}
+        .dump(-1, ' ', false, json::error_handler_t::replace);
+  }
+
+  static Record from(const formats::CheckpointFile& checkpoint) {
+    const std::string& path = checkpoint.file().path();
+    const auto losses = [](const json& value) -> std::optional<Validation> {
+      if (value.is_null()) return std::nullopt;
+      return Validation{value.at("kl").get<double>(), value.at("next_token").get<double>()};
+    };
+    try {
+      const json object = json::parse(checkpoint.config());
+      Record record;
+      record.options = ExtendOptions::from_json(object.at("extend"));
+      record.base_hash = object.at("base_hash").get<std::string>();
+      record.matched = object.at("matched").get<bool>();
+      record.seconds = object.at("seconds").get<double>();
+      record.match_seconds = object.at("match_seconds").get<double>();
+      record.window_sinks = losses(object.at("window_sinks"));
+      record.matched_loss = losses(object.at("matched_loss"));
+      return record;
+    } catch (const json::exception&) {
+      throw formats::FormatError(path, "config isn't one of latte extend: " + formats::quote(checkpoint.config()));
+    } catch (const OptionError& error) {
+      throw formats::FormatError(path, error.what());
+    }
+  }
+};
+
+class Run {
+ public:
+  Run(const ExtendOptions& options, const RunOptions& run, const train::RunFolder& folder)
+      : options_(options),
+        run_(run),
+        folder_(folder),
+        base_(options.model),
+        text_(options.text, formats::Tokenizer(base_.metadata()), options.held_out_fraction, options.context),
+        trainer_(options, text_) {
+    record_.options = options;
+    record_.base_hash = trainer_.spec().base_hash;
+  }
+
+  void resume(const formats::CheckpointFile& checkpoint, Record record) {
+    if (record.base_hash != record_.base_hash) {
+      throw formats::FormatError(checkpoint.file().path(), "made from another model than " + options_.model);
+    }
+    trainer_.load(checkpoint);
+    record.options = options_;
+    record_ = std::move(record);
+  }
+
+  Report go() {
+    const InterruptGuard interrupt;
+    train::MetricsLog log(folder_ / "metrics.jsonl", trainer_.steps_done());
+    if (!record_.matched) match();
+    if (!interrupted()) train(log);
+    return finish();
+  }
+
+ private:
+  static bool interrupted() { return InterruptGuard::interrupted(); }
+
+  void note(const std::string& text) const { train::ProgressLine(0, 0, run_.quiet).note(text); }
+
+  void match() {
+    if (trainer_.has_validation()) {
+      record_.window_sinks = trainer_.validate(/*latents_off=*/true);
+      note("held-out KL " + shown(record_.window_sinks->kl) + " with window and sinks alone");
+    }
+    const auto start = Clock::now();
+    trainer_.match([&](const MatchResult& result) {
+      report_.layers.push_back(result);
+      note("layer " + std::to_string(result.layer) + ": " + shown(100 * result.far_share) +
+           "% of attention beyond window and sinks; error " + shown(result.window_error) + " -> " + shown(result.error));
+      return !interrupted();
+    });
+    record_.match_seconds = record_.seconds = seconds_since(start);
+    // Stopped half-way, matching begins again: layers are cheap, and half a start is none.
+    record_.matched = !interrupted();
+    if (!record_.matched) return;
+    if (trainer_.has_validation() && !report_.layers.empty()) {
+      record_.matched_loss = trainer_.validate();
+      note("held-out KL " + shown(record_.matched_loss->kl) + " after matching");
+    }
+    save();
+  }
+
+  void train(train::MetricsLog& log) {
+    const int64_t steps = options_.steps();
+    const int64_t tokens_a_step = options_.context * options_.batch;
+    train::ProgressLine line(trainer_.steps_done(), steps, run_.quiet);
+    while (trainer_.steps_done() < steps && !interrupted()) {
+      const auto start = Clock::now();
+      const StepResult step = trainer_.step();
+      const double seconds = seconds_since(start);
+      if (!std::isfinite(step.loss) || !std::isfinite(step.grad_norm)) {
+        throw std::runtime_error("the loss or its gradient isn't finite at step " + std::to_string(trainer_.steps_done() + 1) +
+                                 ": lower learning rates or float32 may help");
+      }
+      record_.seconds += seconds;
+      train::StepMetrics metrics;
+      metrics.step = trainer_.steps_done();
+      metrics.loss = step.loss;
+      metrics.lr = step.lr;
+      metrics.grad_norm = step.grad_norm;
+      metrics.tokens = metrics.step * tokens_a_step;
+      metrics.tokens_per_second = static_cast<double>(tokens_a_step) / std::max(seconds, 1e-9);
+      metrics.time = record_.seconds;
+      const auto due = [&](int64_t every) { return metrics.step == steps || (every > 0 && metrics.step % every == 0); };
+      if (trainer_.has_validation() && due(options_.eval_every)) metrics.val_loss = trainer_.validate().kl;
+      log.append(metrics);
+      line.update(metrics);
+      if (interrupted() || due(options_.save_every)) save();
+    }
+  }
+
+  void save() {
+    trainer_.save(folder_.checkpoint(), record_.to_json());
+    write_adapter();
+  }
+
+  void write_adapter() {
+    const StoredTensors stored = trainer_.adapter_tensors();
+    formats::AdapterSpec spec = trainer_.spec();
+    json recipe = options_.to_json();
+    recipe["steps_done"] = trainer_.steps_done();
+    recipe["tokens_done"] = trainer_.steps_done() * options_.context * options_.batch;
+    spec.recipe = recipe.dump(-1, ' ', false, json::error_handler_t::replace);
+    formats::write_adapter(run_.out, spec, base_, stored.tensors());
+    report_.adapter_bytes = static_cast<int64_t>(std::filesystem::file_size(run_.out));
+    if (!run_.merged.empty() && trainer_.steps_done() >= options_.steps()) {
+      formats::write_merged(run_.merged, spec, base_, stored.tensors());
+    }
+  }
+
+  Report finish() {
+    report_.interrupted = interrupted();
+    report_.step = trainer_.steps_done();
+    report_.steps = options_.steps();
+    report_.tokens = report_.step * options_.context * options_.batch;
+    report_.seconds = record_.seconds;
+    report_.match_seconds = record_.match_seconds;
+    const double trained = record_.seconds - record_.match_seconds;
+    report_.tokens_per_second = trained > 0 ? static_cast<double>(report_.tokens) / trained : 0.0;
+    report_.parameters = trainer_.trained_parameters();
+    report_.out = run_.out;
+    report_.window_sinks = record_.window_sinks;
+    report_.matched = record_.matched_loss;
+    if (!report_.interrupted) {
+      if (report_.adapter_bytes == 0) save();  // a resumed run that had nothing left to do
+      if (trainer_.has_validation()) {
+        report_.trained = trainer_.validate();
+        if (options_.attention == "macchiato") report_.latents_off = trainer_.validate(/*latents_off=*/true);
+      }
+      if (report_.step > 0) {
+        const std::string problem =
+            train::plot_losses({{folder_.name(), train::read_metrics(folder_ / "metrics.jsonl")}}, folder_ / "loss");
+        if (!problem.empty()) note("latte: " + problem);
+      }
+    }
+    return report_;
+  }
+
+  static std::string shown(double value) {
+    char text[32];
+    std::snprintf(text, sizeof text, "%.4g", value);
+    return text;
+  }
+
+  const ExtendOptions& options_;
+  const RunOptions& run_;
+  const train::RunFolder& folder_;
+  formats::GgufFile base_;
+  TokenText text_;
+  ExtendTrainer trainer_;
+  Record record_;
+  Report report_;
+};
+
+void require_same_model(const ExtendOptions& asked, const ExtendOptions& found) {
+  const json ours = asked.to_json(), theirs = found.to_json();
+  for (const char* field : {"attention", "window", "sinks", "latents", "far_limit", "forget", "train"}) {
+    if (ours.at(field) != theirs.at(field)) {
+      throw OptionError(std::string(field) + " is " + ours.at(field).dump() + ", but the checkpoint's is " +
+                        theirs.at(field).dump());
+    }
+  }
+}
+
+}  // namespace
+
+Report run_extend(const ExtendOptions& options, const RunOptions& run) {
+  options.validate();
+  if (!run.overwrite) {
+    for (const std::string& path : {run.out, checkpoint_of(run.out), run.merged}) {
+      if (path.empty() || !std::filesystem::exists(path)) continue;
+      throw OptionError(path +
+                        " is there already: --resume goes on with a run, --overwrite starts again, --out names another file");
+    }
+  }
+  const formats::GgufFile model(options.model);  // before a folder is made
+  const train::RunFolder folder(folder_of(run.out));
+  std::error_code ignored;
+  std::filesystem::remove(folder.checkpoint(), ignored);
+  return Run(options, run, folder).go();
+}
+
+Report resume_extend(const ExtendOptions& options, const RunOptions& run) {
+  options.validate();
+  const std::string path = checkpoint_of(run.out);
+  if (!std::filesystem::exists(path)) throw formats::FileError("resume from", path, ENOENT);
+  const train::RunFolder folder(folder_of(run.out));
+  const formats::CheckpointFile checkpoint(path);
+  Record record = Record::from(checkpoint);
+  require_same_model(options, record.options);
+  Run session(options, run, folder);
+  session.resume(checkpoint, std::move(record));
+  return session.go();
+}
+
+ExtendOptions options_of_run(const std::string& out) { return Record::from(formats::CheckpointFile(checkpoint_of(out))).options; }
+
+}  // namespace latte::extend

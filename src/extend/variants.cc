@@ -1,0 +1,141 @@
+#include "extend/variants.h"
+
+#include <array>
+#include <utility>
+
+#include "extend/options.h"
+#include "formats/error.h"
+
+namespace latte::extend {
+namespace {
+
+constexpr std::array<std::pair<AttentionKind, std::string_view>, 9> kNames = {{
+    {AttentionKind::kFull, "full"},
+    {AttentionKind::kFullNtk, "full-ntk"},
+    {AttentionKind::kFullYarn, "full-yarn"},
+    {AttentionKind::kFullUptrained, "full-uptrained"},
+    {AttentionKind::kWindow, "window"},
+    {AttentionKind::kWindowSinks, "window-sinks"},
+    {AttentionKind::kWindowSinksUptrained, "window-sinks-uptrained"},
+    {AttentionKind::kMacchiato, "macchiato"},
+    {AttentionKind::kMacchiatoLatentsOff, "macchiato-latents-off"},
+}};
+
+// Window and sinks in every block that reads everything.
+formats::AdapterSpec window_spec(const VariantSources& sources, const formats::DecoderConfig& config, bool with_sinks) {
+  formats::AdapterSpec spec;
+  if (const std::string& like = sources.adapter.empty() ? sources.control : sources.adapter; !like.empty()) {
+    spec = formats::AdapterFile(like).spec();
+  }
+  spec.window = sources.window.value_or(spec.window);
+  spec.sinks = with_sinks ? sources.sinks.value_or(spec.sinks) : 0;
+  spec.latents.clear();
+  for (int64_t block = 0; block < config.num_layers; ++block) spec.latents.push_back(config.is_local(block) ? -1 : 0);
+  return spec;
+}
+
+void require_blocks(const ConvertedModel& model, const std::string& path, AttentionKind kind) {
+  bool latents = false, windows = false;
+  for (const int32_t count : model.spec.latents) {
+    latents = latents || count > 0;
+    windows = windows || count == 0;
+  }
+  const char* found = latents ? "latents" : windows ? "window and sinks alone" : "the base's attention";
+  const bool fits = kind == AttentionKind::kFullUptrained          ? !latents && !windows
+                    : kind == AttentionKind::kWindowSinksUptrained ? !latents && windows
+                                                                   : latents;
+  if (!fits) throw OptionError(std::string(name_of(kind)) + ": " + path + " has " + found);
+}
+
+}  // namespace
+
+std::string_view name_of(AttentionKind kind) {
+  for (const auto& [known, name] : kNames) {
+    if (known == kind) return name;
+  }
+  return "?";
+}
+
+AttentionKind attention_kind_named(const std::string& name) {
+  std::string expected;
+  for (const auto& [kind, known] : kNames) {
+    if (known == name) return kind;
+    expected += (expected.empty() ? "" : ", ") + std::string(known);
+  }
+  throw OptionError("attention is " + formats::quote(name) + ", expected some of " + expected);
+}
+
+std::vector<AttentionKind> all_attention_kinds() {
+  std::vector<AttentionKind> kinds;
+  for (const auto& [kind, name] : kNames) kinds.push_back(kind);
+  return kinds;
+}
+
+std::optional<std::string> missing_source(AttentionKind kind, const VariantSources& sources) {
+  const auto needs = [&](const std::string& source, const char* flag) -> std::optional<std::string> {
+    if (!source.empty()) return std::nullopt;
+    return std::string(name_of(kind)) + " needs " + flag;
+  };
+  switch (kind) {
+    case AttentionKind::kMacchiato:
+    case AttentionKind::kMacchiatoLatentsOff:
+      if (formats::merged_spec(formats::GgufFile(sources.model))) return std::nullopt;
+      return needs(sources.adapter, "--adapter or a merged model");
+    case AttentionKind::kWindowSinksUptrained:
+      return needs(sources.control, "--control");
+    case AttentionKind::kFullUptrained:
+      return needs(sources.full_adapter, "--full-adapter");
+    default:
+      return std::nullopt;
+  }
+}
+
+Variant load_variant(AttentionKind kind, const VariantSources& sources) {
+  if (const auto missing = missing_source(kind, sources)) throw OptionError(*missing);
+  const models::DecoderOptions plain{.dtype = sources.dtype};
+  Variant variant;
+  variant.kind = kind;
+  const auto adapted = [&](const std::string& adapter) {
+    variant.model = load_converted(sources.model, adapter, sources.dtype);
+    require_blocks(variant.model, adapter, kind);
+  };
+  switch (kind) {
+    case AttentionKind::kFull:
+      variant.model.model = models::load_decoder(sources.model, plain);
+      break;
+    case AttentionKind::kFullNtk:
+    case AttentionKind::kFullYarn: {
+      variant.model.model = models::load_decoder(sources.model, plain);
+      formats::RopeScaling scaling;
+      scaling.kind = kind == AttentionKind::kFullNtk ? formats::RopeScalingKind::kNtk : formats::RopeScalingKind::kYarn;
+      scaling.factor = sources.rope_factor;
+      if (scaling.factor > 1.0) variant.model.model->set_rope_scaling(scaling);
+      break;
+    }
+    case AttentionKind::kWindow:
+    case AttentionKind::kWindowSinks: {
+      variant.model.model = models::load_decoder(sources.model, plain);
+      variant.model.spec = window_spec(sources, variant.model.model->config(), kind == AttentionKind::kWindowSinks);
+      variant.model.converted = convert(variant.model.model, variant.model.spec, false);
+      break;
+    }
+    case AttentionKind::kFullUptrained:
+      adapted(sources.full_adapter);
+      break;
+    case AttentionKind::kWindowSinksUptrained:
+      adapted(sources.control);
+      break;
+    case AttentionKind::kMacchiato:
+      adapted(sources.adapter);
+      break;
+    case AttentionKind::kMacchiatoLatentsOff:
+      adapted(sources.adapter);
+      for (const auto& attention : variant.model.converted) {
+        if (attention) attention->set_latents_off(true);
+      }
+      break;
+  }
+  return variant;
+}
+
+}  // namespace latte::extend
