@@ -1,8 +1,12 @@
 #include "models/rope.h"
 
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+
 #include <algorithm>
 #include <cmath>
 #include <numbers>
+#include <type_traits>
 
 namespace latte::models {
 namespace {
@@ -15,6 +19,58 @@ constexpr int64_t kFirstPositions = 1024;
 double pair_of_turns(double turns, double dims, double context, double base) {
   return dims * std::log(context / (turns * 2 * std::numbers::pi)) / (2 * std::log(base));
 }
+
+// One pass over x [B, T, H, D], contiguous; cosine and sine [T, D / 2]. The inverse turns back.
+template <typename T>
+void rotate_tokens(const T* x, T* out, const float* cosine, const float* sine, int64_t tokens, int64_t time, int64_t heads,
+                   int64_t dims, bool neighbours, bool inverse) {
+  using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
+  const int64_t pairs = dims / 2, step = neighbours ? 2 : 1, apart = neighbours ? 1 : pairs;
+  at::parallel_for(0, tokens, std::max<int64_t>(1, 16384 / (heads * dims)), [&](int64_t begin, int64_t end) {
+    for (int64_t token = begin; token < end; ++token) {
+      const float *c = cosine + token % time * pairs, *s = sine + token % time * pairs;
+      for (int64_t head = 0; head < heads; ++head) {
+        const int64_t offset = (token * heads + head) * dims;
+        for (int64_t i = 0; i < pairs; ++i) {
+          const int64_t left = offset + i * step, right = left + apart;
+          const Wide a = static_cast<Wide>(x[left]), b = static_cast<Wide>(x[right]);
+          const Wide cos = c[i], sin = inverse ? -s[i] : s[i];
+          out[left] = static_cast<T>(a * cos - b * sin);
+          out[right] = static_cast<T>(a * sin + b * cos);
+        }
+      }
+    }
+  });
+}
+
+// As a chain of torch's operators this took more time in training than the attention it is for.
+class Rotation : public torch::autograd::Function<Rotation> {
+ public:
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x, const at::Tensor& cosine,
+                            const at::Tensor& sine, bool neighbours, bool inverse) {
+    ctx->saved_data["cosine"] = cosine;
+    ctx->saved_data["sine"] = sine;
+    ctx->saved_data["neighbours"] = neighbours;
+    ctx->saved_data["inverse"] = inverse;
+    const auto from = x.contiguous();
+    auto out = at::empty(from.sizes(), from.options());
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, from.scalar_type(), "rope", [&] {
+      rotate_tokens(from.const_data_ptr<scalar_t>(), out.mutable_data_ptr<scalar_t>(), cosine.const_data_ptr<float>(),
+                    sine.const_data_ptr<float>(), from.size(0) * from.size(1), from.size(1), from.size(2), from.size(3),
+                    neighbours, inverse);
+    });
+    return out;
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, torch::autograd::variable_list grads) {
+    return {apply(grads[0], ctx->saved_data["cosine"].toTensor(), ctx->saved_data["sine"].toTensor(),
+                  ctx->saved_data["neighbours"].toBool(), !ctx->saved_data["inverse"].toBool()),
+            {},
+            {},
+            {},
+            {}};
+  }
+};
 
 }  // namespace
 
@@ -59,20 +115,8 @@ at::Tensor Rope::rotate(const at::Tensor& x, const at::Tensor& positions) const 
     cosines_ = (angles.cos() * magnitude_).to(torch::kFloat32);
     sines_ = (angles.sin() * magnitude_).to(torch::kFloat32);
   }
-  const auto cosine = cosines_.index_select(0, positions).unsqueeze(1);  // [T, 1, D/2]
-  const auto sine = sines_.index_select(0, positions).unsqueeze(1);
-
-  const auto wide = x.to(torch::kFloat32);
-  at::Tensor rotated;
-  if (config_.pairs == formats::RopePairs::kNeighbours) {
-    const auto pairs = wide.unflatten(-1, {config_.dims / 2, 2});
-    const auto left = pairs.select(-1, 0), right = pairs.select(-1, 1);
-    rotated = torch::stack({left * cosine - right * sine, left * sine + right * cosine}, -1).flatten(-2);
-  } else {
-    const auto left = wide.slice(-1, 0, config_.dims / 2), right = wide.slice(-1, config_.dims / 2);
-    rotated = torch::cat({left * cosine - right * sine, left * sine + right * cosine}, -1);
-  }
-  return rotated.to(x.scalar_type());
+  return Rotation::apply(x, cosines_.index_select(0, positions), sines_.index_select(0, positions),
+                         config_.pairs == formats::RopePairs::kNeighbours, /*inverse=*/false);
 }
 
 }  // namespace latte::models
