@@ -89,3 +89,9 @@ def test_wrong_shapes_are_torchs_errors():
         torch.ops.latte.linear(torch.randn(700, 128), torch.randn(257, 129))
     with pytest.raises(RuntimeError):
         torch.ops.latte.linear(torch.randn(700, 129), torch.randn(257, 129), torch.randn(3))
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0), (0, 0)])
+def test_nothing_to_multiply(shape):
+    x, weight, bias = torch.zeros(shape), torch.ones(4, shape[1]), torch.arange(4.0)
+    assert torch.equal(torch.ops.latte.linear(x, weight, bias), F.linear(x, weight, bias))

@@ -52,8 +52,8 @@ bool Plain(const at::Tensor& x) {
 bool OnOneDnn(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
   if (!ProcessorGains() || !at::globalContext().userEnabledMkldnn() || at::globalContext().deterministicMkldnn()) return false;
   if (!Plain(x) || !Plain(weight) || (bias && bias->defined() && !Plain(*bias))) return false;
-  if (x.dim() < 2 || weight.dim() != 2 || x.size(-1) != weight.size(1) || x.numel() / x.size(-1) * weight.numel() < kWorthIt)
-    return false;
+  if (x.dim() < 2 || weight.dim() != 2 || x.size(-1) != weight.size(1) || x.numel() == 0) return false;
+  if (x.numel() / x.size(-1) * weight.numel() < kWorthIt) return false;
   if (bias && bias->defined() && (bias->dim() != 1 || bias->size(0) != weight.size(0))) return false;
   const auto included = c10::impl::tls_local_dispatch_key_set().included_;
   return !at::autocast::is_autocast_enabled(at::kCPU) && !included.has(c10::DispatchKey::Python) &&
