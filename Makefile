@@ -62,10 +62,10 @@ sanitize: setup  ## kernels and formats under the address and undefined-behaviou
 	@cmake --build --preset asan-ubsan --parallel $(JOBS)
 	ctest --test-dir build-asan --output-on-failure --no-tests=error
 
-threads: setup  ## the same under the thread sanitizer
+threads: setup  ## kernels under the thread sanitizer
 	@cmake --preset tsan
-	@cmake --build --preset tsan --parallel $(JOBS)
-	ctest --test-dir build-tsan --output-on-failure --no-tests=error
+	@cmake --build --preset tsan --parallel $(JOBS) --target latte_kernels_test
+	ctest --test-dir build-tsan --output-on-failure --no-tests=error --tests-regex '^kernels$$'
 
 install: build  ## to PREFIX (/usr/local)
 	cmake --install build --prefix "$(PREFIX)"
