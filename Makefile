@@ -17,7 +17,7 @@ CPP_FILES = $(shell find src tests bench -name '*.cc' -o -name '*.h')
 PYTHON_FOLDERS := python scripts bench
 LINT ?= $(shell find src -name '*.cc')
 
-.PHONY: help setup build test demo bench format check-format lint ladder sanitize threads install clean
+.PHONY: help setup build test demo bench format check-format lint ladder sanitize threads fuzz install clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -67,8 +67,11 @@ threads: setup  ## kernels under the thread sanitizer
 	@cmake --build --preset tsan --parallel $(JOBS) --target latte_kernels_test
 	ctest --test-dir build-tsan --output-on-failure --no-tests=error --tests-regex '^kernels$$'
 
+fuzz: setup  ## every parser of files under libFuzzer, a minute each
+	@scripts/fuzz.sh 60
+
 install: build  ## to PREFIX (/usr/local)
 	cmake --install build --prefix "$(PREFIX)"
 
 clean:  ## removes build folders; .venv, .deps and runs stay
-	rm -rf build build-asan build-tsan build-lint
+	rm -rf build build-asan build-tsan build-fuzz build-lint

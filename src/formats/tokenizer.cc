@@ -19,7 +19,8 @@
 namespace latte::formats {
 namespace {
 
-constexpr int64_t kMostTokens = int64_t{1} << 24;
+// Where a file names no special tokens libllama has numbers of its own, up to 11.
+constexpr int64_t kLeastTokens = 12, kMostTokens = int64_t{1} << 24;
 
 // What libllama relies on, and ends the process (or reads past a list's end) without. Returns the number of tokens.
 int64_t check(const GgufMetadata& metadata) {
@@ -29,8 +30,8 @@ int64_t check(const GgufMetadata& metadata) {
 
   const std::vector<std::string>& tokens = metadata.strings("tokenizer.ggml.tokens");
   const auto count = static_cast<int64_t>(tokens.size());
-  if (count < 1 || count > kMostTokens) {
-    metadata.refuse("tokenizer.ggml.tokens", "1 … " + std::to_string(kMostTokens) + " tokens");
+  if (count < kLeastTokens || count > kMostTokens) {
+    metadata.refuse("tokenizer.ggml.tokens", std::to_string(kLeastTokens) + " … " + std::to_string(kMostTokens) + " tokens");
   }
   std::unordered_set<std::string> seen;
   seen.reserve(tokens.size());
@@ -190,6 +191,14 @@ Tokenizer::Tokenizer(const GgufMetadata& metadata) : model_(std::make_unique<Mod
     throw FormatError(metadata.source(), "libllama refuses the vocabulary: " + quote(problem.empty() ? first_error : problem));
   }
   model_->vocab = llama_model_get_vocab(model_->llama.get());
+  const llama_vocab* vocab = model_->vocab;
+  const auto refuse_without = [&](bool added, llama_token token, const char* name) {
+    if (!added || token != LLAMA_TOKEN_NULL) return;
+    throw FormatError(metadata.source(), "the vocabulary adds its " + std::string(name) + " token to texts and has none");
+  };
+  refuse_without(llama_vocab_get_add_bos(vocab), llama_vocab_bos(vocab), "beginning-of-sequence");
+  refuse_without(llama_vocab_get_add_eos(vocab), llama_vocab_eos(vocab), "end-of-sequence");
+  refuse_without(llama_vocab_get_add_sep(vocab), llama_vocab_sep(vocab), "separator");
   if (llama_vocab_n_tokens(model_->vocab) != size_) {
     throw FormatError(metadata.source(), "libllama reads " + std::to_string(llama_vocab_n_tokens(model_->vocab)) +
                                              " tokens of a vocabulary of " + std::to_string(size_));

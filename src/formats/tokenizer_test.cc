@@ -119,11 +119,17 @@ TEST(Tokenizer, RefusesWhatLibllamaWouldDieOf) {
   EXPECT_CONTAINS(refuse("tokenizer.ggml.model", std::string("bert")), "is string \"bert\", expected \"gpt2\"");
   EXPECT_CONTAINS(refuse("tokenizer.ggml.pre", std::string("no-such")), "libllama refuses the vocabulary");
   EXPECT_CONTAINS(refuse("tokenizer.ggml.tokens", {}), "is missing");
-  EXPECT_CONTAINS(refuse("tokenizer.ggml.tokens", strings({})), "expected 1 …");
+  EXPECT_CONTAINS(refuse("tokenizer.ggml.tokens", strings({})), "expected 12 …");
   EXPECT_CONTAINS(refuse("tokenizer.ggml.tokens", GgufArray(std::vector<int32_t>{1})), "expected an array of strings");
-  EXPECT_CONTAINS(refuse("tokenizer.ggml.tokens", strings({"a", "b", "a"})), "token 2, \"a\", is in the vocabulary twice");
-  EXPECT_CONTAINS(refuse("tokenizer.ggml.tokens", strings({"a", "", "[EMPTY_1]"})), "is in the vocabulary twice");
-  EXPECT_CONTAINS(refuse("tokenizer.ggml.tokens", strings({"a", std::string("b\0c", 3)})), "holds a NUL");
+  const auto twelve = [&](std::string first, std::string second) {
+    std::vector<std::string> list = {std::move(first), std::move(second)};
+    for (char letter = 'a'; list.size() < 12; ++letter) list.emplace_back(1, letter);
+    return strings(list);
+  };
+  EXPECT_CONTAINS(refuse("tokenizer.ggml.tokens", twelve("x", "a")), "token 2, \"a\", is in the vocabulary twice");
+  EXPECT_CONTAINS(refuse("tokenizer.ggml.tokens", twelve("[EMPTY_1]", "")), "token 1, \"[EMPTY_1]\", is in the vocabulary twice");
+  EXPECT_CONTAINS(refuse("tokenizer.ggml.tokens", twelve("x", std::string("b\0c", 3))), "holds a NUL");
+  EXPECT_CONTAINS(refuse("tokenizer.ggml.add_sep_token", true), "adds its separator token to texts and has none");
   EXPECT_CONTAINS(refuse("tokenizer.ggml.token_type", GgufArray(std::vector<int32_t>{1})), "one for each token");
   EXPECT_CONTAINS(refuse("tokenizer.ggml.token_type", uint32_t{1}), "one for each token");
   EXPECT_CONTAINS(refuse("tokenizer.ggml.scores", GgufArray(std::vector<float>{1})), "one for each token");

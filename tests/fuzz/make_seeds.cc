@@ -1,0 +1,119 @@
+// make_seeds FOLDER: a few sound inputs for each fuzz target, in FOLDER/TARGET, from which it finds the unsound ones.
+#include <cstdio>
+#include <filesystem>
+#include <fstream>
+#include <string>
+#include <vector>
+
+#include "formats/adapter.h"
+#include "formats/checkpoint.h"
+#include "formats/decoder_config.h"
+#include "formats/gguf.h"
+#include "formats/safetensors.h"
+
+using namespace latte;
+using namespace latte::formats;
+
+namespace {
+
+GgufMetadata small_model(const std::string& architecture) {
+  GgufMetadata metadata;
+  metadata.set("general.architecture", architecture);
+  for (const char* key : {"block_count", "attention.head_count", "attention.head_count_kv", "attention.sliding_window"}) {
+    metadata.set(architecture + "." + key, uint32_t{2});
+  }
+  for (const char* key : {"context_length", "embedding_length", "feed_forward_length", "attention.key_length"}) {
+    metadata.set(architecture + "." + key, uint32_t{32});
+  }
+  metadata.set(architecture + ".attention.layer_norm_rms_epsilon", 1e-5f);
+  metadata.set(architecture + ".rope.freq_base", 1e4f);
+  metadata.set(architecture + ".rope.scaling.type", std::string("yarn"));
+  metadata.set(architecture + ".rope.scaling.factor", 2.0f);
+  metadata.set(architecture + ".attention.value_length", uint32_t{32});
+  return metadata;
+}
+
+void add_vocabulary(GgufMetadata& metadata, bool sentencepiece) {
+  metadata.set("tokenizer.ggml.model", std::string(sentencepiece ? "llama" : "gpt2"));
+  metadata.set("tokenizer.ggml.pre", std::string("default"));
+  metadata.set("tokenizer.ggml.tokens", GgufArray(std::vector<std::string>{"<|end|>", "a", "b", "ab", "<0x0A>", "\u0120", "c",
+                                                                           "d", "e", "<|im_start|>", "\u2581", "\u2581a"}));
+  metadata.set("tokenizer.ggml.token_type", GgufArray(std::vector<int32_t>{3, 1, 1, 1, 6, 4, 1, 1, 1, 3, 1, 1}));
+  metadata.set("tokenizer.ggml.scores", GgufArray(std::vector<float>{0, -1, -2, -3, -4, -5, -6, -7, -8, -9, -10, -11}));
+  metadata.set("tokenizer.ggml.merges", GgufArray(std::vector<std::string>{"a b"}));
+  metadata.set("tokenizer.ggml.eos_token_id", uint32_t{0});
+  metadata.set("tokenizer.ggml.bos_token_id", uint32_t{0});
+  metadata.set("tokenizer.ggml.add_bos_token", true);
+  metadata.set("tokenizer.ggml.add_space_prefix", false);
+  metadata.set("tokenizer.chat_template", std::string("{{'<|im_start|>'}}"));
+}
+
+void write_model(const std::string& path, const std::string& architecture, TensorType type) {
+  const GgufMetadata metadata = small_model(architecture);
+  const std::vector<GgufTensorSpec> hint = {{"token_embd.weight", type, {4, 32}}};
+  std::vector<GgufTensorSpec> specs;
+  for (const auto& [name, shape] : decoder_tensors(decoder_config(metadata, hint))) specs.push_back({name, type, shape});
+  write_gguf(path, metadata, specs, [&](size_t i, const WriteBytes& write) {
+    const std::vector<float> values(static_cast<size_t>(specs[i].elements()), 0.5f);
+    write(quantize(type, values, specs[i].shape.back()));
+  });
+}
+
+void text(const std::string& path, std::string_view content) { std::ofstream(path, std::ios::binary) << content; }
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 2) return std::fputs("usage: make_seeds FOLDER\n", stderr), 2;
+  const std::filesystem::path root = argv[1];
+  const auto folder = [&](const char* name) {
+    std::filesystem::create_directories(root / name);
+    return (root / name).string() + "/";
+  };
+  const std::string gguf = folder("gguf");
+  write_model(gguf + "llama", "llama", TensorType::kQ8_0);
+  write_model(gguf + "gemma3", "gemma3", TensorType::kF16);
+  GgufMetadata adapter = small_model("llama");
+  AdapterSpec spec;
+  spec.latents = {16, -1};
+  spec.base_hash = std::string(32, '0');
+  spec.put_into(adapter);
+  text(gguf + "adapter", gguf_without_tensors(adapter));
+
+  const std::string tokenizer = folder("tokenizer");
+  for (bool sentencepiece : {false, true}) {
+    GgufMetadata metadata;
+    add_vocabulary(metadata, sentencepiece);
+    text(tokenizer + (sentencepiece ? "sentencepiece" : "bytepairs"), gguf_without_tensors(metadata));
+  }
+
+  const std::string safetensors = folder("safetensors");
+  const std::vector<float> values = {1, 2, 3, 4};
+  TensorView tensor;
+  tensor.name = "blocks.0.weight";
+  tensor.shape = {2, 2};
+  tensor.data = std::as_bytes(std::span(values));
+  const std::vector<TensorView> tensors = {tensor};
+  write_safetensors(safetensors + "plain", tensors, {{"format", "pt"}});
+  write_checkpoint(safetensors + "checkpoint", {"{\"a\": 1}", 7}, tensors);
+
+  const std::string checkpoint = folder("checkpoint");
+  text(checkpoint + "bytes", "bytes");
+  text(checkpoint + "characters", "characters:abc\xC3\xB6");
+  text(checkpoint + "config",
+       R"({"vocab_size": 65, "attention": "macchiato", "position": "conv", "num_latents": 8, "window": 4})");
+
+  const std::string hugging_face = folder("hugging_face");
+  text(hugging_face + "llama",
+       R"({"architectures": ["LlamaForCausalLM"], "vocab_size": 9, "num_hidden_layers": 1, "max_position_embeddings": 8,
+           "hidden_size": 4, "intermediate_size": 4, "num_attention_heads": 2, "num_key_value_heads": 1, "rms_norm_eps": 1e-5,
+           "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                            "original_max_position_embeddings": 4}, "tie_word_embeddings": true})");
+  text(hugging_face + "gemma3",
+       R"({"model_type": "gemma3_text", "vocab_size": 9, "num_hidden_layers": 2, "max_position_embeddings": 8, "hidden_size": 4,
+           "intermediate_size": 4, "num_attention_heads": 1, "head_dim": 4, "sliding_window": 2, "query_pre_attn_scalar": 4,
+           "layer_types": ["sliding_attention", "full_attention"], "hidden_activation": "gelu_pytorch_tanh",
+           "rope_parameters": {"full_attention": {"rope_theta": 1e6, "rope_type": "yarn", "factor": 2.0, "attention_factor": 1.1},
+                               "sliding_attention": {"rope_theta": 1e4}}})");
+  return 0;
+}
