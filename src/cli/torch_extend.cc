@@ -188,6 +188,12 @@ void AddExtend(CLI::App& app, int& exit_code) {
           "model", [&fields](const std::string& path) { fields["model"] = path; }, "The pretrained model, a GGUF file")
       ->type_name("MODEL");
   command
+      ->add_option_function<std::string>(
+          "--from", [&fields](const std::string& path) { fields["from"] = path; },
+          "An adapter to start from in place of the first stage: for a longer context, say, or another window")
+      ->type_name("FILE")
+      ->group("Data");
+  command
       ->add_option_function<std::vector<std::string>>(
           "--text", [&fields](const std::vector<std::string>& paths) { fields["text"] = paths; }, "Plain files to train on")
       ->type_name("FILE")

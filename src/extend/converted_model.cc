@@ -48,6 +48,13 @@ void fill(ConvertedModel& converted, const formats::GgufFile& file) {
 
 }  // namespace
 
+void fill_from(ConvertedModel& converted, const formats::AdapterFile& adapter) {
+  if (adapter.spec().latents != converted.spec.latents) {
+    throw formats::FormatError(adapter.file().path(), "its blocks have other latents than this conversion's");
+  }
+  fill(converted, adapter.file());
+}
+
 ConvertedModel make_converted(const std::string& model, const formats::AdapterSpec& spec, bool forget, at::ScalarType dtype) {
   ConvertedModel converted;
   converted.model = models::load_decoder(model, models::DecoderOptions{.dtype = dtype});

@@ -27,6 +27,10 @@ ConvertedModel load_converted(const std::string& model, const std::string& adapt
 // A freshly converted base: latents closed, so that it equals window and sinks. Throws as load_decoder.
 ConvertedModel make_converted(const std::string& model, const formats::AdapterSpec& spec, bool forget, at::ScalarType dtype);
 
+// Copies an adapter's tensors into a model of the same latents. Throws formats::FormatError where they differ, or where the file
+// changes a tensor that the model hasn't.
+void fill_from(ConvertedModel& converted, const formats::AdapterFile& adapter);
+
 // Every parameter of the latents under its name in an adapter, "blk.N.latte_query.weight".
 std::vector<std::pair<std::string, at::Tensor>> latent_tensors(const std::vector<ConvertedAttention>& converted);
 

@@ -115,6 +115,29 @@ TEST_F(ExtendTest, TheAdapterIsTheStudent) {
   EXPECT_TRUE(close(loaded.model->forward(tokens).logits, trainer.student().model->forward(tokens).logits, 1e-6));
 }
 
+TEST_F(ExtendTest, GoesOnFromAnAdapter) {
+  run_extend(options_, run());
+  options_.from = run().out;
+  options_.window = 16;
+  const TokenText text = this->text();
+  ExtendTrainer trainer(options_, text);
+  trainer.match([](const MatchResult&) { return ADD_FAILURE() << "matched again", true; });
+  auto loaded = load_converted(options_.model, run().out, torch::kFloat32);
+  for (const auto& attention : loaded.converted) attention->set_window(16);
+  const auto tokens = torch::tensor(some_tokens(60)).unsqueeze(0);
+  {
+    const torch::NoGradGuard no_grad;
+    EXPECT_TRUE(close(trainer.student().model->forward(tokens).logits, loaded.model->forward(tokens).logits, 1e-6));
+  }
+  options_.train = "latents";  // the changed attention weights stay as the adapter has them
+  ExtendTrainer latents(options_, text);
+  const torch::NoGradGuard no_grad;
+  EXPECT_TRUE(close(latents.student().model->forward(tokens).logits, loaded.model->forward(tokens).logits, 1e-6));
+  EXPECT_EQ(latents.adapter_tensors().tensors().size(), trainer.adapter_tensors().tensors().size());
+  options_.latents = 5;
+  EXPECT_THROW(ExtendTrainer(options_, text), FormatError);
+}
+
 TEST_F(ExtendTest, AMergedModelIsTheAdapterOnItsBase) {
   RunOptions both = run();
   both.merged = folder_ / "merged.gguf";

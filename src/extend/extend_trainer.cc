@@ -60,6 +60,7 @@ ExtendTrainer::ExtendTrainer(const ExtendOptions& options, const TokenText& text
   spec.base_name = formats::GgufFile(options.model).metadata().string_or("general.name", "");
   student_ = make_converted(options.model, spec, options.forget, scalar_type(dtype_));
   collect_parameters();
+  if (!options.from.empty()) start_from(options.from);
   held_out_ = text.held_out(options.eval_sequences);
 }
 
@@ -94,6 +95,22 @@ void ExtendTrainer::collect_parameters() {
   add("vectors", options_.vector_lr, vectors);
 }
 
+void ExtendTrainer::start_from(const std::string& path) {
+  const formats::AdapterFile adapter(path);
+  adapter.check_fits(formats::GgufFile(options_.model));
+  const torch::NoGradGuard no_grad;
+  auto parameters = student_.model->named_parameters();
+  for (const formats::GgufTensor& tensor : adapter.file().tensors()) {
+    // What doesn't train shares its memory with the original.
+    at::Tensor* parameter = parameters.find(tensor.name);
+    if (parameter == nullptr) continue;
+    parameter->set_data(parameter->detach().clone());
+    if (!parameter->requires_grad()) kept_.emplace_back(tensor.name, *parameter);
+  }
+  fill_from(student_, adapter);
+  for (Master& master : masters_) master.master.copy_(master.weight);
+}
+
 void ExtendTrainer::masters_to_model() {
   const torch::NoGradGuard no_grad;
   for (Master& master : masters_) master.weight.copy_(master.master);
@@ -115,7 +132,7 @@ at::Tensor ExtendTrainer::teacher_hidden(const at::Tensor& tokens) {
 void ExtendTrainer::match(const std::function<bool(const MatchResult&)>& report) {
   const bool any = std::any_of(student_.converted.begin(), student_.converted.end(),
                                [](const auto& attention) { return attention && attention->latents(); });
-  if (!any || options_.match_sequences == 0) return;
+  if (!any || options_.match_sequences == 0 || !options_.from.empty()) return;
   std::vector<at::Tensor> sequences;
   for (int64_t i = 0; i < options_.match_sequences; ++i) {
     // Numbers from the far end: other stretches than the steps'.
@@ -219,6 +236,7 @@ StoredTensors ExtendTrainer::adapter_tensors() const {
   StoredTensors stored;
   for (const auto& [name, tensor] : latent_tensors(student_.converted)) stored.add(name, tensor, storage);
   for (const Master& master : masters_) stored.add(master.name, master.master, storage);
+  for (const auto& [name, tensor] : kept_) stored.add(name, tensor, storage);
   return stored;
 }
 

@@ -75,6 +75,7 @@ class ExtendTrainer {
   };
 
   void collect_parameters();
+  void start_from(const std::string& adapter);
   void masters_to_model();
   at::Tensor head() const;
   at::Tensor teacher_hidden(const at::Tensor& tokens);
@@ -86,6 +87,7 @@ class ExtendTrainer {
   models::Decoder original_{nullptr};
   ConvertedModel student_;
   std::vector<Master> masters_;
+  std::vector<std::pair<std::string, at::Tensor>> kept_;  // changed by options.from, and not trained
   std::vector<Group> groups_;
   std::vector<at::Tensor> parameters_;
   at::Tensor held_out_, held_out_hidden_;

@@ -19,6 +19,7 @@ void for_each_field(Options& options, const Visit& visit) {
   visit("model", options.model);
   visit("text", options.text);
   visit("held_out_fraction", options.held_out_fraction);
+  visit("from", options.from);
   visit("attention", options.attention);
   visit("window", options.window);
   visit("sinks", options.sinks);
@@ -80,7 +81,7 @@ void ExtendOptions::validate() const {
   check_range("tokens", tokens, 0, kLargestCount);
   check_range("context", context, 2, kLargestSize);
   check_range("batch", batch, 1, kLargestSize);
-  check_range("least_window", least_window, 0, window);
+  check_range("least_window", least_window, 0, kLargestSize);
   check_that(lr > 0, "lr", lr, "a positive number");
   check_that(latent_lr > 0, "latent_lr", latent_lr, "a positive number");
   check_that(vector_lr > 0, "vector_lr", vector_lr, "a positive number");

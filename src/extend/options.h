@@ -17,6 +17,8 @@ struct ExtendOptions {
   std::vector<std::string> text;    // plain files
   double held_out_fraction = 0.02;  // of each text, its end: for validation
 
+  std::string from;  // an adapter to start from, in place of the first stage; its window may differ
+
   // What takes the place of softmax attention.
   std::string attention = "macchiato";  // macchiato | window-sinks (the control) | full (attention as it is: the other control)
   int64_t window = 128;

@@ -1,0 +1,192 @@
+"""latte extend and latte eval, as a user runs them, on a model of two small layers."""
+
+import json
+import os
+import random
+import signal
+import struct
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+BUILD = Path(os.environ.get("LATTE_BUILD_DIR", Path(__file__).parents[2] / "build"))
+LATTE = BUILD / "latte"
+
+pytestmark = pytest.mark.skipif(not (LATTE.exists() and (BUILD / "latte-torch").exists()), reason="the programs aren't built")
+
+SHORT = ["--window", "8", "--sinks", "2", "--latents", "4", "--context", "64", "--match-sequences", "2", "--match-steps", "4"]
+SHORT += ["--dtype", "float32", "--threads", "1", "--held-out-fraction", "0.1"]
+
+
+def latte(*arguments) -> subprocess.CompletedProcess:
+    return subprocess.run([LATTE, *map(str, arguments)], capture_output=True, text=True)
+
+
+def assert_fails(result: subprocess.CompletedProcess, *parts: str, code: int = 1) -> None:
+    assert result.returncode == code, result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("latte: error: "), result.stderr
+    for part in parts:
+        assert part in last
+
+
+def text_bytes(value: str) -> bytes:
+    return struct.pack("<Q", len(value.encode())) + value.encode()
+
+
+def value_bytes(value) -> bytes:
+    if isinstance(value, str):
+        return struct.pack("<I", 8) + text_bytes(value)
+    if isinstance(value, float):
+        return struct.pack("<If", 6, value)
+    if isinstance(value, int):
+        return struct.pack("<II", 4, value)
+    if isinstance(value[0], str):
+        return struct.pack("<IIQ", 9, 8, len(value)) + b"".join(map(text_bytes, value))
+    return struct.pack(f"<IIQ{len(value)}i", 9, 5, len(value), *value)
+
+
+def write_model(path: Path, seed: int = 1, name: str = "Tiny") -> Path:
+    """A llama of random weights with a vocabulary of letters."""
+    letters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
+    tokens = ["<|end|>", *letters, "\u0120", "\u010a", "ab"]
+    sizes = {
+        "vocab_size": len(tokens),
+        "block_count": 2,
+        "context_length": 128,
+        "embedding_length": 32,
+        "feed_forward_length": 48,
+        "attention.head_count": 4,
+        "attention.head_count_kv": 2,
+        "attention.layer_norm_rms_epsilon": 1e-5,
+        "rope.freq_base": 10000.0,
+        "rope.dimension_count": 8,
+    }
+    metadata = {"general.architecture": "llama", "general.name": name, **{f"llama.{key}": size for key, size in sizes.items()}}
+    metadata |= {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3] + [1] * (len(tokens) - 1),
+        "tokenizer.ggml.merges": ["a b"],
+        "tokenizer.ggml.eos_token_id": 0,
+    }
+    shapes = {"token_embd.weight": [32, len(tokens)], "output_norm.weight": [32]}
+    for block in range(2):
+        layer = {"attn_norm": [32], "attn_q": [32, 32], "attn_k": [32, 16], "attn_v": [32, 16], "attn_output": [32, 32]}
+        layer |= {"ffn_norm": [32], "ffn_gate": [32, 48], "ffn_up": [32, 48], "ffn_down": [48, 32]}
+        shapes |= {f"blk.{block}.{part}.weight": shape for part, shape in layer.items()}
+    numbers = random.Random(seed)
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(shapes), len(metadata))
+    head += b"".join(text_bytes(key) + value_bytes(value) for key, value in metadata.items())
+    data = b""
+    for tensor, shape in shapes.items():
+        head += text_bytes(tensor) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, 0, len(data))
+        count = shape[0] * (shape[1] if len(shape) > 1 else 1)
+        norm = len(shape) == 1
+        data += struct.pack(f"<{count}f", *(1.0 if norm else numbers.gauss(0, 0.3) for _ in range(count)))
+        data += b"\0" * (-len(data) % 32)
+    path.write_bytes(head + b"\0" * (-len(head) % 32) + data)
+    return path
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_model(tmp_path / "base.gguf")
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"line {i * i % 97} of a text with {i % 7}\n" for i in range(400)))
+    return path
+
+
+def extend(model: Path, text: Path, out: Path, *more) -> subprocess.CompletedProcess:
+    return latte("extend", model, "--text", text, "--out", out, *SHORT, *more)
+
+
+def test_convert_and_compare(tmp_path, model, text):
+    adapter, control, full = tmp_path / "a.gguf", tmp_path / "control.gguf", tmp_path / "full.gguf"
+    result = extend(model, text, adapter, "--tokens", 256, "--json", "--quiet")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["step"] == report["steps"] == 4 and report["tokens"] == 256 and len(report["layers"]) == 2
+    assert set(report["held_out"]) == {"window_sinks", "matched", "trained", "latents_off"}
+    assert report["adapter_bytes"] == adapter.stat().st_size
+    metrics = [json.loads(line) for line in (tmp_path / "a.gguf.run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in metrics] == [1, 2, 3, 4] and metrics[-1]["val_loss"] is not None
+    for out, attention in ((control, "window-sinks"), (full, "full")):
+        assert extend(model, text, out, "--tokens", 128, "--attention", attention).returncode == 0
+
+    evaluated = ["eval", model, "--adapter", adapter, "--text", text, "--lengths", "64,256", "--windows", 2, "--threads", 1]
+    result = latte(*evaluated, "--control", control, "--full-adapter", full, "--json", "--dtype", "float32")
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(result.stdout)["rows"]
+    kinds = ["full", "full-ntk", "full-yarn", "full-uptrained", "window", "window-sinks", "window-sinks-uptrained"]
+    kinds += ["macchiato", "macchiato-latents-off"]
+    assert [(row["attention"], row["length"]) for row in rows] == [(kind, length) for kind in kinds for length in (64, 256)]
+    for row in rows:
+        assert row["perplexity"] > 1 and row["seconds"] > 0 and row["stderr"] > 0 and row["windows"] == 2
+        assert (row["kl"] is None) == (row["length"] > 128)  # the trained context
+        assert sum(bucket["to"] - bucket["from"] for bucket in row["buckets"]) == row["length"]
+    states = {row["length"]: row["state_bytes"] for row in rows if row["attention"] == "macchiato"}
+    assert states[64] == states[256] > 0
+    assert len(rows[-4]["latent_shares"]) == 2 and 0 < rows[-4]["latent_shares"][0][0] < 1
+
+
+def test_retrieval_tasks(model):
+    result = latte("eval", model, "--tasks", "passkey,recall", "--task-lengths", 400, "--trials", 2, "--pairs", 3, "--json",
+                   "--depths", "0.2,0.8", "--attention", "full,window-sinks")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert [(row["attention"], row["depth"]) for row in report["passkey"]] == [
+        (kind, depth) for kind in ("full", "window-sinks") for depth in (0.2, 0.8)
+    ]
+    assert all(row["asked"] == 2 for row in report["passkey"]) and all(row["asked"] == 6 for row in report["recall"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_resumes(tmp_path, model, text, number):
+    out = tmp_path / "a.gguf"
+    command = [LATTE, "extend", model, "--text", text, "--out", out, *SHORT, "--tokens", str(64 * 10**6), "--eval-every", "0"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "a.gguf.run" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(number)
+    errors = process.communicate()[1]
+    assert process.returncode == 130 and "interrupted and saved" in errors
+    steps = metrics.read_text().count("\n")
+    result = latte("extend", "--resume", "--out", out, "--tokens", 64 * (steps + 2), "--quiet", "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["step"] == steps + 2
+    assert not list(tmp_path.glob(".a.gguf*"))
+
+
+def test_errors_leave_nothing(tmp_path, model, text):
+    out = tmp_path / "a.gguf"
+    short = tmp_path / "short.txt"
+    short.write_text("short")
+    assert_fails(extend(model, short, out), "no text has 65 tokens")
+    assert_fails(extend(model, tmp_path / "none.txt", out), "none.txt")
+    assert_fails(extend(text, text, out), "text.txt")
+    assert_fails(extend(model, text, out, "--latents", 0), "latents is 0", code=2)
+    assert_fails(extend(model, text, out, "--attention", "sparse"), "--attention", code=2)
+    assert_fails(latte("extend", "--resume", "--out", out), "a.gguf.run")
+    assert not out.exists()
+    assert_fails(latte("eval", model, "--text", short), "too short")
+    assert_fails(latte("eval", model, "--text", text, "--attention", "macchiato"), "macchiato needs --adapter", code=2)
+
+
+def test_an_adapter_belongs_to_its_base(tmp_path, model, text):
+    adapter = tmp_path / "a.gguf"
+    assert extend(model, text, adapter, "--tokens", 0, "--match-sequences", 0).returncode == 0
+    other = write_model(tmp_path / "other.gguf", seed=2, name="Other")
+    assert_fails(latte("eval", other, "--adapter", adapter, "--text", text, "--lengths", 64), "made for", "Tiny", "other.gguf")
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(adapter.read_bytes()[:-100])
+    assert_fails(latte("eval", model, "--adapter", damaged, "--text", text, "--lengths", 64), "damaged.gguf")
