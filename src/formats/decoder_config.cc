@@ -99,7 +99,7 @@ void read_gemma(const Keys& keys, DecoderConfig& config) {
   config.rope.pairs = RopePairs::kHalves;
   config.logit_softcap = keys.positive_or("final_logit_softcapping", 0.0);
   config.attention_scale = keys.positive_or("attention.scale", config.attention_scale);
-  config.window = keys.integer_or("attention.sliding_window", 0, kLargestContext);
+  config.window = keys.integer_or("attention.sliding_window", 0, kLargestDim);
   config.local_rope = config.rope;
 }
 

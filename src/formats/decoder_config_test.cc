@@ -130,6 +130,14 @@ TEST(DecoderConfig, RefusesWhatNoModelHas) {
   EXPECT_CONTAINS(error_text<FormatError>([&] { decoder_config(small_llama(), {}); }), "\"token_embd.weight\" is missing");
 }
 
+TEST(DecoderConfig, APieceOfAModelIsRefused) {
+  const TestFolder folder;
+  GgufMetadata metadata = small_llama();
+  metadata.set("split.count", uint16_t{3});
+  write_gguf(folder / "model.gguf", metadata, std::span<const GgufTensor>());
+  EXPECT_CONTAINS(error_text<FormatError>([&] { open_pretrained(folder / "model.gguf"); }), "one of 3 pieces of a model");
+}
+
 TEST(DecoderConfig, NamesOfScaling) {
   EXPECT_EQ(rope_scaling_named("ntk"), RopeScalingKind::kNtk);
   EXPECT_EQ(rope_scaling_named("none"), RopeScalingKind::kNone);

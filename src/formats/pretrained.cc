@@ -15,6 +15,9 @@ class GgufPretrained : public PretrainedFile {
  public:
   explicit GgufPretrained(const std::string& path) : PretrainedFile(path), file_(path) {
     metadata_ = file_.metadata();
+    if (const int64_t pieces = metadata_.integer_or("split.count", 1, 0, UINT16_MAX); pieces > 1) {
+      throw FormatError(path, "one of " + std::to_string(pieces) + " pieces of a model; expected a file that is whole");
+    }
     // A merged model (formats/adapter.h) has tensors beside the base's, which whoever converts attention reads on their own.
     const bool merged = metadata_.has("latte.version");
     for (const GgufTensor& tensor : file_.tensors()) {

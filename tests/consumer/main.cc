@@ -5,6 +5,9 @@
 #include <vector>
 
 #include "kernels/latent.h"
+#ifdef CONSUMER_HAS_FORMATS
+#include "formats/gguf.h"
+#endif
 #ifdef CONSUMER_HAS_OPS
 #include "ops/ops.h"
 #endif
@@ -41,6 +44,24 @@ bool KernelsAnswer() {
   return true;
 }
 
+#ifdef CONSUMER_HAS_FORMATS
+// ggml's types through latte's reader of files: 32 equal numbers come back from 8 bits each.
+bool FormatsAnswer() {
+  namespace formats = latte::formats;
+  const std::vector<float> values(32, 0.5f);
+  const auto bytes = formats::quantize(formats::TensorType::kQ8_0, values, 32);
+  std::vector<float> back(32);
+  formats::dequantize(formats::TensorType::kQ8_0, bytes, back);
+  for (float value : back) {
+    if (std::abs(value - 0.5f) > 1e-3f) {
+      std::fprintf(stderr, "dequantize: %g, not 0.5\n", value);
+      return false;
+    }
+  }
+  return bytes.size() == 34 && !formats::gguf_without_tensors(formats::GgufMetadata()).empty();
+}
+#endif
+
 #ifdef CONSUMER_HAS_OPS
 // The same through the operators, with a gradient: out[1] is the mean of both values, so each receives half of its gradient.
 bool OperatorsAnswer() {
@@ -64,6 +85,9 @@ bool OperatorsAnswer() {
 
 int main() {
   bool good = KernelsAnswer();
+#ifdef CONSUMER_HAS_FORMATS
+  good = FormatsAnswer() && good;
+#endif
 #ifdef CONSUMER_HAS_OPS
   good = OperatorsAnswer() && good;
 #endif
