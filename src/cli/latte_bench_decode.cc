@@ -19,6 +19,8 @@
 
 #include "cli/latte_commands.h"
 #include "cli/latte_llama_peer.h"
+#include "cli/latte_text.h"
+#include "formats/adapter.h"
 #include "formats/gguf.h"
 #include "runtime/engine.h"
 #include "runtime/quantize.h"
@@ -51,13 +53,6 @@ double SecondsOf(const std::function<void()>& work) {
   const auto start = std::chrono::steady_clock::now();
   work();
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-}
-
-double ResidentMegabytes() {
-  std::ifstream statm("/proc/self/statm");
-  long total = 0, resident = 0;
-  statm >> total >> resident;
-  return static_cast<double>(resident) * static_cast<double>(::sysconf(_SC_PAGESIZE)) / 1e6;
 }
 
 double Median(std::vector<double> values) {
@@ -176,20 +171,32 @@ class Bench {
       }
       const auto file =
           std::filesystem::temp_directory_path() / ("latte-bench-" + std::to_string(::getpid()) + "-" + type + ".gguf");
-      struct Removed {
-        std::filesystem::path path;
-        ~Removed() {
-          std::error_code ignored;
-          std::filesystem::remove(path, ignored);
-        }
-      } removed{file};
+      const Removed removed{file};
       runtime::quantize_model(options_.model, file.string(), *wanted);
-      RunFile(file.string(), type);
+      if (options_.adapter.empty()) {
+        RunFile(file.string(), type);
+        continue;
+      }
+      // An adapter fits its base alone: what latte runs converted is the two merged, and then quantised alike.
+      const Removed merged{file.string() + ".merged"}, quantised{file.string() + ".latte"};
+      const formats::AdapterFile adapter(options_.adapter);
+      const formats::GgufFile base(options_.model);
+      adapter.check_fits(base);
+      formats::write_merged(merged.path.string(), adapter.spec(), base, adapter.file().tensors());
+      runtime::quantize_model(merged.path.string(), quantised.path.string(), *wanted);
+      RunFile(file.string(), type, quantised.path.string());
     }
     return {{"rows", rows_}, {"model", options_.model}, {"threads", threads_}};
   }
 
  private:
+  struct Removed {
+    std::filesystem::path path;
+    ~Removed() {
+      std::error_code ignored;
+      std::filesystem::remove(path, ignored);
+    }
+  };
   static std::string Lower(std::string text) {
     // ggml writes "q4_0", but "q4_K".
     for (char& c : text) c = c == 'K' ? c : static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
@@ -206,7 +213,8 @@ class Bench {
     return name;
   }
 
-  void RunFile(const std::string& path, const std::string& type) {
+  // `converted`: the file of latte's converted model where it isn't `path` with the adapter.
+  void RunFile(const std::string& path, const std::string& type, const std::string& converted = "") {
     type_ = type;
     std::vector<std::unique_ptr<Contestant>> contestants;
     const auto wants = [](const std::vector<std::string>& list, const char* name) {
@@ -217,13 +225,14 @@ class Bench {
       if (!latte) continue;
       runtime::ModelOptions model_options;
       if (attention == "macchiato") {
-        model_options.adapter = options_.adapter;
+        if (converted.empty()) model_options.adapter = options_.adapter;
+        model_options.adapter_in_base_type = true;
         if (options_.adapter.empty()) model_options.attention = {options_.window, options_.sinks, options_.latents};
       } else if (attention == "window") {
         model_options.attention = {options_.window, options_.sinks, 0};
       }
       const double before = ResidentMegabytes();
-      auto model = Model::open(path, model_options);
+      auto model = Model::open(attention == "macchiato" && !converted.empty() ? converted : path, model_options);
       vocabulary_ = model->shape().vocab_size;
       runtime::EngineOptions engine_options;
       engine_options.threads = threads_;

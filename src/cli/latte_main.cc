@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "cli/latte_commands.h"
+#include "formats/gguf.h"
 
 namespace {
 
@@ -32,9 +33,12 @@ struct Command {
 constexpr std::array kCommands = {
     Command{"train", "Train a language model on a text"},
     Command{"generate", "Write text with a trained model"},
+    Command{"chat", "Talk with a pretrained model"},
     Command{"inspect", "Show what a model's file holds"},
     Command{"extend", "Turn a pretrained model into a linear-time one"},
     Command{"eval", "Compare a pretrained model's attention on long texts"},
+    Command{"perplexity", "Measure how well a pretrained model predicts a text"},
+    Command{"quantize", "Bring a model's matrices to another type"},
     Command{"verify", "Check this machine's kernels against reference files"},
     Command{"bench", "Measure attention against torch's, decoding against llama.cpp's"},
 };
@@ -124,6 +128,10 @@ int RunHere(int argc, char** argv) {
   CLI::App* bench = app.add_subcommand("bench", "Measure");
   bench->require_subcommand(1);
   latte::cli::AddBenchDecode(*bench, exit_code);
+  latte::cli::AddGenerateModel(app, exit_code);
+  latte::cli::AddChat(app, exit_code);
+  latte::cli::AddPerplexity(app, exit_code);
+  latte::cli::AddQuantize(app, exit_code);
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
@@ -139,9 +147,25 @@ int RunHere(int argc, char** argv) {
   return lost && exit_code == 0 ? Fail("cannot write standard output", 1) : exit_code;
 }
 
+// Text is generated here for a GGUF file, in latte-torch for a folder that latte train wrote.
+bool NamesGguf(int argc, char** argv) {
+  for (int i = 2; i < argc; ++i) {
+    std::error_code error;
+    if (argv[i][0] == '-' || !std::filesystem::is_regular_file(argv[i], error)) continue;
+    try {
+      if (latte::formats::is_gguf(argv[i])) return true;
+    } catch (const std::exception&) {  // whoever opens it says why it can't
+    }
+  }
+  return false;
+}
+
 bool LivesHere(int argc, char** argv) {
   const std::string_view name = argv[1];
-  return name == "inspect" || (name == "bench" && argc > 2 && std::string_view(argv[2]) == "decode");
+  if (name == "bench") return argc > 2 && std::string_view(argv[2]) == "decode";
+  if (name == "generate") return NamesGguf(argc, argv);
+  constexpr std::string_view kHere[] = {"inspect", "chat", "perplexity", "quantize"};
+  return std::find(std::begin(kHere), std::end(kHere), name) != std::end(kHere);
 }
 
 }  // namespace

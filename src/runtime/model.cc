@@ -27,36 +27,55 @@ int loading_threads(int wanted) {
 }  // namespace
 
 std::shared_ptr<const Model> Model::open(const std::string& path, const ModelOptions& options) {
-  const std::shared_ptr<Model> model(new Model(path));
-  model->load(options);
+  const std::shared_ptr<Model> model(new Model(path, options));
+  model->load();
   return model;
 }
 
-void Model::load(const ModelOptions& options) {
+// The layers that an adapter, or a merged model, says are converted.
+void Model::convert(const formats::AdapterSpec& spec) {
+  for (size_t i = 0; i < shape_.layers.size(); ++i) {
+    if (i >= spec.latents.size() || spec.latents[i] < 0) continue;
+    shape_.layers[i].window = spec.window;
+    shape_.layers[i].sinks = spec.sinks;
+    shape_.layers[i].latents = spec.latents[i];
+  }
+  shape_.far_limit = spec.far_limit;
+}
+
+void Model::load() {
   ggml_cpu_init();  // its tables of half-precision numbers
+  if (formats::is_adapter(file_.metadata())) throw ModelError(file_.path() + ": an adapter, not a model: it needs its base");
   shape_ = ModelShape::from(file_);
-  if (options.attention.window > 0) {
+  const AttentionChoice& choice = options_.attention;
+  if (!options_.adapter.empty()) {
+    adapter_.emplace(options_.adapter);
+    adapter_->check_fits(file_);
+    convert(adapter_->spec());
+  } else if (const auto spec = formats::merged_spec(file_)) {
+    convert(*spec);
+  } else if (choice.window > 0) {
     for (LayerShape& layer : shape_.layers) {
       if (layer.window > 0) continue;
-      layer.window = options.attention.window;
-      layer.sinks = options.attention.sinks;
-      layer.latents = options.attention.latents;
+      layer.window = choice.window;
+      layer.sinks = choice.sinks;
+      layer.latents = choice.latents;
     }
-    shape_.far_limit = options.attention.far_limit;
+    shape_.far_limit = choice.far_limit;
   }
   // The repacked weights take about the room of the file's.
   if (file_.size() > available_memory()) {
     throw MemoryError(file_.path() + ": " + std::to_string(file_.size() >> 20) + " MB of weights, " +
                       std::to_string(available_memory() >> 20) + " MB of memory are free");
   }
-  ThreadPool pool(loading_threads(options.threads));
+  ThreadPool pool(loading_threads(options_.threads));
   embedding_ = &tensor("token_embd.weight", {shape_.vocab_size, shape_.embed_dim});
   if (!formats::can_dequantize(embedding_->type)) {
     throw ModelError(file_.path() + ": token_embd.weight: type " + std::string(formats::name_of(embedding_->type)) +
                      " can't be read");
   }
   final_norm_ = floats("output_norm.weight", {shape_.embed_dim});
-  const bool tied = file_.find("output.weight") == nullptr;
+  const bool tied = find("output.weight") == nullptr;
   head_ = matrix(tied ? "token_embd.weight" : "output.weight", shape_.vocab_size, shape_.embed_dim, pool);
   weight_bytes_ = head_.bytes();
   layers_.resize(shape_.layers.size());
@@ -75,6 +94,9 @@ void Model::load(const ModelOptions& options) {
   }
   formats::Hash hash;
   hash.add(file_.bytes());
+  if (adapter_) hash.add(adapter_->file().bytes());
+  hash.add(static_cast<uint64_t>(options_.adapter_in_base_type));
+  hash.add(options_.type ? static_cast<uint64_t>(*options_.type) + 1 : 0);
   for (const LayerShape& layer : shape_.layers) {
     for (const int64_t number : {layer.window, layer.sinks, layer.latents}) hash.add(static_cast<uint64_t>(number));
   }
@@ -108,7 +130,13 @@ void Model::load_layer(int64_t index, ThreadPool& pool) {
   for (const char* name : {"attn_q.bias", "attn_k.bias", "attn_v.bias"}) {
     if (file_.find(block + name) != nullptr) throw ModelError(file_.path() + ": " + block + name + ": biases aren't known here");
   }
-  if (s.layers[static_cast<size_t>(index)].latents > 0) load_latents(index, pool);
+  if (s.layers[static_cast<size_t>(index)].latents > 0) {
+    if (find(block + "latte_query.weight") != nullptr) {
+      load_latents(index, pool);
+    } else {
+      make_latents(index, pool);
+    }
+  }
 
   for (const Matrix* m : {&layer.query, &layer.key, &layer.value, &layer.latent.gate}) {
     if (*m) layer.attention_forms.add(m->forms());
@@ -123,8 +151,35 @@ void Model::load_layer(int64_t index, ThreadPool& pool) {
   }
 }
 
-// Until a layer has trained latents: random ones, which cost what trained ones cost.
 void Model::load_latents(int64_t index, ThreadPool& pool) {
+  const ModelShape& s = shape_;
+  const int64_t latents = s.layers[static_cast<size_t>(index)].latents;
+  const std::string block = "blk." + std::to_string(index) + ".latte_";
+  LatentWeights& weights = layers_[static_cast<size_t>(index)].latent;
+  const auto heads = [&](const std::string& name, int64_t count, std::vector<Matrix>& to) {
+    const formats::GgufTensor& found = tensor(name, {count, latents, s.key_dim});
+    const size_t bytes = found.data.size() / static_cast<size_t>(count);
+    for (int64_t h = 0; h < count; ++h) {
+      to.emplace_back(found, found.data.data() + static_cast<size_t>(h) * bytes, latents, s.key_dim, arena_, pool);
+    }
+  };
+  heads(block + "query.weight", s.num_heads, weights.query);
+  heads(block + "key.weight", s.num_kv_heads, weights.key);
+  const formats::GgufTensor& gate = tensor(block + "gate.weight", {s.num_heads, s.embed_dim});
+  weights.gate = Matrix(gate, gate.data.data(), s.num_heads, s.embed_dim, arena_, pool);
+  weights.query_bias = floats(block + "query.bias", {s.num_heads, latents});
+  weights.key_bias = floats(block + "key.bias", {s.num_kv_heads, latents});
+  weights.gate_bias = floats(block + "gate.bias", {s.num_heads});
+  weights.gate_slope = floats(block + "gate.slope", {s.num_heads});
+  if (find(block + "decay") == nullptr) return;
+  const float* decay = floats(block + "decay", {s.num_kv_heads, latents});
+  float* log_decay = arena_.take_array<float>(s.num_kv_heads * latents);
+  for (int64_t i = 0; i < s.num_kv_heads * latents; ++i) log_decay[i] = -std::exp(decay[i]);
+  weights.log_decay = log_decay;
+}
+
+// For a layer without trained latents: random ones, which cost what trained ones cost.
+void Model::make_latents(int64_t index, ThreadPool& pool) {
   const ModelShape& s = shape_;
   const int64_t latents = s.layers[static_cast<size_t>(index)].latents;
   LatentWeights& weights = layers_[static_cast<size_t>(index)].latent;
@@ -154,8 +209,15 @@ void Model::load_latents(int64_t index, ThreadPool& pool) {
   weights.log_decay = decay;
 }
 
+const formats::GgufTensor* Model::find(const std::string& name) const {
+  if (adapter_) {
+    if (const formats::GgufTensor* found = adapter_->file().find(name)) return found;
+  }
+  return file_.find(name);
+}
+
 const formats::GgufTensor& Model::tensor(const std::string& name, std::vector<int64_t> shape) const {
-  const formats::GgufTensor* found = file_.find(name);
+  const formats::GgufTensor* found = find(name);
   if (found == nullptr) throw ModelError(file_.path() + ": tensor " + name + " is missing, expected " + in_brackets(shape));
   if (found->shape != shape) {
     throw ModelError(file_.path() + ": tensor " + name + " is " + in_brackets(found->shape) + ", expected " + in_brackets(shape));
@@ -165,7 +227,23 @@ const formats::GgufTensor& Model::tensor(const std::string& name, std::vector<in
 
 Matrix Model::matrix(const std::string& name, int64_t rows, int64_t columns, ThreadPool& pool) {
   const formats::GgufTensor& found = tensor(name, {rows, columns});
-  return Matrix(found, found.data.data(), rows, columns, arena_, pool);
+  formats::TensorType type = options_.type.value_or(found.type);
+  const formats::GgufTensor* base = file_.find(name);
+  if (!options_.type && options_.adapter_in_base_type && base != nullptr) type = base->type;
+  if (type == found.type || !formats::can_quantize(type) || columns % formats::block_size(type) != 0) {
+    return Matrix(found, found.data.data(), rows, columns, arena_, pool);
+  }
+  std::vector<float> values(static_cast<size_t>(rows * columns));
+  formats::dequantize(found.type, found.data, values);
+  const std::vector<std::byte> bytes = formats::quantize(type, values, columns);
+  formats::GgufTensorSpec spec = found;
+  spec.type = type;
+  Matrix converted(spec, bytes.data(), rows, columns, arena_, pool);
+  if (!converted.is_mapped()) return converted;
+  // The bytes are read where they lie: they get a place that lasts.
+  std::byte* kept = arena_.take(bytes.size());
+  std::copy(bytes.begin(), bytes.end(), kept);
+  return Matrix(spec, kept, rows, columns, arena_, pool);
 }
 
 const float* Model::floats(const std::string& name, std::vector<int64_t> shape) {

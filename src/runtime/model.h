@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "formats/adapter.h"
 #include "formats/gguf.h"
 #include "runtime/matrix.h"
 #include "runtime/memory.h"
@@ -42,9 +43,13 @@ struct LayerWeights {
 };
 
 struct ModelOptions {
-  std::string adapter;  // path, or empty
-  AttentionChoice attention;
-  int threads = 0;  // for loading; 0: as many as there are CPUs
+  std::string adapter;  // path, or empty; a merged model needs none
+  // Whether the weights that an adapter has changed, often in a larger type, are brought to the base's type.
+  bool adapter_in_base_type = false;
+  // Of every matrix: what has another type is converted while loading. Kept where unset.
+  std::optional<formats::TensorType> type;
+  AttentionChoice attention;  // of a model without an adapter
+  int threads = 0;            // for loading; 0: as many as there are CPUs
 };
 
 class Model {
@@ -67,11 +72,14 @@ class Model {
   size_t weight_bytes() const { return weight_bytes_; }  // that one token reads
 
  private:
-  explicit Model(const std::string& path) : file_(path), arena_("the model's weights") {}
-  void load(const ModelOptions& options);
+  Model(const std::string& path, const ModelOptions& options) : file_(path), arena_("the model's weights"), options_(options) {}
+  void load();
   void load_layer(int64_t index, ThreadPool& pool);
   void load_latents(int64_t index, ThreadPool& pool);
+  void make_latents(int64_t index, ThreadPool& pool);
+  void convert(const formats::AdapterSpec& spec);
 
+  const formats::GgufTensor* find(const std::string& name) const;  // the adapter's, else the file's
   const formats::GgufTensor& tensor(const std::string& name, std::vector<int64_t> shape) const;
   Matrix matrix(const std::string& name, int64_t rows, int64_t columns, ThreadPool& pool);
   const float* floats(const std::string& name, std::vector<int64_t> shape);
@@ -79,6 +87,8 @@ class Model {
   formats::GgufFile file_;
   ModelShape shape_;
   Arena arena_;
+  std::optional<formats::AdapterFile> adapter_;
+  ModelOptions options_;
   std::vector<LayerWeights> layers_;
   const float* final_norm_ = nullptr;
   Matrix head_;

@@ -13,7 +13,7 @@ namespace latte::runtime {
 namespace {
 
 constexpr int kSpinsBeforeSleep = 20000;  // some 200 µs: longer than choosing the next token takes
-constexpr int kSpinsBeforeYield = 4000;   // at a barrier: with a thread per CPU nobody waits this long
+constexpr int kSpinsAtBarrier = 4000;  // where each thread has a CPU, nobody waits this long; else sleeping lets the others run
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -84,11 +84,12 @@ void ThreadPool::run(const std::function<void(int)>& work) {
   epoch_.fetch_add(1, std::memory_order_release);
   epoch_.notify_all();
   perform(0);
-  for (int spins = 0; running_.load(std::memory_order_acquire) != 0; ++spins) {
-    if (spins < kSpinsBeforeYield) {
+  int spins = 0;
+  for (int left; (left = running_.load(std::memory_order_acquire)) != 0; ++spins) {
+    if (spins < kSpinsAtBarrier) {
       relax();
     } else {
-      std::this_thread::yield();
+      running_.wait(left, std::memory_order_acquire);
     }
   }
   if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
@@ -97,19 +98,21 @@ void ThreadPool::run(const std::function<void(int)>& work) {
 void ThreadPool::barrier() {
   if (size_ == 1) return;
   const uint32_t turn = released_.load(std::memory_order_relaxed);
+  if (failed_.load(std::memory_order_acquire)) throw Stopped();
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
     arrived_.store(0, std::memory_order_relaxed);
-    released_.store(turn + 1, std::memory_order_release);
+    released_.fetch_add(1, std::memory_order_release);
+    released_.notify_all();
     return;
   }
   for (int spins = 0; released_.load(std::memory_order_acquire) == turn; ++spins) {
-    if (failed_.load(std::memory_order_relaxed)) throw Stopped();
-    if (spins < kSpinsBeforeYield) {
+    if (spins < kSpinsAtBarrier) {
       relax();
     } else {
-      std::this_thread::yield();
+      released_.wait(turn, std::memory_order_acquire);
     }
   }
+  if (failed_.load(std::memory_order_acquire)) throw Stopped();
 }
 
 void ThreadPool::loop(int index) {
@@ -125,6 +128,7 @@ void ThreadPool::loop(int index) {
     if (quit_) return;
     perform(index);
     running_.fetch_sub(1, std::memory_order_release);
+    running_.notify_all();
   }
 }
 
@@ -135,7 +139,9 @@ void ThreadPool::perform(int index) {
   } catch (...) {
     const std::lock_guard lock(failure_mutex_);
     if (!failure_) failure_ = std::current_exception();
-    failed_.store(true, std::memory_order_relaxed);
+    failed_.store(true, std::memory_order_release);
+    released_.fetch_add(1, std::memory_order_release);  // lets those go that wait for this thread
+    released_.notify_all();
   }
 }
 

@@ -1,0 +1,157 @@
+// latte generate MODEL.gguf: a text that continues a prompt, written as it comes.
+#include <unistd.h>
+
+#include <chrono>
+#include <cstdio>
+#include <nlohmann/json.hpp>
+#include <string>
+
+#include "cli/latte_commands.h"
+#include "cli/latte_text.h"
+#include "formats/mapped_file.h"
+
+namespace latte::cli {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+struct Options {
+  ModelChoice model;
+  SamplingChoice sampling;
+  std::string prompt, prompt_file, save, load;
+  int64_t tokens = 200;
+  bool stats = false, logprobs = false, json = false;
+};
+
+double SecondsSince(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
+// A line on a terminal that shows how much of a long prompt is read.
+class PromptProgress {
+ public:
+  explicit PromptProgress(int64_t total) : total_(total), shown_(::isatty(STDERR_FILENO) != 0 && total > 2048) {}
+  bool operator()(int64_t read) const {
+    if (shown_) {
+      const double seconds = SecondsSince(start_);
+      const int filled = static_cast<int>(30 * read / total_);
+      std::fprintf(stderr, "\r[%-30.*s] %lld of %lld tokens, %.0f tokens/s ", filled, "##############################",
+                   static_cast<long long>(read), static_cast<long long>(total_), static_cast<double>(read) / seconds);
+      if (read == total_) std::fprintf(stderr, "\r%70s\r", "");
+      std::fflush(stderr);
+    }
+    return !Interrupt::Seen();
+  }
+
+ private:
+  int64_t total_;
+  bool shown_;
+  Clock::time_point start_ = Clock::now();
+};
+
+int Generate(const Options& options) {
+  const auto loading = Clock::now();
+  Loaded loaded(options.model);
+  runtime::Sampler sampler = MakeSampler(loaded, options.sampling);
+  const double load_seconds = SecondsSince(loading);
+  std::string prompt = options.prompt;
+  if (!options.prompt_file.empty()) prompt = std::string(formats::MappedFile(options.prompt_file).text());
+  const bool first = options.load.empty();
+  std::vector<int32_t> tokens = Narrow(loaded.tokenizer.encode(prompt, first));
+  runtime::Session session =
+      first ? runtime::Session(loaded.model, loaded.session_options) : runtime::Session::load(options.load, loaded.model);
+  if (tokens.empty()) {
+    if (loaded.tokenizer.bos()) {
+      tokens.push_back(static_cast<int32_t>(*loaded.tokenizer.bos()));
+    } else {
+      throw std::runtime_error("an empty prompt: --prompt or --prompt-file gives the text to continue");
+    }
+  }
+  const Interrupt interrupt;
+  const auto reading = Clock::now();
+  const PromptProgress progress(static_cast<int64_t>(tokens.size()));
+  std::span<const float> logits = loaded.engine.prefill(session, tokens, [&](int64_t read) { return progress(read); });
+  const double read_seconds = SecondsSince(reading);
+
+  nlohmann::json written = nlohmann::json::array();
+  StopFilter filter(options.sampling.stop);
+  std::string text;
+  const auto show = [&](const std::string& piece) {
+    text += piece;
+    if (options.json) return;
+    std::fwrite(piece.data(), 1, piece.size(), stdout);
+    std::fflush(stdout);
+  };
+  const auto writing = Clock::now();
+  int64_t count = 0;
+  std::string reason = "length";
+  while (count < options.tokens && !Interrupt::Seen()) {
+    if (session.room() < 1) {
+      reason = "full";
+      break;
+    }
+    const int32_t token = sampler.choose(logits);
+    ++count;
+    const std::string piece = loaded.tokenizer.piece(token);
+    if (options.logprobs) {
+      written.push_back({{"token", token}, {"logprob", runtime::log_probability(logits, token)}});
+      if (!options.json) std::fprintf(stderr, "%d\t%.4f\n", token, written.back()["logprob"].get<double>());
+    }
+    if (loaded.tokenizer.ends_generation(token)) {
+      reason = "end";
+      break;
+    }
+    show(filter.Add(piece));
+    if (filter.stopped()) {
+      reason = "stop";
+      break;
+    }
+    logits = loaded.engine.decode(session, token);
+  }
+  if (Interrupt::Seen()) reason = "interrupted";
+  const double write_seconds = SecondsSince(writing);
+  show(filter.Rest());
+  if (!options.save.empty()) session.save(options.save);
+  const double write_rate = static_cast<double>(count) / std::max(write_seconds, 1e-9);
+  const double read_rate = static_cast<double>(tokens.size()) / std::max(read_seconds, 1e-9);
+  if (options.json) {
+    nlohmann::json out = {{"text", text}, {"finish_reason", reason}, {"prompt_tokens", tokens.size()}, {"tokens", count}};
+    if (options.logprobs) out["logprobs"] = written;
+    if (options.stats) {
+      out["stats"] = {{"load_seconds", load_seconds},
+                      {"prefill_tokens_per_second", read_rate},
+                      {"decode_tokens_per_second", write_rate},
+                      {"state_mb", static_cast<double>(session.bytes_in_use()) / 1e6},
+                      {"resident_mb", ResidentMegabytes()}};
+    }
+    std::printf("%s\n", out.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace).c_str());
+  } else {
+    std::printf("\n");
+    if (options.stats) {
+      std::fprintf(
+          stderr,
+          "load %.2f s; read %zu tokens at %.0f tokens/s; wrote %lld at %.1f tokens/s (%s); state %.1f MB, process %.0f MB\n",
+          load_seconds, tokens.size(), read_rate, static_cast<long long>(count), write_rate, reason.c_str(),
+          static_cast<double>(session.bytes_in_use()) / 1e6, ResidentMegabytes());
+    }
+  }
+  return reason == "interrupted" ? 130 : 0;
+}
+
+}  // namespace
+
+void AddGenerateModel(CLI::App& app, int& exit_code) {
+  auto options = std::make_shared<Options>();
+  CLI::App* command = app.add_subcommand("generate", "Write text with a model");
+  AddModelOptions(*command, options->model);
+  AddSamplingOptions(*command, options->sampling);
+  auto* prompt = command->add_option("--prompt,-p", options->prompt, "Text to continue");
+  command->add_option("--prompt-file", options->prompt_file, "File with the text to continue, of any length")->excludes(prompt);
+  command->add_option("--tokens,-n", options->tokens, "Tokens to write")->check(CLI::Range(int64_t{0}, int64_t{1} << 40));
+  command->add_option("--save", options->save, "Write the state that was reached to this file");
+  command->add_option("--load", options->load, "Go on from a state that --save wrote");
+  command->add_flag("--stats", options->stats, "Tokens a second, memory");
+  command->add_flag("--logprobs", options->logprobs, "ln p of each token");
+  command->add_flag("--json", options->json, "One JSON object instead of the text");
+  command->callback([options, &exit_code] { exit_code = Generate(*options); });
+}
+
+}  // namespace latte::cli

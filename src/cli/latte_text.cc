@@ -1,0 +1,123 @@
+#include "cli/latte_text.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <csignal>
+#include <fstream>
+#include <random>
+
+#include "formats/mapped_file.h"
+
+namespace latte::cli {
+namespace {
+
+runtime::ModelOptions ModelOptionsOf(const ModelChoice& choice) {
+  runtime::ModelOptions options;
+  options.adapter = choice.adapter;
+  options.threads = choice.threads;
+  if (choice.adapter.empty() && choice.window > 0) options.attention = {choice.window, choice.sinks, 0};
+  return options;
+}
+
+volatile std::sig_atomic_t interrupts = 0;
+
+void OnInterrupt(int) {
+  interrupts = interrupts + 1;
+  if (interrupts > 1) ::_exit(130);
+}
+
+}  // namespace
+
+void AddModelOptions(CLI::App& command, ModelChoice& choice) {
+  command.add_option("model", choice.model, "GGUF file")->required();
+  command.add_option("--adapter", choice.adapter, "Adapter that converts it");
+  command.add_option("--window", choice.window, "Unconverted models: read the last tokens and the sinks alone")
+      ->check(CLI::Range(1, 1 << 24));
+  command.add_option("--sinks", choice.sinks, "With --window: first tokens that stay readable")->check(CLI::Range(0, 4096));
+  command.add_option("--context", choice.context, "Room for so many tokens, where attention reads all; 0: as trained")
+      ->check(CLI::Range(0, 1 << 24));
+  command.add_option("--threads", choice.threads, "0: one a CPU")->check(CLI::Range(0, 1024));
+}
+
+void AddSamplingOptions(CLI::App& command, SamplingChoice& choice) {
+  runtime::SamplingOptions& sampling = choice.sampling;
+  command.add_option("--temperature", sampling.temperature, "0: always the likeliest")->check(CLI::Range(0.0, 100.0));
+  command.add_option("--top-k", sampling.top_k, "Among so many of the likeliest; 0: all")->check(CLI::Range(0, 1 << 24));
+  command.add_option("--top-p", sampling.top_p, "Among the likeliest of this share; 1: all")->check(CLI::Range(0.0, 1.0));
+  command.add_option("--min-p", sampling.min_p, "At least this share of the likeliest; 0: all")->check(CLI::Range(0.0, 1.0));
+  command.add_option("--repeat-penalty", sampling.repeat_penalty, "Of tokens among the last ones")->check(CLI::Range(0.1, 10.0));
+  command.add_option("--frequency-penalty", sampling.frequency_penalty, "Likewise, for each time")
+      ->check(CLI::Range(-10.0, 10.0));
+  command.add_option("--presence-penalty", sampling.presence_penalty, "Likewise, once")->check(CLI::Range(-10.0, 10.0));
+  command.add_option("--penalty-tokens", sampling.penalty_tokens, "How many the last ones are")->check(CLI::Range(0, 1 << 20));
+  command.add_option("--seed", choice.seed, "Same seed, same text");
+  command.add_option("--grammar", choice.grammar_file, "GBNF file that the text keeps to");
+  command.add_option("--stop", choice.stop, "End before this text (may be given again)")->allow_extra_args(false);
+}
+
+Loaded::Loaded(const ModelChoice& choice)
+    : model(runtime::Model::open(choice.model, ModelOptionsOf(choice))),
+      tokenizer(model->file().metadata()),
+      engine(model, {choice.threads, {}, 512}) {
+  session_options.context = choice.context;
+}
+
+runtime::Sampler MakeSampler(const Loaded& loaded, SamplingChoice choice) {
+  choice.sampling.seed = choice.seed ? *choice.seed : std::random_device()();
+  if (!choice.grammar_file.empty()) choice.sampling.grammar = std::string(formats::MappedFile(choice.grammar_file).text());
+  return runtime::Sampler(loaded.tokenizer, choice.sampling);
+}
+
+std::string StopFilter::Add(std::string_view piece) {
+  if (stopped_) return {};
+  held_ += piece;
+  size_t found = std::string::npos;
+  for (const std::string& stop : stop_) {
+    if (!stop.empty()) found = std::min(found, held_.find(stop));
+  }
+  if (found != std::string::npos) {
+    stopped_ = true;
+    std::string out = held_.substr(0, found);
+    held_.clear();
+    return out;
+  }
+  size_t keep = 0;  // bytes at the end that may begin a stop string
+  for (const std::string& stop : stop_) {
+    for (size_t n = std::min(held_.size(), stop.size() - std::min<size_t>(1, stop.size())); n > keep; --n) {
+      if (held_.ends_with(std::string_view(stop).substr(0, n))) {
+        keep = n;
+        break;
+      }
+    }
+  }
+  // A character that isn't whole yet: its first byte says how long it is.
+  for (size_t back = 1; back <= std::min<size_t>(3, held_.size()); ++back) {
+    const auto byte = static_cast<unsigned char>(held_[held_.size() - back]);
+    if ((byte & 0xC0) == 0x80) continue;
+    const size_t length = byte >= 0xF0 ? 4 : byte >= 0xE0 ? 3 : byte >= 0xC0 ? 2 : 1;
+    if (length > back) keep = std::max(keep, back);
+    break;
+  }
+  std::string out = held_.substr(0, held_.size() - keep);
+  held_.erase(0, out.size());
+  return out;
+}
+
+std::string StopFilter::Rest() { return std::exchange(held_, {}); }
+
+Interrupt::Interrupt() { std::signal(SIGINT, OnInterrupt); }
+Interrupt::~Interrupt() { std::signal(SIGINT, SIG_DFL); }
+bool Interrupt::Seen() { return interrupts > 0; }
+void Interrupt::Clear() { interrupts = 0; }
+
+std::vector<int32_t> Narrow(const std::vector<int64_t>& tokens) { return {tokens.begin(), tokens.end()}; }
+
+double ResidentMegabytes() {
+  std::ifstream statm("/proc/self/statm");
+  long total = 0, resident = 0;
+  statm >> total >> resident;
+  return static_cast<double>(resident) * static_cast<double>(::sysconf(_SC_PAGESIZE)) / 1e6;
+}
+
+}  // namespace latte::cli

@@ -1,0 +1,77 @@
+// What generate and chat share: options, a model with its tokeniser, and an answer that is written as it comes.
+#pragma once
+
+#include <CLI/CLI.hpp>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "formats/tokenizer.h"
+#include "runtime/engine.h"
+#include "runtime/sampler.h"
+
+namespace latte::cli {
+
+struct ModelChoice {
+  std::string model;
+  std::string adapter;
+  int64_t window = 0, sinks = 4;  // of an unconverted model
+  int64_t context = 0;
+  int threads = 0;
+};
+void AddModelOptions(CLI::App& command, ModelChoice& choice);
+
+struct SamplingChoice {
+  runtime::SamplingOptions sampling;
+  std::optional<uint32_t> seed;
+  std::string grammar_file;
+  std::vector<std::string> stop;
+};
+void AddSamplingOptions(CLI::App& command, SamplingChoice& choice);
+
+// Throws what Model, Tokenizer and Engine throw.
+struct Loaded {
+  explicit Loaded(const ModelChoice& choice);
+
+  std::shared_ptr<const runtime::Model> model;
+  formats::Tokenizer tokenizer;
+  runtime::Engine engine;
+  runtime::SessionOptions session_options;
+};
+
+// With the grammar read and a seed drawn where there is none. Throws.
+runtime::Sampler MakeSampler(const Loaded& loaded, SamplingChoice choice);
+
+// Text that may go out: whole characters, and nothing that may yet become a stop string.
+class StopFilter {
+ public:
+  explicit StopFilter(std::vector<std::string> stop) : stop_(std::move(stop)) {}
+
+  // Takes `piece`, returns what may be shown. After a stop string stopped() is true, and nothing comes from it on.
+  std::string Add(std::string_view piece);
+  std::string Rest();  // what was held back, at the end
+  bool stopped() const { return stopped_; }
+
+ private:
+  std::vector<std::string> stop_;
+  std::string held_;
+  bool stopped_ = false;
+};
+
+// Ctrl-C: the first is told here, the second ends the program.
+class Interrupt {
+ public:
+  Interrupt();
+  ~Interrupt();
+  static bool Seen();
+  static void Clear();
+};
+
+std::vector<int32_t> Narrow(const std::vector<int64_t>& tokens);
+double ResidentMegabytes();
+
+}  // namespace latte::cli

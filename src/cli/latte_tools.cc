@@ -1,0 +1,124 @@
+// latte perplexity and latte quantize.
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <nlohmann/json.hpp>
+#include <string>
+
+#include "cli/latte_commands.h"
+#include "cli/latte_text.h"
+#include "formats/mapped_file.h"
+#include "runtime/quantize.h"
+
+namespace latte::cli {
+namespace {
+
+struct PerplexityOptions {
+  ModelChoice model;
+  std::string text;
+  std::vector<int64_t> lengths = {2048};
+  int64_t windows = 4;
+  bool json = false;
+};
+
+// Of stretches of the text, each from an empty state: all tokens but the first of each are predicted.
+int Perplexity(const PerplexityOptions& options) {
+  Loaded loaded(options.model);
+  const formats::MappedFile text(options.text);
+  const std::vector<int32_t> tokens = Narrow(loaded.tokenizer.encode(text.text(), false));
+  const auto vocabulary = static_cast<size_t>(loaded.model->shape().vocab_size);
+  const bool converted = loaded.model->shape().layers.front().latents > 0 || loaded.model->shape().constant_state();
+  nlohmann::json rows = nlohmann::json::array();
+  for (const int64_t length : options.lengths) {
+    const int64_t most = static_cast<int64_t>(tokens.size()) / length;
+    if (most < 1) {
+      throw std::runtime_error(options.text + ": " + std::to_string(tokens.size()) + " tokens, a stretch takes " +
+                               std::to_string(length));
+    }
+    const int64_t windows = std::min(options.windows, most);
+    const auto start = std::chrono::steady_clock::now();
+    std::vector<double> means;
+    for (int64_t w = 0; w < windows; ++w) {
+      // Spread over the text.
+      const auto begin =
+          static_cast<size_t>(windows == 1 ? 0 : (static_cast<int64_t>(tokens.size()) - length) * w / (windows - 1));
+      runtime::SessionOptions session_options;
+      session_options.context = length;
+      runtime::Session session(loaded.model, session_options);
+      double sum = 0.0;
+      constexpr size_t kPiece = 128;  // whose logits are held
+      for (size_t i = 0; i < static_cast<size_t>(length); i += kPiece) {
+        const size_t count = std::min(kPiece, static_cast<size_t>(length) - i);
+        const runtime::StepPart part{&session, std::span(tokens).subspan(begin + i, count), true};
+        const auto logits = loaded.engine.step({&part, 1});
+        for (size_t t = 0; t < count && i + t + 1 < static_cast<size_t>(length); ++t) {
+          sum -= runtime::log_probability(logits.subspan(t * vocabulary, vocabulary), tokens[begin + i + t + 1]);
+        }
+      }
+      means.push_back(sum / static_cast<double>(length - 1));
+    }
+    double mean = 0.0, variance = 0.0;
+    for (const double m : means) mean += m / static_cast<double>(windows);
+    for (const double m : means) variance += std::pow(m - mean, 2) / std::max<double>(1.0, static_cast<double>(windows - 1));
+    const double perplexity = std::exp(mean);
+    const double error = windows > 1 ? perplexity * std::sqrt(variance / static_cast<double>(windows)) : 0.0;
+    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    const char* attention = !options.model.adapter.empty() ? "macchiato"
+                            : options.model.window > 0     ? "window-sinks"
+                            : converted                    ? "macchiato"
+                                                           : "full";
+    rows.push_back({{"attention", attention},
+                    {"length", length},
+                    {"windows", windows},
+                    {"perplexity", perplexity},
+                    {"stderr", error},
+                    {"seconds", seconds}});
+    if (!options.json) {
+      std::printf("%s, %lld stretches of %lld tokens: perplexity %.4f ± %.4f (%.0f tokens/s)\n", attention,
+                  static_cast<long long>(windows), static_cast<long long>(length), perplexity, error,
+                  static_cast<double>(windows * length) / seconds);
+      std::fflush(stdout);
+    }
+  }
+  if (options.json) std::printf("%s\n", nlohmann::json{{"rows", rows}}.dump(1).c_str());
+  return 0;
+}
+
+struct QuantizeOptions {
+  std::string from, to, type = "q4_0";
+};
+
+}  // namespace
+
+void AddPerplexity(CLI::App& app, int& exit_code) {
+  auto options = std::make_shared<PerplexityOptions>();
+  CLI::App* command = app.add_subcommand("perplexity", "How well a model predicts a text");
+  AddModelOptions(*command, options->model);
+  command->add_option("--text", options->text, "Plain text")->required();
+  command->add_option("--lengths", options->lengths, "Tokens of a stretch")->delimiter(',')->check(CLI::Range(2, 1 << 24));
+  command->add_option("--windows", options->windows, "Stretches, spread over the text")->check(CLI::Range(1, 1 << 20));
+  command->add_flag("--json", options->json, "One JSON object");
+  command->callback([options, &exit_code] { exit_code = Perplexity(*options); });
+}
+
+void AddQuantize(CLI::App& app, int& exit_code) {
+  auto options = std::make_shared<QuantizeOptions>();
+  CLI::App* command = app.add_subcommand("quantize", "Bring a model's matrices to another type");
+  command->add_option("model", options->from, "GGUF file")->required();
+  command->add_option("out", options->to, "File to write")->required();
+  command->add_option("--type", options->type, "ggml's name: q4_0, q4_1, q8_0, bf16, f16, f32, q4_K …");
+  command->callback([options, &exit_code] {
+    auto type = formats::tensor_type_named(options->type);
+    if (!type) {  // Q4_0 for q4_0
+      std::string lower = options->type;
+      for (char& c : lower) c = c == 'K' ? c : static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+      type = formats::tensor_type_named(lower);
+    }
+    if (!type || !formats::can_quantize(*type))
+      throw std::runtime_error("--type " + options->type + ": no type that can be written");
+    runtime::quantize_model(options->from, options->to, *type);
+    exit_code = 0;
+  });
+}
+
+}  // namespace latte::cli

@@ -1,0 +1,310 @@
+#include "runtime/engine.h"
+
+#include <gtest/gtest.h>
+
+#include <fstream>
+#include <optional>
+
+#include "formats/error.h"
+#include "runtime/error.h"
+#include "runtime/test_tiny_model.h"
+
+namespace latte::runtime {
+namespace {
+
+using formats::error_text;
+
+class EngineTest : public ::testing::Test {
+ protected:
+  std::shared_ptr<const Model> open(bool converted) const {
+    ModelOptions options;
+    options.threads = 2;
+    if (converted) options.adapter = tiny_.adapter();
+    return Model::open(tiny_.path(), options);
+  }
+  static SessionOptions exact() {
+    SessionOptions options;
+    options.dtype = kernels::DType::kFloat32;
+    return options;
+  }
+  // Relative distance of the last logits.
+  static double distance(std::span<const float> got, const std::vector<double>& expected) {
+    double difference = 0.0, norm = 0.0;
+    EXPECT_EQ(got.size(), expected.size());
+    for (size_t i = 0; i < expected.size(); ++i) {
+      difference += std::pow(got[i] - expected[i], 2);
+      norm += expected[i] * expected[i];
+    }
+    return std::sqrt(difference / norm);
+  }
+  static double distance(std::span<const float> got, std::span<const float> expected) {
+    return distance(got, std::vector<double>(expected.begin(), expected.end()));
+  }
+
+  TinyModel tiny_;
+};
+
+constexpr double kFloat32 = 1e-5;  // of sums over some hundreds of terms in a few layers
+constexpr double kFloat16 = 5e-3;  // keys and values rounded to 11 bits (5e-4 each), in three layers with sharp scores
+
+TEST_F(EngineTest, EqualsTheDefinitionHoweverItIsSplit) {
+  for (const bool converted : {false, true}) {
+    const auto model = open(converted);
+    const std::vector<int32_t> tokens = tiny_.tokens(60);
+    const auto expected = tiny_.logits(tokens, converted);
+    for (const int threads : {1, 2, 3}) {
+      Engine engine(model, {threads, {}, 16});
+      for (const std::vector<int64_t>& pieces : std::vector<std::vector<int64_t>>{{60}, {1}, {2}, {13, 1, 1, 5}, {3, 31}}) {
+        SCOPED_TRACE(::testing::Message() << "converted " << converted << " threads " << threads << " pieces of " << pieces[0]);
+        Session session(model, exact());
+        size_t piece = 0;
+        for (size_t read = 0; read < tokens.size();) {
+          const auto count = std::min(tokens.size() - read, static_cast<size_t>(pieces[piece++ % pieces.size()]));
+          const auto logits = engine.prefill(session, std::span(tokens).subspan(read, count));
+          read += count;
+          ASSERT_LT(distance(logits, expected[read - 1]), kFloat32) << "token " << read;
+        }
+        EXPECT_EQ(session.position(), 60);
+      }
+    }
+  }
+}
+
+TEST_F(EngineTest, GivesEveryTokensLogits) {
+  const auto model = open(true);
+  Engine engine(model, {2, {}, 64});
+  const std::vector<int32_t> tokens = tiny_.tokens(40);
+  const auto expected = tiny_.logits(tokens, true);
+  Session session(model, exact());
+  const StepPart part{&session, tokens, true};
+  const auto logits = engine.step({&part, 1});
+  const auto vocabulary = static_cast<size_t>(tiny_.shape().vocabulary);
+  ASSERT_EQ(logits.size(), 40 * vocabulary);
+  for (size_t t = 0; t < 40; ++t) EXPECT_LT(distance(logits.subspan(t * vocabulary, vocabulary), expected[t]), kFloat32);
+}
+
+TEST_F(EngineTest, HalfPrecisionStatesAreClose) {
+  const auto model = open(true);
+  Engine engine(model, {2, {}, 16});
+  const std::vector<int32_t> tokens = tiny_.tokens(50);
+  Session whole(model), steps(model);
+  const auto expected = tiny_.logits(tokens, true);
+  const auto read = engine.prefill(whole, tokens);
+  EXPECT_LT(distance(read, expected.back()), kFloat16);
+  const std::vector<float> kept(read.begin(), read.end());
+  for (size_t i = 0; i + 1 < tokens.size(); ++i) engine.decode(steps, tokens[i]);
+  // Rounded alike in both: what remains is the order of sums, where rounding rarely falls to the other side.
+  EXPECT_LT(distance(engine.decode(steps, tokens.back()), kept), 2e-4);
+}
+
+// Sessions that take turns, alone and together, on two engines, copied, saved, loaded and dropped, against the definition.
+TEST_F(EngineTest, RandomSchedulesEqualEachSessionAlone) {
+  for (const bool converted : {false, true}) {
+    const auto model = open(converted);
+    Engine one(model, {1, {}, 12}), two(model, {2, {}, 12});
+    std::mt19937 random(7);
+    struct Running {
+      std::optional<Session> session;
+      std::vector<int32_t> tokens;
+    };
+    std::vector<Running> running(4);
+    for (Running& r : running) r.session.emplace(model, exact());
+    const auto expect = [&](const Running& r, std::span<const float> logits) {
+      ASSERT_LT(distance(logits, tiny_.logits(r.tokens, converted).back()), kFloat32);
+    };
+    for (int round = 0; round < 60; ++round) {
+      Engine& engine = random() % 2 == 0 ? one : two;
+      Running& some = running[random() % running.size()];
+      Running& other = running[random() % running.size()];
+      switch (random() % 6) {
+        case 0:  // alone
+        case 1: {
+          const std::vector<int32_t> tokens = tiny_.tokens(1 + static_cast<int64_t>(random() % 14));
+          const auto logits = engine.prefill(*some.session, tokens);
+          some.tokens.insert(some.tokens.end(), tokens.begin(), tokens.end());
+          expect(some, logits);
+          break;
+        }
+        case 2: {  // all together, a token or some each
+          std::vector<std::vector<int32_t>> tokens;
+          std::vector<StepPart> parts;
+          for (Running& r : running) {
+            tokens.push_back(tiny_.tokens(1 + static_cast<int64_t>(random() % 3)));
+            r.tokens.insert(r.tokens.end(), tokens.back().begin(), tokens.back().end());
+          }
+          for (size_t i = 0; i < running.size(); ++i) parts.push_back({&*running[i].session, tokens[i]});
+          const auto logits = engine.step(parts);
+          const auto vocabulary = static_cast<size_t>(tiny_.shape().vocabulary);
+          for (size_t i = 0; i < running.size(); ++i) expect(running[i], logits.subspan(i * vocabulary, vocabulary));
+          break;
+        }
+        case 3:
+          other = some;
+          break;
+        case 4:
+          some.session->save(tiny_ / "state");
+          other.session.emplace(Session::load(tiny_ / "state", model));
+          other.tokens = some.tokens;
+          break;
+        default:
+          if (some.tokens.size() > 40) {
+            some.session.emplace(model, exact());
+            some.tokens.clear();
+          }
+      }
+      if (HasFatalFailure()) return;
+    }
+  }
+}
+
+TEST_F(EngineTest, GoesBackWhereNothingWasLost) {
+  const auto plain = open(false), converted = open(true);
+  Engine engine(plain, {2, {}, 16});
+  const std::vector<int32_t> tokens = tiny_.tokens(30);
+  Session session(plain, exact());
+  engine.prefill(session, tokens);
+  EXPECT_TRUE(session.can_truncate(11));
+  session.truncate(11);
+  std::vector<int32_t> shorter(tokens.begin(), tokens.begin() + 11);
+  shorter.push_back(5);
+  EXPECT_LT(distance(engine.decode(session, 5), tiny_.logits(shorter, false).back()), kFloat32);
+
+  Engine other(converted, {2, {}, 16});
+  Session latents(converted, exact());
+  other.prefill(latents, tokens);
+  EXPECT_FALSE(latents.can_truncate(11));
+  EXPECT_CONTAINS(error_text<SessionError>([&] { latents.truncate(11); }), "can't go back from token 30 to 11");
+  latents.truncate(0);
+  EXPECT_LT(distance(other.prefill(latents, tokens), tiny_.logits(tokens, true).back()), kFloat32);
+}
+
+TEST_F(EngineTest, MemoryIsKnownBeforehandAndConstant) {
+  const auto model = open(false);
+  SessionOptions options;
+  options.context = 128;
+  const Session session(model, options);
+  EXPECT_EQ(session.bytes(), Session::bytes_needed(*model, options));
+  EXPECT_EQ(session.room(), 128);
+  SessionOptions longer = options;
+  longer.context = 256;
+  EXPECT_GT(Session::bytes_needed(*model, longer), session.bytes());
+  // Every layer of a window: nothing grows.
+  ModelOptions window;
+  window.attention = {7, 2, 3};
+  const auto constant = Model::open(tiny_.path(), window);
+  EXPECT_EQ(Session::bytes_needed(*constant, options), Session::bytes_needed(*constant, longer));
+  EXPECT_GT(Session(constant).room(), int64_t{1} << 60);
+  SessionOptions huge;
+  huge.context = int64_t{1} << 45;
+  EXPECT_CONTAINS(error_text<MemoryError>([&] { Session(model, huge); }), "no memory for a session's state");
+}
+
+TEST_F(EngineTest, RefusesWhatCannotBe) {
+  const auto model = open(false), other = open(true);
+  Engine engine(model, {2, {}, 16});
+  SessionOptions options = exact();
+  options.context = 20;
+  Session session(model, options), stranger(other);
+  const std::vector<int32_t> tokens = tiny_.tokens(21);
+  EXPECT_CONTAINS(error_text<SessionError>([&] { engine.prefill(session, tokens); }), "no room for 21 tokens behind 0");
+  EXPECT_CONTAINS(error_text<SessionError>([&] { engine.decode(session, 50); }), "token 50 isn't in the vocabulary of 50");
+  EXPECT_CONTAINS(error_text<SessionError>([&] { engine.decode(session, -1); }), "token -1");
+  EXPECT_CONTAINS(error_text<SessionError>([&] { engine.prefill(session, {}); }), "no tokens");
+  EXPECT_CONTAINS(error_text<SessionError>([&] { engine.decode(stranger, 1); }), "another model");
+  const StepPart twice[] = {{&session, {tokens.data(), 1}}, {&session, {tokens.data(), 1}}};
+  EXPECT_CONTAINS(error_text<SessionError>([&] { engine.step(twice); }), "twice");
+  const StepPart much{&session, {tokens.data(), 17}};
+  EXPECT_CONTAINS(error_text<SessionError>([&] { engine.step({&much, 1}); }), "17 tokens in one step, at most 16");
+  EXPECT_EQ(session.position(), 0);
+}
+
+TEST_F(EngineTest, AStoppedPromptKeepsWhatWasRead) {
+  const auto model = open(true);
+  Engine engine(model, {2, {}, 16});
+  Session session(model, exact());
+  const std::vector<int32_t> tokens = tiny_.tokens(50);
+  std::vector<int64_t> seen;
+  const auto logits = engine.prefill(session, tokens, [&](int64_t read) { return seen.push_back(read), read < 32; });
+  EXPECT_EQ(seen, (std::vector<int64_t>{16, 32}));
+  EXPECT_EQ(session.position(), 32);
+  EXPECT_LT(distance(logits, tiny_.logits({tokens.begin(), tokens.begin() + 32}, true).back()), kFloat32);
+}
+
+TEST_F(EngineTest, RefusesDamagedStates) {
+  const auto model = open(true), plain = open(false);
+  Engine engine(model, {2, {}, 16});
+  Session session(model);
+  engine.prefill(session, tiny_.tokens(20));
+  const std::string path = tiny_ / "state";
+  session.save(path);
+  const std::string bytes = formats::read_bytes(path);
+  const auto text = [&](const std::string& changed) {
+    formats::write_bytes(tiny_ / "changed", changed);
+    return error_text<StateError>([&] { Session::load(tiny_ / "changed", model); });
+  };
+  EXPECT_CONTAINS(error_text<StateError>([&] { Session::load(path, plain); }), "of another model");
+  for (size_t size : {size_t{0}, size_t{10}, size_t{71}, size_t{100}, bytes.size() - 1}) {
+    EXPECT_FALSE(text(bytes.substr(0, size)).empty()) << size;
+  }
+  EXPECT_CONTAINS(text(bytes + "x"), "cut short or damaged");
+  std::string version = bytes;
+  version[8] = 9;
+  EXPECT_CONTAINS(text(version), "version 9");
+  // Every byte counts.
+  for (size_t i = 0; i < bytes.size(); i += 97) {
+    std::string flipped = bytes;
+    flipped[i] = static_cast<char>(flipped[i] ^ 0x10);
+    EXPECT_FALSE(text(flipped).empty()) << "byte " << i;
+  }
+  EXPECT_THROW(Session::load(tiny_ / "nothing", model), formats::FileError);
+  EXPECT_EQ(Session::load(path, model).position(), 20);
+}
+
+TEST_F(EngineTest, RefusesModelsThatLackSomething) {
+  const formats::GgufFile file(tiny_.path());
+  const auto text = [&](const std::function<void(formats::GgufMetadata&, std::vector<formats::GgufTensor>&)>& change) {
+    formats::GgufMetadata metadata = file.metadata();
+    std::vector<formats::GgufTensor> tensors = file.tensors();
+    change(metadata, tensors);
+    formats::write_gguf(tiny_ / "changed.gguf", metadata, tensors);
+    try {
+      Model::open(tiny_ / "changed.gguf");
+    } catch (const ModelError& error) {
+      return std::string(error.what());
+    } catch (const formats::FormatError& error) {
+      return std::string(error.what());
+    }
+    return std::string();
+  };
+  EXPECT_EQ(text([](auto&, auto&) {}), "");
+  EXPECT_CONTAINS(text([](auto& metadata, auto&) { metadata.set("general.architecture", std::string("mamba")); }),
+                  "isn't known here");
+  EXPECT_CONTAINS(text([](auto& metadata, auto&) { metadata.set("llama.attention.head_count_kv", uint32_t{3}); }), "divisor");
+  EXPECT_CONTAINS(text([](auto& metadata, auto&) { metadata.set("llama.block_count", uint32_t{4}); }), "blk.3.");
+  EXPECT_CONTAINS(text([](auto& metadata, auto&) { metadata.set("llama.feed_forward_length", uint32_t{63}); }), "expected [");
+  EXPECT_CONTAINS(text([](auto&, auto& tensors) { tensors.erase(tensors.begin() + 5); }), "is missing");
+  ModelOptions adapter_alone;
+  EXPECT_CONTAINS(error_text<ModelError>([&] { Model::open(tiny_.adapter()); }), "an adapter, not a model");
+}
+
+TEST_F(EngineTest, ThreadsThatFailStopTheOthers) {
+  ThreadPool pool(3);
+  for (int round = 0; round < 20; ++round) {
+    EXPECT_THROW(pool.run([&](int thread) {
+      pool.barrier();
+      if (thread == round % 3) throw std::bad_alloc();
+      pool.barrier();
+    }),
+                 std::bad_alloc);
+    std::atomic<int> met{0};
+    pool.run([&](int) {
+      ++met;
+      pool.barrier();
+      EXPECT_EQ(met.load(), 3);
+      pool.barrier();
+    });
+  }
+}
+
+}  // namespace
+}  // namespace latte::runtime
