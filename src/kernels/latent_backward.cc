@@ -468,7 +468,10 @@ void BidirectionalBackward(const LatentArgs& args, const LatentGradients& gradie
 }
 
 void Backward(const LatentArgs& args, const LatentGradients& gradients, int64_t first, int64_t last) {
-  if (args.causal) return CausalBackward(args, gradients, first, last).Run();
+  if (args.causal) {
+    return ForEachRun(args, first, last, StateGradient::Floats(Dims(args)),
+                      [&](int64_t begin, int64_t end) HWY_ATTR { CausalBackward(args, gradients, begin, end).Run(); });
+  }
   for (int64_t slice = first; slice < last; ++slice) BidirectionalBackward(args, gradients, Slice(args, slice));
 }
 

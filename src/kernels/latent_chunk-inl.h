@@ -182,6 +182,23 @@ HWY_INLINE void ForEachTurn(const LatentArgs& args, int64_t first, int64_t last,
   if (waiting != nullptr) work(*waiting, static_cast<const Turn*>(nullptr));
 }
 
+// Calls work(first, last) for runs of the slices [first, last) that together make do with the scratch memory that a thread keeps,
+// if each takes `floats`: a batch of thousands of sequences has that many states, of which few are live at a time. Slices of one
+// sequence stay together where they can, for ForEachTurn.
+template <class Work>
+HWY_INLINE void ForEachRun(const LatentArgs& args, int64_t first, int64_t last, size_t floats, const Work& work) {
+  constexpr size_t kRunFloats = size_t{1} << 20;
+  const int64_t fit = static_cast<int64_t>(std::max<size_t>(1, kRunFloats / floats));
+  const int64_t run = fit >= args.kv_heads ? fit / args.kv_heads * args.kv_heads : fit;
+  while (first < last) {
+    int64_t end = first + run;
+    if (run >= args.kv_heads) end = end / args.kv_heads * args.kv_heads;  // a sequence's end, wherever `first` lies
+    end = std::min(last, end);
+    work(first, end);
+    first = end;
+  }
+}
+
 // Where the forward pass keeps the state that precedes a segment of kSegmentTokens tokens.
 inline int64_t SavedSlots(const LatentArgs& args) {
   const int64_t segments = (args.time + kSegmentTokens - 1) / kSegmentTokens;

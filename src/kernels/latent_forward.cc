@@ -231,8 +231,10 @@ class ForwardPass {
 };
 
 void Forward(const LatentArgs& args, const LatentOutputs& outputs, int64_t first, int64_t last) {
-  ForwardPass pass(args, outputs, first, last);
-  return args.causal ? pass.Causal() : pass.Bidirectional();
+  ForEachRun(args, first, last, State::Floats(Dims(args), kChunk), [&](int64_t begin, int64_t end) HWY_ATTR {
+    ForwardPass pass(args, outputs, begin, end);
+    return args.causal ? pass.Causal() : pass.Bidirectional();
+  });
 }
 
 // One token: decays and rescales the state, adds the token's value, and reads the latents for each query head.

@@ -144,7 +144,7 @@ struct Problem {
     args.cu_seqlens = c.cu_seqlens.empty() ? nullptr : c.cu_seqlens.data();
     View* views[] = {&args.query_logits, &args.key_logits, &args.values, &args.log_decay, &args.window_out};
     for (int i = 0; i < kInputs; ++i) *views[i] = Of(inputs[i], Heads(i) * Inner(i), Inner(i));
-    args.key_mask = {reinterpret_cast<const bool*>(mask.data()), 0, 1};
+    if (std::ranges::count(mask, 0) > 0) args.key_mask = {reinterpret_cast<const bool*>(mask.data()), 0, 1};
     return args;
   }
 
@@ -281,6 +281,15 @@ std::vector<Case> Cases() {
   cases.push_back({.time = 50, .latents = 4, .head_dim = 4, .decay = true, .spread = 3.0f, .decay_scale = 30.0f});
   cases.push_back({.time = 300, .latents = 4, .head_dim = 4, .heads = 2, .kv_heads = 2, .decay = true, .masked = true});
   cases.push_back({.time = 290, .latents = 3, .head_dim = 2, .heads = 2, .kv_heads = 2, .cu_seqlens = {0, 20, 285, 290}});
+  // Whole vectors, which are read and written in place, and more of them than are worked on together.
+  for (bool causal : {true, false}) {
+    cases.push_back({.time = 70, .latents = 80, .head_dim = 64, .heads = 2, .kv_heads = 1, .causal = causal});
+    cases.push_back({.time = 33, .latents = 16, .head_dim = 32, .causal = causal, .masked = true});
+    // More sequences than have their states in memory at the same time.
+    Case many{.time = 400, .latents = 64, .head_dim = 64, .heads = 3, .kv_heads = 3, .causal = causal};
+    for (int64_t t = 0; t <= many.time; t += 2) many.cu_seqlens.push_back(t);
+    cases.push_back(many);
+  }
   return cases;
 }
 
