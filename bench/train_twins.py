@@ -4,7 +4,7 @@ Every run is `latte train` on the same text with the same seed, batches and step
 those that were stopped go on. Prints each run's validation loss, the best of each attention, and its distance from softmax's;
 draws all curves to --out/loss.svg.
 
-    .venv/bin/python bench/train_twins.py                      # 3 x 3 runs of 1,000 steps, some 45 minutes on two cores
+    .venv/bin/python bench/train_twins.py                      # 3 x 3 runs of 1,000 steps, some 10 to 45 minutes on two cores
     .venv/bin/python bench/train_twins.py --steps 200 --lr 2e-3
 """
 
@@ -58,7 +58,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", default=ROOT / "data/tinyshakespeare.txt")
     parser.add_argument("--attention", default="softmax,latte,macchiato")
-    parser.add_argument("--lr", default="1e-3,2e-3,4e-3")
+    parser.add_argument("--lr", default="2e-3,4e-3,8e-3")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--window", type=int, default=32, help="of macchiato (%(default)s)")

@@ -66,6 +66,8 @@ def is_causal_request(attn_mask: Tensor | None, is_causal: bool, tokens: int, ro
         raise ValueError(f"attn_mask has shape {tuple(attn_mask.shape)}, expected {shapes[0]} or {shapes[1]}")
     if is_causal:
         return True
+    if torch.compiler.is_compiling():
+        raise ValueError("a compiled model can't look into attn_mask: pass is_causal=True beside the causal mask")
     future = torch.ones(tokens, tokens, dtype=torch.bool, device=attn_mask.device).triu(1)
     if attn_mask.dtype != torch.bool:
         future = torch.zeros(tokens, tokens, dtype=attn_mask.dtype, device=attn_mask.device).masked_fill(future, -torch.inf)

@@ -127,6 +127,8 @@ int RunHere(int argc, char** argv) {
   latte::cli::AddInspect(app, exit_code);
   CLI::App* bench = app.add_subcommand("bench", "Measure");
   bench->require_subcommand(1);
+  // For --help: latte-torch runs it.
+  bench->add_subcommand("attention", "Latent attention beside torch's scaled_dot_product_attention");
   latte::cli::AddBenchDecode(*bench, exit_code);
   latte::cli::AddGenerateModel(app, exit_code);
   latte::cli::AddChat(app, exit_code);
@@ -162,7 +164,10 @@ bool NamesGguf(int argc, char** argv) {
 
 bool LivesHere(int argc, char** argv) {
   const std::string_view name = argv[1];
-  if (name == "bench") return argc > 2 && std::string_view(argv[2]) == "decode";
+  if (name == "bench") {
+    const std::string_view which = argc > 2 ? argv[2] : "--help";
+    return which == "decode" || which == "--help" || which == "-h";
+  }
   if (name == "generate") return NamesGguf(argc, argv);
   constexpr std::string_view kHere[] = {"inspect", "chat", "perplexity", "quantize"};
   return std::find(std::begin(kHere), std::end(kHere), name) != std::end(kHere);

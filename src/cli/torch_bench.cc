@@ -26,7 +26,7 @@ struct Options {
   std::vector<int64_t> tokens = {128, 512, 2048, 8192, 32768, 65536};
   std::vector<std::string> attention = {"causal", "bidirectional", "macchiato"};
   std::vector<std::string> dtypes = {"float32", "bfloat16"};
-  int64_t batch = 1, heads = 8, kv_heads = 8, head_dim = 64, latents = 64, window = 128;
+  int64_t batch = 1, heads = 8, kv_heads = 0, head_dim = 64, latents = 64, window = 128;
   int threads = 0;
   double rival_seconds = 60.0;
   double repeat_seconds = 0.5;
@@ -373,7 +373,8 @@ void AddBench(CLI::App& app, int& exit_code) {
       ->capture_default_str();
   command->add_option("--batch", options->batch, "Sequences")->check(CLI::PositiveNumber)->capture_default_str();
   command->add_option("--heads", options->heads, "Query heads")->check(CLI::PositiveNumber)->capture_default_str();
-  command->add_option("--kv-heads", options->kv_heads, "Key-value heads")->check(CLI::PositiveNumber)->capture_default_str();
+  command->add_option("--kv-heads", options->kv_heads, "Key-value heads, a divisor of --heads; by default as many")
+      ->check(CLI::PositiveNumber);
   command->add_option("--head-dim", options->head_dim, "Head size")->check(CLI::PositiveNumber)->capture_default_str();
   command->add_option("--latents", options->latents, "Latents a head")->check(CLI::PositiveNumber)->capture_default_str();
   command->add_option("--window", options->window, "Window of macchiato")->check(CLI::PositiveNumber)->capture_default_str();
@@ -389,7 +390,14 @@ void AddBench(CLI::App& app, int& exit_code) {
       "Times are medians of runs in this process, which take turns. \"fma\" and \"read\" are shares of the limits measured at "
       "the start.\n\n"
       "Examples:\n  latte bench attention\n  latte bench attention --tokens 512,2048 --dtypes float32 --threads 2 --json");
-  command->callback([options, &exit_code] { exit_code = BenchAttention(*options); });
+  command->callback([options, &exit_code] {
+    if (options->kv_heads == 0) options->kv_heads = options->heads;
+    if (options->heads % options->kv_heads != 0) {
+      throw CLI::ValidationError(
+          "--kv-heads", std::to_string(options->kv_heads) + " is no divisor of --heads, " + std::to_string(options->heads));
+    }
+    exit_code = BenchAttention(*options);
+  });
 }
 
 }  // namespace latte::cli

@@ -38,6 +38,7 @@ struct LatentArgs {
   const float* initial_state = nullptr;  // [N, Hkv, L, D + 3], contiguous, optional, causal only
 };
 
+// Outputs overlap no input.
 struct LatentOutputs {
   MutableView out;               // [B, T, H, D], dtype
   float* final_state = nullptr;  // [N, Hkv, L, D + 3] or null. Bidirectional: always null

@@ -189,7 +189,8 @@ template <class Work>
 HWY_INLINE void ForEachRun(const LatentArgs& args, int64_t first, int64_t last, size_t floats, const Work& work) {
   constexpr size_t kRunFloats = size_t{1} << 20;
   const int64_t fit = static_cast<int64_t>(std::max<size_t>(1, kRunFloats / floats));
-  const int64_t run = fit >= args.kv_heads ? fit / args.kv_heads * args.kv_heads : fit;
+  const int64_t pieces = (args.kv_heads + fit - 1) / fit;  // of a sequence, of nearly equal size
+  const int64_t run = fit >= args.kv_heads ? fit / args.kv_heads * args.kv_heads : (args.kv_heads + pieces - 1) / pieces;
   while (first < last) {
     int64_t end = first + run;
     if (run >= args.kv_heads) end = end / args.kv_heads * args.kv_heads;  // a sequence's end, wherever `first` lies

@@ -199,6 +199,9 @@ class Conv1dFunction : public torch::autograd::Function<Conv1dFunction> {
 
 Forward ForwardAutograd(LATTE_CONV1D_PARAMETERS, bool output_final_state) {
   const Conv1dInputs in = LATTE_CONV1D_INPUTS;
+  if (AnyTransformed(x, weight, bias, initial_state)) {
+    return ForwardComposed(x, weight, bias, key_mask, initial_state, cu_seqlens, output_final_state);
+  }
   if (!at::GradMode::is_enabled() || !AnyNeedsGrad(in)) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     return CallForward(in, output_final_state);

@@ -20,6 +20,16 @@ inline at::Tensor AbsentOutput(const at::Tensor& like, at::ScalarType dtype) {
 }
 inline bool NeedsGrad(const at::Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); }
 inline bool NeedsGrad(const OptionalTensor& tensor) { return Present(tensor) && tensor->requires_grad(); }
+// Whether more than plain reverse mode follows x: forward mode (a dual number), or one of torch.func's transforms. C++ autograd
+// functions know neither; the composed path, called above autograd, serves both.
+inline bool Transformed(const at::Tensor& x) {
+  return x.defined() && (x._fw_grad(/*level=*/0).defined() || x.key_set().has(c10::DispatchKey::FuncTorchGradWrapper));
+}
+inline bool Transformed(const OptionalTensor& x) { return Present(x) && Transformed(*x); }
+template <class... Tensors>
+bool AnyTransformed(const Tensors&... x) {
+  return (Transformed(x) || ...);
+}
 inline at::Tensor OrUndefined(const OptionalTensor& tensor) { return Present(tensor) ? *tensor : at::Tensor(); }
 inline OptionalTensor OrAbsent(const at::Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : OptionalTensor(); }
 

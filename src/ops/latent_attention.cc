@@ -292,6 +292,10 @@ class LatentFunction : public torch::autograd::Function<LatentFunction> {
 };
 
 Forward ForwardAutograd(LATTE_LATENT_PARAMETERS, bool output_final_state, bool save) {
+  if (AnyTransformed(query_logits, key_logits, values, window_out, log_decay, initial_state)) {
+    return ForwardComposed(query_logits, key_logits, values, window_out, log_decay, key_mask, initial_state, cu_seqlens, causal,
+                           output_final_state, save);
+  }
   const bool needs_grad =
       at::GradMode::is_enabled() && (NeedsGrad(query_logits) || NeedsGrad(key_logits) || NeedsGrad(values) ||
                                      NeedsGrad(window_out) || NeedsGrad(log_decay) || NeedsGrad(initial_state));

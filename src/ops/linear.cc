@@ -8,6 +8,7 @@
 #include <torch/library.h>
 #include <torch/torch.h>
 
+#include "ops/inputs.h"
 #include "ops/ops.h"
 
 namespace latte {
@@ -25,7 +26,11 @@ const std::optional<c10::TypedOperatorHandle<OneDnnLinear>>& OneDnn() {
   static const auto found = []() -> std::optional<c10::TypedOperatorHandle<OneDnnLinear>> {
     const auto op = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
     if (!op || !op->hasKernelForDispatchKey(c10::DispatchKey::CPU)) return std::nullopt;
-    return op->typed<OneDnnLinear>();
+    try {
+      return op->typed<OneDnnLinear>();
+    } catch (const c10::Error&) {  // another torch gave it other arguments
+      return std::nullopt;
+    }
   }();
   return found;
 }
@@ -42,22 +47,27 @@ bool ProcessorGains() {
 // Multiplications below which the detour costs more than it saves, about.
 constexpr int64_t kWorthIt = int64_t{1} << 20;
 
-// A plain tensor of the CPU: nothing that traces, maps or casts it has to see the operators that it goes through.
+// A plain tensor of the CPU: nothing that traces, maps, counts or casts it has to see the operators that it goes through.
 bool Plain(const at::Tensor& x) {
   constexpr c10::DispatchKeySet plain{c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU, c10::DispatchKey::ADInplaceOrView,
                                       c10::DispatchKey::AutocastCPU};
-  return x.scalar_type() == at::kFloat && (x.key_set() - plain).highestFunctionalityKey() == c10::DispatchKey::Undefined;
+  return x.is_cpu() && x.scalar_type() == at::kFloat && !Transformed(x) &&
+         (x.key_set() - plain).highestFunctionalityKey() == c10::DispatchKey::Undefined;
+}
+bool Plain(const OptionalTensor& x) { return !Present(x) || Plain(*x); }
+
+bool Watched() {
+  const auto included = c10::impl::tls_local_dispatch_key_set().included_;
+  return at::autocast::is_autocast_enabled(at::kCPU) || included.has(c10::DispatchKey::Python) ||
+         included.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
 }
 
 bool OnOneDnn(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
   if (!ProcessorGains() || !at::globalContext().userEnabledMkldnn() || at::globalContext().deterministicMkldnn()) return false;
-  if (!Plain(x) || !Plain(weight) || (bias && bias->defined() && !Plain(*bias))) return false;
+  if (!Plain(x) || !Plain(weight) || !Plain(bias) || Watched()) return false;
   if (x.dim() < 2 || weight.dim() != 2 || x.size(-1) != weight.size(1) || x.numel() == 0) return false;
-  if (x.numel() / x.size(-1) * weight.numel() < kWorthIt) return false;
-  if (bias && bias->defined() && (bias->dim() != 1 || bias->size(0) != weight.size(0))) return false;
-  const auto included = c10::impl::tls_local_dispatch_key_set().included_;
-  return !at::autocast::is_autocast_enabled(at::kCPU) && !included.has(c10::DispatchKey::Python) &&
-         !included.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) && OneDnn().has_value();
+  if (Present(bias) && (bias->dim() != 1 || bias->size(0) != weight.size(0))) return false;
+  return x.numel() / x.size(-1) * weight.numel() >= kWorthIt && OneDnn().has_value();
 }
 
 at::Tensor Product(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias = {}) {
@@ -68,8 +78,10 @@ class LinearFunction : public torch::autograd::Function<LinearFunction> {
  public:
   static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    context->save_for_backward({x, weight});
-    context->saved_data["bias"] = bias.has_value() && bias->defined();
+    // What no gradient needs isn't kept: a frozen weight's activations.
+    context->save_for_backward({weight.requires_grad() ? x : at::Tensor(), x.requires_grad() ? weight : at::Tensor()});
+    context->saved_data["sizes"] = x.sizes();
+    context->saved_data["bias"] = Present(bias);
     return Product(x, weight, bias);
   }
 
@@ -77,15 +89,15 @@ class LinearFunction : public torch::autograd::Function<LinearFunction> {
     const auto saved = context->get_saved_variables();
     const auto &x = saved[0], &weight = saved[1];
     // x [N, K], dy [N, M].
-    const auto rows = x.flatten(0, -2), grad = grads[0].flatten(0, -2);
+    const auto rows = [](const at::Tensor& y) { return y.dim() == 2 ? y : y.reshape({-1, y.size(-1)}); };
+    const at::Tensor grad = rows(grads[0]);
+    // To be differentiated again, mapped or counted, it goes through operators that know how.
+    const bool plain = !at::GradMode::is_enabled() && Plain(grads[0]) && !Watched() && OneDnn().has_value();
     at::Tensor grad_x, grad_weight, grad_bias;
-    if (at::GradMode::is_enabled()) {  // to be differentiated again
-      if (context->needs_input_grad(0)) grad_x = at::mm(grad, weight).view_as(x);
-      if (context->needs_input_grad(1)) grad_weight = at::mm(grad.t(), rows);
-    } else {
-      if (context->needs_input_grad(0)) grad_x = Product(grad, weight.t()).view_as(x);
-      if (context->needs_input_grad(1)) grad_weight = Product(grad.t(), rows.t());
+    if (context->needs_input_grad(0)) {
+      grad_x = (plain ? Product(grad, weight.t()) : at::mm(grad, weight)).reshape(context->saved_data["sizes"].toIntVector());
     }
+    if (context->needs_input_grad(1)) grad_weight = plain ? Product(grad.t(), rows(x).t()) : at::mm(grad.t(), rows(x));
     if (context->saved_data["bias"].toBool() && context->needs_input_grad(2)) grad_bias = grad.sum(0);
     return {grad_x, grad_weight, grad_bias};
   }
@@ -97,8 +109,7 @@ TORCH_LIBRARY_FRAGMENT(latte, m) { m.def("linear(Tensor x, Tensor weight, Tensor
 
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
   if (!OnOneDnn(x, weight, bias)) return at::linear(x, weight, bias);
-  const bool grad = at::GradMode::is_enabled() &&
-                    (x.requires_grad() || weight.requires_grad() || (bias && bias->defined() && bias->requires_grad()));
+  const bool grad = at::GradMode::is_enabled() && (NeedsGrad(x) || NeedsGrad(weight) || NeedsGrad(bias));
   if (grad) return LinearFunction::apply(x, weight, bias);
   const at::AutoDispatchBelowADInplaceOrView guard;
   return Product(x, weight, bias);

@@ -225,6 +225,10 @@ class RgLruFunction : public torch::autograd::Function<RgLruFunction> {
 
 Forward ForwardAutograd(LATTE_RG_LRU_PARAMETERS, bool output_final_state, bool save) {
   const RgLruInputs in = LATTE_RG_LRU_INPUTS;
+  if (AnyTransformed(x, recurrence_logits, input_logits, lambda, initial_state)) {
+    return ForwardComposed(x, recurrence_logits, input_logits, lambda, key_mask, initial_state, cu_seqlens, output_final_state,
+                           save);
+  }
   if (!at::GradMode::is_enabled() || !AnyNeedsGrad(in)) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     return CallForward(in, output_final_state, save);

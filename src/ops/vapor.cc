@@ -74,6 +74,7 @@ class VaporFunction : public torch::autograd::Function<VaporFunction> {
 };
 
 at::Tensor Autograd(const at::Tensor& x, const OptionalTensor& positions, double base, bool inverse) {
+  if (AnyTransformed(x)) return Composed(x, positions, base, inverse);
   if (at::GradMode::is_enabled() && x.requires_grad()) return VaporFunction::apply(x, positions, base, inverse);
   const at::AutoDispatchBelowADInplaceOrView guard;
   return Call(x, positions, base, inverse);

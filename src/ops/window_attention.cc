@@ -292,6 +292,10 @@ class WindowFunction : public torch::autograd::Function<WindowFunction> {
 
 Forward ForwardAutograd(LATTE_WINDOW_PARAMETERS, bool save) {
   const WindowInputs in = LATTE_WINDOW_INPUTS;
+  if (AnyTransformed(query, key, values, sink_query, past_key, past_values, sink_key, sink_values)) {
+    return ForwardComposed(query, key, values, sink_query, key_mask, position, past_key, past_values, past_mask, sink_key,
+                           sink_values, sink_mask, cu_seqlens, window, sinks, scale, causal, save);
+  }
   if (!at::GradMode::is_enabled() || !AnyNeedsGrad(in)) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     return CallForward(in, save);

@@ -245,7 +245,9 @@ std::vector<at::Tensor> NextWindowState(const WindowInputs& in) {
   const bool needs_grad =
       at::GradMode::is_enabled() && (NeedsGrad(in.key) || NeedsGrad(in.values) || NeedsGrad(in.past_key) ||
                                      NeedsGrad(in.past_values) || NeedsGrad(in.sink_key) || NeedsGrad(in.sink_values));
-  if (needs_grad) return Composed(in);
+  if (needs_grad || AnyTransformed(in.key, in.values, in.past_key, in.past_values, in.sink_key, in.sink_values)) {
+    return Composed(in);
+  }
   const at::AutoDispatchBelowADInplaceOrView guard;
   static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("latte::window_state", "").typed<decltype(StateMeta)>();
   const auto [keys, values, mask, sink_keys, sink_values, sink_mask, position] =

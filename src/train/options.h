@@ -29,8 +29,8 @@ struct TrainerOptions {
   int64_t seed = 1337;
   std::string dtype = "auto";  // auto | float32 | bfloat16: see resolve_dtype()
 
-  double lr = 2e-3;           // at the end of the warm-up
-  double min_lr = 2e-4;       // at the last step
+  double lr = 4e-3;           // at the end of the warm-up
+  double min_lr = 4e-4;       // at the last step
   int64_t warmup = 50;        // steps
   double weight_decay = 0.1;  // of matrices
   double beta1 = 0.9;
