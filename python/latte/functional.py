@@ -66,7 +66,8 @@ def causal_attention(
         query_logits: [B, T, H, L]. -inf switches a latent off for that token.
         key_logits: [B, T, Hkv, L].
         values: [B, T, Hkv, D].
-        log_decay: [B, T, Hkv, L] ≤ 0 (not checked), forgetting: a token's weight is exp(key_logits[s] + Σ_{s<r≤t} log_decay[r]). None: nothing
+        log_decay: [B, T, Hkv, L] ≤ 0 (not checked), forgetting: a token's weight is exp(key_logits[s] + Σ_{s<r≤t}
+            log_decay[r]). None: nothing
             is forgotten, as in the paper.
         key_mask: bool [B, T].
         initial_state: [N, Hkv, L, D + 3], the state that an earlier call returned for the tokens before these.
