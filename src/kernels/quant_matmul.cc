@@ -8,6 +8,7 @@
 #define HWY_TARGET_INCLUDE "kernels/quant_matmul.cc"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 //
+#include "hwy/cache_control.h"
 #include "hwy/highway.h"
 #include "kernels/load-inl.h"
 
@@ -78,6 +79,10 @@ HWY_INLINE void QuantTile(const Place& at, const Activations& x) {
   const auto* scales = reinterpret_cast<const hwy::float16_t*>(at.group + at.blocks * kBytes) + at.lane;
   const auto low = hn::Set(du8, uint8_t{0x0F});
 
+  // A single token's product is bound by memory, and a group is short: what comes behind it is asked for early.
+  constexpr int64_t kLines = (kBytes + 2 * kScales + 63) / 64;
+  constexpr int64_t kAhead = 4096;
+  const std::byte* ahead = at.group + kAhead;
   const int8_t* xq = x.quants + at.token * at.columns;
   const int64_t first = at.token * at.blocks;
   VF sum[kTokens];
@@ -94,6 +99,10 @@ HWY_INLINE void QuantTile(const Place& at, const Activations& x) {
         // One token: the high half stays where it is, 16 times too large, which costs less than to shift each vector.
         w[kQuads / 2 + i] = kTokens == 1 ? hn::AndNot(low, both) : hn::ShiftRight<4>(both);
       }
+    }
+    if constexpr (kTokens == 1) {
+      for (int64_t line = 0; line < kLines; ++line) hwy::Prefetch(ahead + line * 64);
+      ahead += kLines * 64;
     }
     const VF scale = Promote(df, hn::LoadU(d16, scales));
     for (int t = 0; t < kTokens; ++t) {
@@ -147,6 +156,7 @@ HWY_INLINE void BFloatTile(const Place& at, const Activations& x) {
   if constexpr (kTokens == 1) {  // four sums, or each product would wait for the one before
     VF third[1] = {hn::Zero(df)}, fourth[1] = {hn::Zero(df)};
     for (; c + 8 <= at.columns; c += 8) {
+      for (int64_t line = 0; line < 4; ++line) hwy::Prefetch(weights + c * kGroupRows + 2048 + line * 32);  // as above
       step(c, sum);
       step(c + 2, odd);
       step(c + 4, third);
