@@ -79,6 +79,7 @@ TEST_F(ExtendTest, MatchingLowersTheError) {
 
 TEST_F(ExtendTest, TrainingBringsTheModelCloser) {
   options_.tokens = 64 * 40;
+  options_.lr = 4e-4;
   options_.match_sequences = 0;  // closed latents: the attention weights do it
   const Report report = run_extend(options_, run());
   ASSERT_TRUE(report.window_sinks && report.trained);

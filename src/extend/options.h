@@ -38,11 +38,12 @@ struct ExtendOptions {
   int64_t tokens = 300000;
   int64_t context = 2048;
   int64_t batch = 1;
-  // Smallest window in training: each step draws 32, 64 … from here up to `window`, so that latents must carry. 0: `window`.
-  int64_t least_window = 32;
-  double lr = 4e-4;         // of attention weights
-  double latent_lr = 3e-3;  // of the latents' matrices
-  double vector_lr = 1e-2;  // of their biases, slopes and decays
+  // Smallest window in training: each step draws one, from here in powers of two up to `window`, so that latents must carry. 0:
+  // always `window`.
+  int64_t least_window = 64;
+  double lr = 1e-4;         // of attention weights
+  double latent_lr = 1e-3;  // of the latents' matrices
+  double vector_lr = 2e-3;  // of their biases, slopes and decays
   double final_lr = 0.05;   // of each, at the end of the cosine
   int64_t warmup = 10;      // steps
   double clip = 1.0;        // gradient norm; 0: none
