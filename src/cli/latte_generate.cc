@@ -125,6 +125,7 @@ int Generate(const Options& options) {
     std::printf("%s\n", out.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace).c_str());
   } else {
     std::printf("\n");
+    std::fflush(stdout);  // before what goes to standard error
     if (options.stats) {
       std::fprintf(
           stderr,
