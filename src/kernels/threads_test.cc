@@ -88,7 +88,8 @@ void ExpectThreadsChangeNothing(const Kernel& kernel) {
     int index = 0;
     for (const Floats& expected : serial) {
       ASSERT_EQ(other->size(), expected.size()) << "result " << index;
-      EXPECT_EQ(0, std::memcmp(other->data(), expected.data(), expected.size() * sizeof(float))) << "result " << index;
+      const bool same = expected.empty() || std::memcmp(other->data(), expected.data(), expected.size() * sizeof(float)) == 0;
+      EXPECT_TRUE(same) << "result " << index;
       ++other, ++index;
     }
   }
