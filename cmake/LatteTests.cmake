@@ -32,6 +32,13 @@ if(TARGET latte_kernels AND NOT LATTE_SANITIZE)
                    --build-noclean --build-options -DCMAKE_BUILD_TYPE=Release -DCMAKE_PREFIX_PATH=${prefix} -DLATTE_PYTHON=${LATTE_PYTHON}
                    -DCMAKE_CXX_COMPILER=${CMAKE_CXX_COMPILER} -DCMAKE_CXX_COMPILER_LAUNCHER=${CMAKE_CXX_COMPILER_LAUNCHER}
                    --test-command ${consumer}/consumer)
+  # The kernels alone, with a Python that has neither torch nor ggml.
+  add_test(NAME install_consumer_kernels
+           COMMAND ${CMAKE_CTEST_COMMAND} --build-and-test ${PROJECT_SOURCE_DIR}/tests/consumer ${consumer}-kernels --build-generator ${CMAKE_GENERATOR}
+                   --build-noclean --build-options -DCMAKE_BUILD_TYPE=Release -DCMAKE_PREFIX_PATH=${prefix} -DCONSUMER_COMPONENTS=kernels
+                   -DLATTE_PYTHON=/nowhere/python -DCMAKE_CXX_COMPILER=${CMAKE_CXX_COMPILER}
+                   -DCMAKE_CXX_COMPILER_LAUNCHER=${CMAKE_CXX_COMPILER_LAUNCHER}
+                   --test-command ${consumer}-kernels/consumer)
   set_tests_properties(install PROPERTIES FIXTURES_SETUP latte_installed)
-  set_tests_properties(install_consumer PROPERTIES FIXTURES_REQUIRED latte_installed)
+  set_tests_properties(install_consumer install_consumer_kernels PROPERTIES FIXTURES_REQUIRED latte_installed)
 endif()

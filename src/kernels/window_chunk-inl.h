@@ -19,7 +19,7 @@
 #include "kernels/prefetch-inl.h"
 #include "kernels/tile_matmul-inl.h"
 #include "kernels/window.h"
-#include "kernels/window_scratch.h"
+#include "kernels/scratch.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace latte::kernels::HWY_NAMESPACE {

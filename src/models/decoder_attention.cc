@@ -44,6 +44,27 @@ Rotated rotated_heads(const at::Tensor& x, const AttentionWeights& weights, cons
   return {rope.rotate(heads.query, positions), rope.rotate(heads.key, positions), heads.value};
 }
 
+// Keys and values begin with what was read before. Our window kernel, with a window that holds everything, takes half the time of
+// torch's operator; a few queries over a long past, and gradients, are torch's.
+at::Tensor full_attention(const Rotated& heads, const formats::DecoderConfig& config) {
+  const int64_t time = heads.query.size(1), past = heads.key.size(1) - time;
+  const bool grad =
+      at::GradMode::is_enabled() && (heads.query.requires_grad() || heads.key.requires_grad() || heads.value.requires_grad());
+  if (past == 0 && time > 1 && !grad) {
+    latte::MacchiatoAttentionOptions all;
+    all.window = time;
+    all.scale = config.attention_scale;
+    return std::get<0>(window_attention(heads.query, heads.key, heads.value, all));
+  }
+  // One new token reads everything; a first stretch is what is_causal means to torch; a later one needs its mask spelled out.
+  OptionalTensor mask;
+  if (past > 0 && time > 1) mask = torch::ones({time, past + time}, heads.query.options().dtype(torch::kBool)).tril(past);
+  return at::scaled_dot_product_attention(heads.query.transpose(1, 2), heads.key.transpose(1, 2), heads.value.transpose(1, 2),
+                                          mask, /*dropout_p=*/0.0, /*is_causal=*/past == 0 && time > 1, config.attention_scale,
+                                          /*enable_gqa=*/config.num_kv_heads != config.num_heads)
+      .transpose(1, 2);
+}
+
 }  // namespace
 
 RmsNormImpl::RmsNormImpl(int64_t dim, double eps) : eps_(eps) { weight = register_parameter("weight", torch::ones({dim})); }
@@ -76,15 +97,7 @@ DecoderAttentionResult FullAttentionImpl::forward(const at::Tensor& x, const Att
   if (config_.attention_softcap > 0) {
     out = capped_attention(heads.query, heads.key, heads.value, config_.attention_scale, config_.attention_softcap, 0);
   } else {
-    // One new token reads everything; a first stretch is what is_causal means to torch; a later one needs its mask spelled out.
-    const int64_t past = heads.key.size(1) - time;
-    OptionalTensor mask;
-    if (past > 0 && time > 1) mask = torch::ones({time, past + time}, x.options().dtype(torch::kBool)).tril(past);
-    out = at::scaled_dot_product_attention(heads.query.transpose(1, 2), heads.key.transpose(1, 2), heads.value.transpose(1, 2),
-                                           mask,
-                                           /*dropout_p=*/0.0, /*is_causal=*/past == 0 && time > 1, config_.attention_scale,
-                                           /*enable_gqa=*/config_.num_kv_heads != config_.num_heads)
-              .transpose(1, 2);
+    out = full_attention(heads, config_);
   }
   auto output = weights.output;
   DecoderAttentionResult result;

@@ -111,8 +111,8 @@ TEST_F(SmallModels, BFloat16IsCloseToFloat32) {
     auto model = models::load_decoder(path_, options);
     const auto narrow = model->forward(tokens).logits;
     EXPECT_EQ(narrow.scalar_type(), torch::kBFloat16);
-    // Six layers, each of which rounds a few times at 2^-9.
-    EXPECT_LT((narrow.to(torch::kFloat32) - wide).norm().item<double>(), 0.1 * wide.norm().item<double>()) << architecture;
+    // Six layers of random weights, each of which rounds a few times at 2^-9.
+    EXPECT_LT((narrow.to(torch::kFloat32) - wide).norm().item<double>(), 0.15 * wide.norm().item<double>()) << architecture;
   }
 }
 
