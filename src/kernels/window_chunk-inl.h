@@ -17,9 +17,9 @@
 #include "kernels/load-inl.h"
 #include "kernels/math-inl.h"
 #include "kernels/prefetch-inl.h"
+#include "kernels/scratch.h"
 #include "kernels/tile_matmul-inl.h"
 #include "kernels/window.h"
-#include "kernels/scratch.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace latte::kernels::HWY_NAMESPACE {
