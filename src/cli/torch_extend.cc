@@ -75,16 +75,20 @@ void AddFields(CLI::App& command, json& fields) {
   options.add<int64_t>("--match-steps", "match_steps", "Steps a layer", kMatching);
 
   constexpr const char* kTraining = "Second stage: the model as a whole";
-  options.choice("--train", "train", "The latents alone, or the attention's weights as well", kTraining,
-                 {"latents", "attention"});
+  options.choice("--train", "train",
+                 "The latents alone, or as well: the attention's weights; low-rank changes of those; all weights of the blocks",
+                 kTraining, {"latents", "attention", "lora", "all"});
+  options.add<int64_t>("--lora-rank", "lora_rank", "Rank of these changes", kTraining);
   options.choice("--loss", "loss", "KL to the original model, or the next token of the text", kTraining, {"kl", "text"});
   options.add<int64_t>("--tokens", "tokens", "Tokens to train on", kTraining);
   options.add<int64_t>("--context", "context", "Tokens a sequence", kTraining);
+  options.add<int64_t>("--first-context", "first_context",
+                       "Sequences grow from here to --context, doubling; a step keeps its tokens. 0: no", kTraining);
   options.add<int64_t>("--batch", "batch", "Sequences a step", kTraining);
   options.add<int64_t>("--least-window", "least_window",
                        "Steps draw their window from here up to --window, in powers of two, so that latents must carry; 0: no",
                        kTraining);
-  options.add<double>("--lr", "lr", "Learning rate of attention weights", kTraining);
+  options.add<double>("--lr", "lr", "Learning rate of pretrained weights", kTraining);
   options.add<double>("--latent-lr", "latent_lr", "Of the latents' matrices", kTraining);
   options.add<double>("--vector-lr", "vector_lr", "Of their biases and decays", kTraining);
   options.add<double>("--final-lr", "final_lr", "Share of each that is left at the end of the cosine", kTraining);

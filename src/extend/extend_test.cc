@@ -88,6 +88,8 @@ TEST_F(ExtendTest, TrainingBringsTheModelCloser) {
 }
 
 TEST_F(ExtendTest, GoesOnBitForBit) {
+  options_.train = "lora";
+  options_.first_context = 16;
   const TokenText text = this->text();
   const auto matched = [](ExtendTrainer& trainer) { trainer.match([](const MatchResult&) { return true; }); };
   ExtendTrainer whole(options_, text), first(options_, text), second(options_, text);
@@ -105,15 +107,37 @@ TEST_F(ExtendTest, GoesOnBitForBit) {
 
 TEST_F(ExtendTest, TheAdapterIsTheStudent) {
   const TokenText text = this->text();
-  ExtendTrainer trainer(options_, text);
-  trainer.match([](const MatchResult&) { return true; });
-  for (int i = 0; i < 2; ++i) trainer.step();
-  formats::write_adapter(folder_ / "a.gguf", trainer.spec(), formats::GgufFile(options_.model),
-                         trainer.adapter_tensors().tensors());
-  auto loaded = load_converted(options_.model, folder_ / "a.gguf", torch::kFloat32);
   const auto tokens = torch::tensor(some_tokens(60)).unsqueeze(0);
-  const torch::NoGradGuard no_grad;
-  EXPECT_TRUE(close(loaded.model->forward(tokens).logits, trainer.student().model->forward(tokens).logits, 1e-6));
+  for (const auto& [train, changed] : {std::pair{"latents", 0}, {"attention", 8}, {"lora", 8}, {"all", 18}}) {
+    options_.train = train;
+    ExtendTrainer trainer(options_, text);
+    trainer.match([](const MatchResult&) { return true; });
+    for (int i = 0; i < 2; ++i) trainer.step();
+    const StoredTensors stored = trainer.adapter_tensors();
+    int pretrained = 0;
+    for (const auto& tensor : stored.tensors()) pretrained += !formats::is_added_tensor(tensor.name);
+    EXPECT_EQ(pretrained, changed) << train;
+    formats::write_adapter(folder_ / "a.gguf", trainer.spec(), formats::GgufFile(options_.model), stored.tensors());
+    auto loaded = load_converted(options_.model, folder_ / "a.gguf", torch::kFloat32);
+    const torch::NoGradGuard no_grad;
+    EXPECT_TRUE(close(loaded.model->forward(tokens).logits, trainer.student().model->forward(tokens).logits, 1e-6)) << train;
+  }
+}
+
+TEST_F(ExtendTest, LoraChangesWeightsByItsRank) {
+  options_.train = "lora";
+  options_.lora_rank = 2;
+  const TokenText text = this->text();
+  ExtendTrainer trainer(options_, text);
+  const auto before = models::load_decoder(options_.model)->named_parameters();
+  for (int i = 0; i < 3; ++i) trainer.step();
+  const auto after = trainer.student().model->named_parameters();
+  for (const char* name : {"blk.0.attn_q.weight", "blk.1.attn_output.weight"}) {
+    const auto singular = at::linalg_svdvals((after[name] - before[name]).to(torch::kFloat64));
+    EXPECT_GT(singular[1].item<double>(), 1e-5) << name;
+    EXPECT_LT(singular[2].item<double>(), 1e-3 * singular[0].item<double>()) << name;
+  }
+  EXPECT_TRUE(after["blk.0.ffn_up.weight"].equal(before["blk.0.ffn_up.weight"]));
 }
 
 TEST_F(ExtendTest, GoesOnFromAnAdapter) {
@@ -244,6 +268,12 @@ TEST(ExtendOptions, ComeBackFromJson) {
   options.window = 100;
   options.least_window = 32;
   EXPECT_EQ(options.training_windows(), (std::vector<int64_t>{32, 64, 100}));
+  options.context = 4096;
+  options.first_context = 1024;
+  options.tokens = 4096 * 9;
+  for (int64_t step = 0; step < 9; ++step) EXPECT_EQ(options.context_of(step), 1024 << step / 3) << step;
+  options.first_context = 1000;
+  EXPECT_THROW(options.validate(), OptionError);
   options.least_window = 0;
   EXPECT_EQ(options.training_windows(), (std::vector<int64_t>{100}));
 }

@@ -27,7 +27,11 @@ int64_t drawn_window(const ExtendOptions& options, int64_t step) {
   return windows[random() % windows.size()];
 }
 
-bool trains(const std::string& name) {
+constexpr double kLoraScale = 2.0;  // alpha / rank
+
+bool trains(const ExtendOptions& options, const std::string& name) {
+  if (options.train == "latents" || !name.starts_with("blk.")) return false;
+  if (options.train == "all") return true;
   for (const char* part : {".attn_q.weight", ".attn_k.weight", ".attn_v.weight", ".attn_output.weight"}) {
     if (name.ends_with(part)) return true;
   }
@@ -66,15 +70,23 @@ ExtendTrainer::ExtendTrainer(const ExtendOptions& options, const TokenText& text
 
 void ExtendTrainer::collect_parameters() {
   auto originals = original_->named_parameters();
-  train::AdamW::NamedTensors attention;
+  train::AdamW::NamedTensors pretrained;
   for (auto& item : student_.model->named_parameters()) {
     at::Tensor* original = originals.find(item.key());
     if (original == nullptr) continue;  // of latents
-    if (options_.train == "attention" && trains(item.key())) {
+    if (trains(options_, item.key())) {
       item.value().requires_grad_(true);
-      const auto master = original->detach().to(torch::kFloat32, /*non_blocking=*/false, /*copy=*/true).requires_grad_(true);
-      masters_.push_back({item.key(), master, item.value()});
-      attention.emplace_back(item.key(), master);
+      Master master{item.key(), original->detach().to(torch::kFloat32, /*non_blocking=*/false, /*copy=*/true), item.value()};
+      if (options_.train == "lora") {
+        const int64_t rank = std::min({options_.lora_rank, original->size(0), original->size(1)});
+        master.down = torch::randn({rank, original->size(1)}) / std::sqrt(static_cast<double>(original->size(1)));
+        master.up = torch::zeros({original->size(0), rank});
+        pretrained.emplace_back(item.key() + ".lora_a", master.down.requires_grad_(true));
+        pretrained.emplace_back(item.key() + ".lora_b", master.up.requires_grad_(true));
+      } else {
+        pretrained.emplace_back(item.key(), master.master.requires_grad_(true));
+      }
+      masters_.push_back(std::move(master));
     } else {
       item.value().set_data(original->data());  // one copy of what stays
     }
@@ -89,7 +101,7 @@ void ExtendTrainer::collect_parameters() {
     groups_.push_back({name, lr, train::AdamW(tensors, {.beta1 = 0.9, .beta2 = 0.95, .weight_decay = 0.0})});
     for (const auto& [key, tensor] : tensors) parameters_.push_back(tensor);
   };
-  add("attention", options_.lr, attention);
+  add("attention", options_.lr, pretrained);
   add("matrices", options_.latent_lr, matrices);
   add("gates", options_.latent_lr / 3, gates);
   add("vectors", options_.vector_lr, vectors);
@@ -111,9 +123,27 @@ void ExtendTrainer::start_from(const std::string& path) {
   for (Master& master : masters_) master.master.copy_(master.weight);
 }
 
+at::Tensor ExtendTrainer::Master::value() const {
+  const torch::NoGradGuard no_grad;
+  return down.defined() ? at::addmm(master, up, down, /*beta=*/1.0, kLoraScale) : master;
+}
+
+void ExtendTrainer::Master::take_gradient() {
+  if (!weight.grad().defined()) return;
+  const torch::NoGradGuard no_grad;
+  const auto gradient = weight.grad().to(torch::kFloat32);
+  weight.mutable_grad() = at::Tensor();
+  if (down.defined()) {
+    down.mutable_grad() = at::matmul(up.t(), gradient) * kLoraScale;
+    up.mutable_grad() = at::matmul(gradient, down.t()) * kLoraScale;
+  } else {
+    master.mutable_grad() = gradient;
+  }
+}
+
 void ExtendTrainer::masters_to_model() {
   const torch::NoGradGuard no_grad;
-  for (Master& master : masters_) master.weight.copy_(master.master);
+  for (Master& master : masters_) master.weight.copy_(master.value());
 }
 
 at::Tensor ExtendTrainer::head() const {
@@ -137,7 +167,7 @@ void ExtendTrainer::match(const std::function<bool(const MatchResult&)>& report)
   for (int64_t i = 0; i < options_.match_sequences; ++i) {
     // Numbers from the far end: other stretches than the steps'.
     const auto index = std::numeric_limits<uint64_t>::max() - static_cast<uint64_t>(i);
-    sequences.push_back(inputs_of(text_.sample(1, static_cast<uint64_t>(options_.seed), index))[0]);
+    sequences.push_back(inputs_of(text_.sample(1, options_.context, static_cast<uint64_t>(options_.seed), index))[0]);
   }
   match_latents(original_, student_.converted, sequences, options_, report);
 }
@@ -145,7 +175,8 @@ void ExtendTrainer::match(const std::function<bool(const MatchResult&)>& report)
 StepResult ExtendTrainer::step() {
   StepResult result;
   result.window = drawn_window(options_, steps_done_);
-  const auto tokens = text_.sample(options_.batch, static_cast<uint64_t>(options_.seed), static_cast<uint64_t>(steps_done_));
+  const int64_t length = options_.context_of(steps_done_), batch = options_.batch * (options_.context / length);
+  const auto tokens = text_.sample(batch, length, static_cast<uint64_t>(options_.seed), static_cast<uint64_t>(steps_done_));
   for (const auto& attention : student_.converted) {
     if (attention) attention->set_window(result.window);
   }
@@ -158,10 +189,7 @@ StepResult ExtendTrainer::step() {
   for (const auto& attention : student_.converted) {
     if (attention) attention->set_window(options_.window);
   }
-  for (Master& master : masters_) {
-    if (master.weight.grad().defined()) master.master.mutable_grad() = master.weight.grad().to(torch::kFloat32);
-    master.weight.mutable_grad() = at::Tensor();
-  }
+  for (Master& master : masters_) master.take_gradient();
   result.loss = loss.item<double>();
   const double limit = options_.clip > 0 ? options_.clip : std::numeric_limits<double>::infinity();
   result.grad_norm = torch::nn::utils::clip_grad_norm_(parameters_, limit);
@@ -204,7 +232,11 @@ Validation ExtendTrainer::validate(bool latents_off) {
 
 train::AdamW::NamedTensors ExtendTrainer::state() const {
   train::AdamW::NamedTensors tensors;
-  for (const Master& master : masters_) tensors.emplace_back("attention." + master.name, master.master.detach());
+  for (const Master& master : masters_) {
+    if (!master.down.defined()) tensors.emplace_back("attention." + master.name, master.master.detach());
+    if (master.down.defined()) tensors.emplace_back("attention." + master.name + ".lora_a", master.down.detach());
+    if (master.down.defined()) tensors.emplace_back("attention." + master.name + ".lora_b", master.up.detach());
+  }
   for (const auto& [name, tensor] : latent_tensors(student_.converted)) tensors.emplace_back("latents." + name, tensor.detach());
   for (const Group& group : groups_) {
     for (const auto& [name, tensor] : group.optimizer.state()) {
@@ -235,7 +267,7 @@ StoredTensors ExtendTrainer::adapter_tensors() const {
   const Storage storage = storage_named(options_.storage);
   StoredTensors stored;
   for (const auto& [name, tensor] : latent_tensors(student_.converted)) stored.add(name, tensor, storage);
-  for (const Master& master : masters_) stored.add(master.name, master.master, storage);
+  for (const Master& master : masters_) stored.add(master.name, master.value(), storage);
   for (const auto& [name, tensor] : kept_) stored.add(name, tensor, storage);
   return stored;
 }

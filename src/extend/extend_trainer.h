@@ -2,8 +2,8 @@
 // one step after the other, with everything that makes a run continue where it was stopped.
 //
 // A checkpoint (formats/checkpoint.h) holds "latents.NAME" for each new parameter, "attention.NAME" for the float32 master of
-// each pretrained weight that trains, and "optimizer.G.exp_avg.NAME" and so on for each group G of parameters. Which text a step
-// reads and which window it draws depend on the seed and on its number.
+// each pretrained weight that trains (with LoRA, its two factors), and "optimizer.G.exp_avg.NAME" and so on for each group G of
+// parameters. Which text a step reads and which window it draws depend on the seed and on its number.
 #pragma once
 
 #include <torch/torch.h>
@@ -25,7 +25,7 @@ namespace latte::extend {
 
 struct StepResult {
   double loss = 0.0;
-  double lr = 0.0;         // of attention weights
+  double lr = 0.0;         // of pretrained weights
   double grad_norm = 0.0;  // before clipping
   int64_t window = 0;      // drawn
 };
@@ -68,10 +68,13 @@ class ExtendTrainer {
     double lr;
     train::AdamW optimizer;
   };
-  // A pretrained weight that trains: in float32 here, in the model's dtype there.
+  // A pretrained weight that trains: in float32 here, in the model's dtype there. With LoRA `master` stays and up [M, R] times
+  // down [R, K] is added to it.
   struct Master {
     std::string name;
-    at::Tensor master, weight;
+    at::Tensor master, weight, down = {}, up = {};
+    at::Tensor value() const;
+    void take_gradient();  // from `weight`
   };
 
   void collect_parameters();

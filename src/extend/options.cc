@@ -1,6 +1,7 @@
 #include "extend/options.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 #include <nlohmann/json.hpp>
@@ -27,11 +28,13 @@ void for_each_field(Options& options, const Visit& visit) {
   visit("far_limit", options.far_limit);
   visit("forget", options.forget);
   visit("train", options.train);
+  visit("lora_rank", options.lora_rank);
   visit("loss", options.loss);
   visit("match_sequences", options.match_sequences);
   visit("match_steps", options.match_steps);
   visit("tokens", options.tokens);
   visit("context", options.context);
+  visit("first_context", options.first_context);
   visit("batch", options.batch);
   visit("least_window", options.least_window);
   visit("lr", options.lr);
@@ -64,6 +67,14 @@ std::vector<int64_t> ExtendOptions::training_windows() const {
   return windows;
 }
 
+int64_t ExtendOptions::context_of(int64_t step) const {
+  if (first_context == 0) return context;
+  int64_t lengths = 1;
+  for (int64_t length = first_context; length < context; length *= 2) ++lengths;
+  const int64_t stage = std::min(lengths - 1, step * lengths / std::max<int64_t>(1, steps()));
+  return std::min(context, first_context << stage);
+}
+
 void ExtendOptions::validate() const {
   if (model.empty()) fail("model", "missing", "a GGUF file");
   if (text.empty()) fail("text", "missing", "a file or more");
@@ -73,13 +84,17 @@ void ExtendOptions::validate() const {
   check_range("sinks", sinks, 0, kLargestSize);
   check_range("latents", latents, 1, 65536);
   check_range("far_limit", far_limit, 1, kLargestSize);
-  check_choice("train", train, {"latents", "attention"});
+  check_choice("train", train, {"latents", "attention", "lora", "all"});
+  check_range("lora_rank", lora_rank, 1, 65536);
   if (train == "latents" && attention != "macchiato") fail("train", "latents", "attention: " + attention + " has no latents");
   check_choice("loss", loss, {"kl", "text"});
   check_range("match_sequences", match_sequences, 0, 1024);
   check_range("match_steps", match_steps, 0, kLargestCount);
   check_range("tokens", tokens, 0, kLargestCount);
   check_range("context", context, 2, kLargestSize);
+  check_that(first_context == 0 || (first_context >= 2 && first_context <= context && context % first_context == 0 &&
+                                    std::has_single_bit(static_cast<uint64_t>(context / first_context))),
+             "first_context", first_context, "0, or the context halved any number of times");
   check_range("batch", batch, 1, kLargestSize);
   check_range("least_window", least_window, 0, kLargestSize);
   check_that(lr > 0, "lr", lr, "a positive number");

@@ -27,8 +27,11 @@ struct ExtendOptions {
   int64_t far_limit = 8192;  // formats/adapter.h
   bool forget = true;        // latents have a decay each
 
-  std::string train = "attention";  // latents | attention: those and the attention's own weights
-  std::string loss = "kl";          // kl: to the original model; text: the next token
+  // latents | attention: those and the attention's own weights | lora: those and low-rank changes of the attention's weights
+  // (Hu et al. 2021, arXiv 2106.09685) | all: those and every weight of the blocks
+  std::string train = "attention";
+  int64_t lora_rank = 16;
+  std::string loss = "kl";  // kl: to the original model; text: the next token
 
   // First stage, of the latents alone: each layer's attention output is matched to the original's.
   int64_t match_sequences = 16;  // of `context` tokens; 0: latents start closed
@@ -37,11 +40,14 @@ struct ExtendOptions {
   // Second stage, through the whole model.
   int64_t tokens = 300000;
   int64_t context = 2048;
+  // Sequences grow from here to `context`, doubling, each length for an equal share of the steps; a step keeps its number of
+  // tokens. 0: all are of `context` tokens.
+  int64_t first_context = 0;
   int64_t batch = 1;
   // Smallest window in training: each step draws one, from here in powers of two up to `window`, so that latents must carry. 0:
   // always `window`.
   int64_t least_window = 64;
-  double lr = 1e-4;         // of attention weights
+  double lr = 1e-4;         // of pretrained weights
   double latent_lr = 1e-3;  // of the latents' matrices
   double vector_lr = 2e-3;  // of their biases, slopes and decays
   double final_lr = 0.05;   // of each, at the end of the cosine
@@ -57,6 +63,7 @@ struct ExtendOptions {
 
   int64_t steps() const { return (tokens + context * batch - 1) / (context * batch); }
   std::vector<int64_t> training_windows() const;  // rising
+  int64_t context_of(int64_t step) const;         // tokens a sequence, at the step that follows `step` finished ones
 
   void validate() const;  // throws OptionError
 

@@ -52,14 +52,15 @@ at::Tensor TokenText::stretch(const std::vector<Part>& parts, int64_t start, int
   TORCH_INTERNAL_ASSERT(false);
 }
 
-at::Tensor TokenText::sample(int64_t batch, uint64_t seed, uint64_t index) const {
+at::Tensor TokenText::sample(int64_t batch, int64_t length, uint64_t seed, uint64_t index) const {
+  TORCH_INTERNAL_ASSERT(length <= context_);
   std::seed_seq sequence{static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), static_cast<uint32_t>(index),
                          static_cast<uint32_t>(index >> 32)};
   std::mt19937_64 random(sequence);
   std::vector<at::Tensor> rows;
   for (int64_t i = 0; i < batch; ++i) {
     // Not uniform_int_distribution, whose numbers differ between standard libraries; the bias is below 2^-40.
-    rows.push_back(stretch(train_, static_cast<int64_t>(random() % static_cast<uint64_t>(train_starts_)), context_ + 1));
+    rows.push_back(stretch(train_, static_cast<int64_t>(random() % static_cast<uint64_t>(train_starts_)), length + 1));
   }
   return at::stack(rows);
 }

@@ -22,8 +22,9 @@ class TokenText {
   TokenText(const std::vector<std::string>& paths, const formats::Tokenizer& tokenizer, double held_out_fraction,
             int64_t context);
 
-  // int64 [batch, context + 1] from random places, which depend on seed and index alone; a file is drawn by its size.
-  at::Tensor sample(int64_t batch, uint64_t seed, uint64_t index) const;
+  // int64 [batch, length + 1], length <= context, from random places, which depend on seed and index alone; a file is drawn by
+  // its size.
+  at::Tensor sample(int64_t batch, int64_t length, uint64_t seed, uint64_t index) const;
   // int64 [N, context + 1], N <= count, evenly spread over what is held out; the same at every call. N is 0 where too little is.
   at::Tensor held_out(int64_t count) const;
 
