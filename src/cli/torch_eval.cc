@@ -89,6 +89,7 @@ json ToJson(const extend::TextRow& row) {
   json object = {{"attention", extend::name_of(row.attention)},
                  {"length", row.length},
                  {"windows", row.windows},
+                 {"window", row.window},
                  {"perplexity", row.perplexity},
                  {"stderr", NumberOrNull(row.standard_error)},
                  {"loss", row.loss},
@@ -337,7 +338,9 @@ void AddEval(CLI::App& app, int& exit_code) {
       ->check(CLI::Range(1, 4096))
       ->capture_default_str()
       ->group("Retrieval");
-  command->add_option("--window", options->window, "Of window and window-sinks; by default the adapter's, or 128")
+  command
+      ->add_option("--window", options->window,
+                   "Tokens of standard attention, of adapters too; by default the adapter's own, or 128")
       ->check(positive)
       ->group("Attention");
   command->add_option("--sinks", options->sinks, "Of window-sinks; by default the adapter's, or 4")

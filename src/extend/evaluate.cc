@@ -98,6 +98,9 @@ TextRow TextEvaluator::evaluate(Variant& variant, int64_t length, int64_t window
   row.length = length;
   row.windows = windows;
   const auto& converted = variant.model.converted;
+  if (std::any_of(converted.begin(), converted.end(), [](const auto& attention) { return attention != nullptr; })) {
+    row.window = variant.model.spec.window;
+  }
   for (const auto& attention : converted) {
     if (attention) attention->record_shares(variant.kind == AttentionKind::kMacchiato);
   }

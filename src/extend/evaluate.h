@@ -24,6 +24,7 @@ struct Bucket {
 struct TextRow {
   AttentionKind attention = AttentionKind::kFull;
   int64_t length = 0;
+  int64_t window = 0;   // tokens of standard attention; 0: all of them
   int64_t windows = 0;  // stretches of that length that were read
   double loss = 0.0;    // nats a token, over all tokens of all stretches
   double perplexity = 0.0;

@@ -235,6 +235,14 @@ TEST_F(ExtendTest, EvaluationAgreesWithTheModelAsAWhole) {
     EXPECT_EQ(row.buckets.size(), 1U);
     EXPECT_EQ(row.latent_shares.size(), kind == AttentionKind::kMacchiato ? 2U : 0U);
   }
+  // An adapter may be read with another window: one that holds all of the text is full attention with its weights.
+  sources.window = 64;
+  Variant wide = load_variant(AttentionKind::kMacchiato, sources),
+          off = load_variant(AttentionKind::kMacchiatoLatentsOff, sources);
+  const TextRow wide_row = evaluator.evaluate(wide, 64, 3);
+  EXPECT_EQ(wide_row.window, 64);
+  EXPECT_NEAR(wide_row.loss, evaluator.evaluate(off, 64, 3).loss, 1e-6);
+  sources.window.reset();
   Variant linear = load_variant(AttentionKind::kMacchiato, sources);
   EXPECT_EQ(evaluator.evaluate(linear, 64, 1).state_bytes, evaluator.evaluate(linear, 256, 1).state_bytes);
   EXPECT_THROW(evaluator.evaluate(linear, 257, 1), std::invalid_argument);

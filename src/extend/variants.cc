@@ -98,6 +98,11 @@ Variant load_variant(AttentionKind kind, const VariantSources& sources) {
   const auto adapted = [&](const std::string& adapter) {
     variant.model = load_converted(sources.model, adapter, sources.dtype);
     require_blocks(variant.model, adapter, kind);
+    if (!sources.window) return;
+    variant.model.spec.window = *sources.window;
+    for (const auto& attention : variant.model.converted) {
+      if (attention) attention->set_window(*sources.window);
+    }
   };
   switch (kind) {
     case AttentionKind::kFull:
