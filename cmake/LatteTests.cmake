@@ -13,11 +13,11 @@ if(TARGET latte_ops)
   endforeach()
 endif()
 
-# Models read by latte against the same read by llama.cpp: the one test that needs both libtorch and libllama.
-if(TARGET latte_models)
+# Models read by latte against the same read by llama.cpp, and the engine against the libtorch models: the one test that needs both.
+if(TARGET latte_extend AND TARGET latte_runtime)
   file(GLOB pretrained_tests CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/tests/pretrained/*_test.cc)
   add_executable(pretrained_test ${pretrained_tests})
-  target_link_libraries(pretrained_test PRIVATE latte_models latte_llama GTest::gtest_main)
+  target_link_libraries(pretrained_test PRIVATE latte_extend latte_runtime latte_llama GTest::gtest_main)
   latte_test_target(pretrained_test TORCH)
   add_test(NAME pretrained COMMAND pretrained_test)
 endif()

@@ -3,32 +3,31 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cmath>
 #include <cstdio>
 #include <filesystem>
-#include <fstream>
 #include <functional>
 #include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <random>
+#include <span>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "cli/latte_bench_contestants.h"
+#include "cli/latte_bench_plot.h"
 #include "cli/latte_commands.h"
-#include "cli/latte_llama_peer.h"
 #include "cli/latte_text.h"
 #include "formats/adapter.h"
 #include "formats/gguf.h"
-#include "runtime/engine.h"
+#include "runtime/error.h"
 #include "runtime/quantize.h"
 
 namespace latte::cli {
 namespace {
 
-using runtime::Engine;
 using runtime::Model;
 using runtime::Session;
 
@@ -46,6 +45,8 @@ struct Options {
   double seconds = 120.0;  // for a contestant to reach a depth
   double budget = 2.0;     // of timing, for each contestant and depth
   int threads = 0;
+  int64_t sessions = 0;
+  std::string plot;
   bool json = false;
 };
 
@@ -61,83 +62,6 @@ double Median(std::vector<double> values) {
   std::nth_element(values.begin(), middle, values.end());
   return *middle;
 }
-
-// An engine with one attention: reads on, goes back, writes.
-class Contestant {
- public:
-  virtual ~Contestant() = default;
-  virtual void Start(int64_t most_tokens) = 0;
-  virtual void Read(std::span<const int32_t> tokens) = 0;  // several tokens at once
-  virtual void Write(int32_t token) = 0;                   // one token, logits and all, in every session
-  virtual void Mark() = 0;                                 // GoBack() returns here
-  virtual void GoBack() = 0;
-  virtual void Stop() = 0;
-  virtual double StateMegabytes() const { return 0.0; }
-
-  std::string engine, attention;
-  int64_t batch = 1;
-  double resident = 0.0;  // megabytes that came with what it did
-  bool out = false;       // too slow for greater depths
-};
-
-class Latte final : public Contestant {
- public:
-  Latte(std::shared_ptr<const Model> model, std::shared_ptr<Engine> engine)
-      : model_(std::move(model)), engine_(std::move(engine)) {
-    this->engine = "latte";
-  }
-  void Start(int64_t most_tokens) override {
-    runtime::SessionOptions options;
-    options.context = most_tokens;
-    session_.emplace(model_, options);
-  }
-  void Read(std::span<const int32_t> tokens) override { engine_->prefill(*session_, tokens); }
-  void Write(int32_t token) override {
-    if (batch == 1) {
-      engine_->decode(*session_, token);
-      return;
-    }
-    std::vector<runtime::StepPart> parts;
-    while (others_.size() < static_cast<size_t>(batch)) others_.push_back(*session_);
-    for (Session& session : others_) parts.push_back({&session, {&token, 1}});
-    engine_->step(parts);
-  }
-  void Mark() override { marked_.emplace(*session_); }
-  void GoBack() override {
-    others_.clear();
-    *session_ = *marked_;
-  }
-  void Stop() override {
-    others_.clear();
-    session_.reset();
-    marked_.reset();
-  }
-  double StateMegabytes() const override { return static_cast<double>(session_->bytes_in_use()) / 1e6; }
-
- private:
-  std::shared_ptr<const Model> model_;
-  std::shared_ptr<Engine> engine_;
-  std::optional<Session> session_, marked_;
-  std::vector<Session> others_;
-};
-
-class Llama final : public Contestant {
- public:
-  Llama(const std::string& path, int threads) : peer_(path, threads) {
-    engine = "llama.cpp";
-    attention = "full";
-  }
-  void Start(int64_t most_tokens) override { peer_.start((most_tokens + 255) / 256 * 256, true); }
-  void Read(std::span<const int32_t> tokens) override { peer_.read(tokens); }
-  void Write(int32_t token) override { peer_.read({&token, 1}); }
-  void Mark() override { marked_ = peer_.position(); }
-  void GoBack() override { peer_.go_back(marked_); }
-  void Stop() override { peer_.stop(); }
-
- private:
-  LlamaPeer peer_;
-  int64_t marked_ = 0;
-};
 
 // Runs `work` and books the memory that it left behind.
 double Booked(Contestant& contestant, const std::function<void()>& work) {
@@ -155,7 +79,7 @@ class Bench {
   }
 
   nlohmann::json Run() {
-    if (!options_.json) {
+    if (!options_.json && options_.sessions == 0) {
       std::printf("%-10s %-10s %-6s %8s %6s %16s %16s %12s %10s\n", "engine", "attention", "type", "depth", "batch",
                   "prefill tokens/s", "decode tokens/s", "resident MB", "state MB");
     }
@@ -234,60 +158,66 @@ class Bench {
       const double before = ResidentMegabytes();
       auto model = Model::open(attention == "macchiato" && !converted.empty() ? converted : path, model_options);
       vocabulary_ = model->shape().vocab_size;
-      runtime::EngineOptions engine_options;
-      engine_options.threads = threads_;
-      auto contestant = std::make_unique<Latte>(model, std::make_shared<Engine>(model, engine_options));
-      contestant->attention = attention;
+      const int64_t deepest = DeepestOf(!model->shape().constant_state());
+      auto contestant =
+          std::make_unique<LatteContestant>(model, threads_, deepest + options_.prompt + 2 * options_.tokens, attention);
       contestant->resident = ResidentMegabytes() - before;
-      contestants.push_back(std::move(contestant));
+      if (options_.sessions > 0) {
+        ReportSessions(*contestant);
+      } else {
+        contestants.push_back(std::move(contestant));
+      }
     }
+    if (options_.sessions > 0) return;
     if (wants(options_.engines, "llama.cpp")) {
-      const double before = ResidentMegabytes();
-      contestants.push_back(std::make_unique<Llama>(path, threads_));
-      contestants.back()->resident = ResidentMegabytes() - before;
+      for (const bool flash : {true, false}) {
+        const double before = ResidentMegabytes();
+        contestants.push_back(std::make_unique<LlamaContestant>(path, threads_, flash));
+        contestants.back()->resident = ResidentMegabytes() - before;
+      }
     }
+    std::mt19937 random(1);
+    std::uniform_int_distribution<int32_t> token(0, static_cast<int32_t>(std::min<int64_t>(vocabulary_, 20000)) - 1);
+    text_.resize(static_cast<size_t>(options_.depths.back()));
+    prompt_.resize(static_cast<size_t>(options_.prompt));
+    for (int32_t& t : text_) t = token(random);
+    for (int32_t& t : prompt_) t = token(random);
     for (const int64_t depth : options_.depths) RunDepth(contestants, depth);
   }
 
+  // The greatest depth that a contestant is to reach.
+  int64_t DeepestOf(bool full) const {
+    int64_t deepest = 0;
+    for (const int64_t depth : options_.depths) {
+      if (!full || depth <= options_.full_depth) deepest = std::max(deepest, depth);
+    }
+    return deepest;
+  }
+
+  struct Runner {
+    Contestant* contestant;
+    std::vector<double> reads, writes;
+    double spent = 0.0;
+  };
+
   void RunDepth(std::vector<std::unique_ptr<Contestant>>& contestants, int64_t depth) {
-    std::mt19937 random(1);
-    std::uniform_int_distribution<int32_t> token(0, static_cast<int32_t>(std::min<int64_t>(vocabulary_, 20000)) - 1);
-    std::vector<int32_t> text(static_cast<size_t>(depth)), prompt(static_cast<size_t>(options_.prompt));
-    for (int32_t& t : text) t = token(random);
-    for (int32_t& t : prompt) t = token(random);
-    struct Runner {
-      Contestant* contestant;
-      std::vector<double> reads, writes;
-      double spent = 0.0;
-      double reading = 0.0;  // tokens a second on the way to this depth
-    };
     std::vector<Runner> runners;
     for (const auto& contestant : contestants) {
       if (contestant->out || (contestant->attention == "full" && depth > options_.full_depth)) continue;
       const double resident = contestant->resident;
       bool reached = true;
-      double reading = 0.0;
       Booked(*contestant, [&] {
-        contestant->Start(depth + options_.prompt + 64 * options_.tokens);
-        const auto start = std::chrono::steady_clock::now();
-        constexpr size_t kStretch = 2048;
-        for (size_t i = 0; i < text.size() && reached; i += kStretch) {
-          contestant->Read(std::span(text).subspan(i, std::min(kStretch, text.size() - i)));
-          const double spent = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-          reached = spent < options_.seconds || i + kStretch >= text.size();
-          reading = static_cast<double>(std::min(text.size(), i + kStretch)) / spent;
-        }
-        contestant->Mark();
+        reached = contestant->Reach(std::span(text_).first(static_cast<size_t>(depth)), options_.prompt + 2 * options_.tokens,
+                                    options_.seconds);
       });
       if (!reached) {
         std::fprintf(stderr, "latte: %s (%s) can't reach depth %lld within %.0f seconds: skipped\n", contestant->engine.c_str(),
                      contestant->attention.c_str(), static_cast<long long>(depth), options_.seconds);
-        contestant->Stop();
         contestant->resident = resident;
         contestant->out = true;
         continue;
       }
-      runners.push_back({contestant.get(), {}, {}, 0.0, reading});
+      runners.push_back({contestant.get(), {}, {}, 0.0});
     }
     for (const int64_t batch : options_.batches) {
       for (Runner& runner : runners) {
@@ -300,39 +230,84 @@ class Bench {
       for (int round = 0; round < 24; ++round) {
         bool any = false;
         for (Runner& runner : runners) {
-          if (round >= 3 && runner.spent > options_.budget) continue;
+          if (runner.spent > options_.budget && (round >= 3 || runner.spent > 4 * options_.budget)) continue;
           if (batch > 1 && runner.contestant->engine != "latte") continue;
           any = true;
-          Contestant& contestant = *runner.contestant;
-          Booked(contestant, [&] {
-            contestant.GoBack();
-            if (batch == 1) {
-              const double read = SecondsOf([&] { contestant.Read(prompt); });
-              if (round > 0) runner.reads.push_back(read);
-              runner.spent += read;
-              contestant.GoBack();
-            }
-            contestant.Write(prompt[0]);  // buffers are made anew after a prompt
-            const double written = SecondsOf([&] {
-              for (int64_t i = 0; i < options_.tokens; ++i) contestant.Write(prompt[static_cast<size_t>(i) % prompt.size()]);
-            });
-            if (round > 0) runner.writes.push_back(written);
-            runner.spent += written;
-          });
+          Measure(runner, round, batch);
         }
         if (!any) break;
       }
-      for (Runner& runner : runners) {
-        if (!runner.writes.empty()) Report(*runner.contestant, depth, runner.reads, runner.writes, runner.reading);
-      }
+      Report(runners, depth);
     }
-    for (Runner& runner : runners) Booked(*runner.contestant, [&] { runner.contestant->Stop(); });
+    for (Runner& runner : runners) Booked(*runner.contestant, [&] { runner.contestant->Rest(); });
   }
 
-  void Report(const Contestant& contestant, int64_t depth, const std::vector<double>& reads, const std::vector<double>& writes,
-              double reading) {
-    const double prefill = reads.empty() ? 0.0 : static_cast<double>(options_.prompt) / Median(reads);
-    const double decode = static_cast<double>(options_.tokens * contestant.batch) / Median(writes);
+  // One round; the first warms up, unless it took so long that it needn't.
+  void Measure(Runner& runner, int round, int64_t batch) {
+    Contestant& contestant = *runner.contestant;
+    try {
+      Booked(contestant, [&] {
+        contestant.GoBack();
+        double read = 0.0;
+        if (batch == 1) {
+          read = SecondsOf([&] { contestant.Read(prompt_); });
+          contestant.GoBack();
+        }
+        contestant.Write(prompt_[0]);  // buffers are made anew after a prompt
+        const double written = SecondsOf([&] {
+          for (int64_t i = 0; i < options_.tokens; ++i) contestant.Write(prompt_[static_cast<size_t>(i) % prompt_.size()]);
+        });
+        runner.spent += read + written;
+        if (round == 0 && runner.spent < options_.budget) return;
+        if (batch == 1) runner.reads.push_back(read);
+        runner.writes.push_back(written);
+      });
+    } catch (const runtime::MemoryError& error) {
+      std::fprintf(stderr, "latte: %s: %s (%s, batch %lld) skipped\n", error.what(), contestant.engine.c_str(),
+                   contestant.attention.c_str(), static_cast<long long>(batch));
+      contestant.GoBack();
+      runner.spent = 1e9;
+    }
+  }
+
+  double PrefillOf(const Runner& runner) const {
+    return runner.reads.empty() ? 0.0 : static_cast<double>(options_.prompt) / Median(runner.reads);
+  }
+  double DecodeOf(const Runner& runner) const {
+    return static_cast<double>(options_.tokens * runner.contestant->batch) / Median(runner.writes);
+  }
+
+  void Report(std::vector<Runner>& runners, int64_t depth) {
+    const Runner* other = nullptr;  // llama.cpp with flash attention
+    for (Runner& runner : runners) {
+      if (runner.writes.empty()) continue;
+      if (runner.contestant->engine == "latte") {
+        Report(*runner.contestant, depth, PrefillOf(runner), DecodeOf(runner));
+      } else if (other == nullptr && runner.contestant->flash) {
+        other = &runner;
+      } else {
+        ReportBetter(other, runner, depth);
+        other = nullptr;
+      }
+    }
+    if (other != nullptr) ReportBetter(other, *other, depth);
+  }
+
+  // llama.cpp's flash attention on and off: a row has what the better of both reached at reading and at writing. Who is clearly
+  // behind in both needn't go deeper.
+  void ReportBetter(const Runner* with, const Runner& without, int64_t depth) {
+    if (with == nullptr) with = &without;
+    const double reads[] = {PrefillOf(*with), PrefillOf(without)}, writes[] = {DecodeOf(*with), DecodeOf(without)};
+    const bool first = writes[0] >= writes[1];
+    constexpr double kClearly = 0.85;
+    if (depth > 0) {
+      if (reads[0] < kClearly * reads[1] && writes[0] < kClearly * writes[1]) with->contestant->out = true;
+      if (reads[1] < kClearly * reads[0] && writes[1] < kClearly * writes[0]) without.contestant->out = true;
+    }
+    Report(first ? *with->contestant : *without.contestant, depth, std::max(reads[0], reads[1]), std::max(writes[0], writes[1]));
+  }
+
+  void Report(const Contestant& contestant, int64_t depth, double prefill, double decode) {
     nlohmann::json row = {{"engine", contestant.engine},
                           {"attention", contestant.attention},
                           {"type", type_},
@@ -340,9 +315,15 @@ class Bench {
                           {"batch", contestant.batch},
                           {"decode_tokens_per_second", decode},
                           {"resident_mb", contestant.resident}};
-    if (!reads.empty()) row["prefill_tokens_per_second"] = prefill;
-    if (depth > 0) row["reading_tokens_per_second"] = reading;
+    if (prefill > 0.0) row["prefill_tokens_per_second"] = prefill;
+    if (!contestant.reading_rates.empty()) {
+      const auto [slowest, fastest] = std::minmax_element(contestant.reading_rates.begin(), contestant.reading_rates.end());
+      row["reading_tokens_per_second"] = Median(contestant.reading_rates);
+      row["reading_slowest"] = *slowest;
+      row["reading_fastest"] = *fastest;
+    }
     if (contestant.engine == "latte") row["state_mb"] = contestant.StateMegabytes();
+    if (contestant.engine == "llama.cpp") row["flash_attention"] = contestant.flash;
     if (contestant.attention == "macchiato") row["latents_trained"] = !options_.adapter.empty();
     if (!options_.json) {
       std::printf("%-10s %-10s %-6s %8lld %6lld %16.1f %16.1f %12.1f %10.2f\n", contestant.engine.c_str(),
@@ -353,10 +334,33 @@ class Bench {
     rows_.push_back(std::move(row));
   }
 
+  void ReportSessions(LatteContestant& contestant) {
+    constexpr int64_t kRead = 1024;
+    const auto vocabulary = static_cast<int32_t>(std::min<int64_t>(vocabulary_, 20000));
+    std::vector<int32_t> text(kRead);
+    for (size_t i = 0; i < text.size(); ++i) text[i] = static_cast<int32_t>(i * 7919) % vocabulary;
+    const double each = contestant.MegabytesOfSessions(options_.sessions, text);
+    runtime::SessionOptions session_options;
+    session_options.context = kRead + 1;
+    const auto needed = static_cast<double>(Session::bytes_needed(contestant.model(), session_options)) / 1e6;
+    rows_.push_back({{"engine", "latte"},
+                     {"attention", contestant.attention},
+                     {"type", type_},
+                     {"sessions", options_.sessions},
+                     {"depth", kRead + 1},
+                     {"session_mb", needed},
+                     {"resident_mb_per_session", each}});
+    if (options_.json) return;
+    std::printf("%lld sessions (%s) at depth %lld: %.2f MB each by the process's size, %.2f MB by Session::bytes_needed\n",
+                static_cast<long long>(options_.sessions), contestant.attention.c_str(), static_cast<long long>(kRead + 1), each,
+                needed);
+  }
+
   Options options_;
   int threads_;
   int64_t vocabulary_ = 20000;
   std::string type_;
+  std::vector<int32_t> text_, prompt_;
   nlohmann::json rows_ = nlohmann::json::array();
 };
 
@@ -387,9 +391,27 @@ void AddBenchDecode(CLI::App& bench, int& exit_code) {
   command->add_option("--full-depth", options->full_depth, "Greatest depth of attention that reads everything");
   command->add_option("--seconds", options->seconds, "Longest way to a depth; who needs longer drops out");
   command->add_option("--threads", options->threads, "0: one a CPU")->check(CLI::Range(0, 1024));
+  command
+      ->add_option("--sessions", options->sessions,
+                   "Instead of speed: the memory of so many live sessions, each with a text read and stepped in turn")
+      ->check(CLI::Range(1, 1 << 20));
+  command->add_option("--plot", options->plot, "Draw the speeds over the depths as PREFIX.svg and PREFIX.png (gnuplot)");
   command->add_flag("--json", options->json, "One JSON object");
+  command->footer(
+      "llama.cpp runs with and without flash attention, and its row has the better of both. Beyond 2048 tokens its cache is "
+      "filled\n"
+      "with copies of what it read, which costs it the same as a text of its own.\n\n"
+      "Examples:\n"
+      "  latte bench decode --model SmolLM2-135M-Instruct.Q4_1.gguf --depths 0,2048,8192,32768\n"
+      "  latte bench decode --model model.gguf --adapter adapter.gguf --types Q4_1,BF16 --plot figures/decode --json\n"
+      "  latte bench decode --model model.gguf --engines latte --batch 1,8,64 --depths 1024\n"
+      "  latte bench decode --model model.gguf --attention macchiato --sessions 1000");
   command->callback([options, &exit_code] {
     const nlohmann::json result = Bench(*options).Run();
+    if (!options->plot.empty()) {
+      const std::string problem = PlotDecode(result, options->plot);
+      if (!problem.empty()) std::fprintf(stderr, "latte: %s\n", problem.c_str());
+    }
     if (options->json) std::printf("%s\n", result.dump(1).c_str());
     exit_code = 0;
   });

@@ -4,6 +4,7 @@
 #include <llama.h>
 
 #include <algorithm>
+#include <chrono>
 #include <stdexcept>
 #include <vector>
 
@@ -35,7 +36,10 @@ LlamaPeer::~LlamaPeer() = default;
 void LlamaPeer::start(int64_t tokens, bool flash_attention) {
   stop();
   llama_context_params params = llama_context_default_params();
+  flash_ = flash_attention;
   params.n_ctx = static_cast<uint32_t>(tokens);
+  params.n_seq_max = 2;  // fill() has a second one
+  params.kv_unified = true;
   params.n_batch = 2048;
   params.n_ubatch = 512;
   params.n_threads = threads_;
@@ -62,6 +66,48 @@ void LlamaPeer::read(std::span<const int32_t> tokens) {
     llama_synchronize(parts_->context);
     position_ += static_cast<int64_t>(some.size());
   }
+}
+
+bool LlamaPeer::fill(std::span<const int32_t> text, double seconds) {
+  constexpr size_t kCopied = 2048;
+  const auto start = std::chrono::steady_clock::now();
+  const auto late = [&] { return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() > seconds; };
+  llama_memory_t memory = llama_get_memory(parts_->context);
+  const bool copies = text.size() > kCopied && llama_memory_can_shift(memory) && llama_model_n_swa(parts_->model) == 0;
+  if (!copies) {
+    for (size_t i = 0; i < text.size(); i += kCopied) {
+      if (late()) return false;
+      read(text.subspan(i, std::min(kCopied, text.size() - i)));
+    }
+    return true;
+  }
+  const auto put = [&](llama_seq_id sequence) {
+    if (llama_state_seq_set_data(parts_->context, beginning_.data(), beginning_.size(), sequence) == 0) {
+      throw std::runtime_error("libllama can't copy its state");
+    }
+  };
+  if (beginning_.empty() || beginning_flash_ != flash_) {
+    read(text.first(kCopied));
+    beginning_.resize(llama_state_seq_get_size(parts_->context, 0));
+    beginning_.resize(llama_state_seq_get_data(parts_->context, beginning_.data(), beginning_.size(), 0));
+    beginning_flash_ = flash_;
+  } else {
+    put(0);
+  }
+  size_t filled = kCopied;
+  for (; filled + kCopied <= text.size(); filled += kCopied) {
+    put(1);
+    llama_memory_seq_add(memory, 1, 0, -1, static_cast<llama_pos>(filled));
+    llama_memory_seq_cp(memory, 1, 0, -1, -1);
+    llama_memory_seq_rm(memory, 1, -1, -1);
+  }
+  position_ = static_cast<int64_t>(filled);
+  if (filled < text.size()) read(text.subspan(filled));
+  // Keys are rotated to their new places with the next token that is read.
+  const int64_t depth = position_;
+  read(text.first(1));
+  go_back(depth);
+  return true;
 }
 
 void LlamaPeer::go_back(int64_t position) {

@@ -173,16 +173,33 @@ HWY_INLINE void FloatTile(const Place& at, const Activations& x) {
   const DF df;
   const auto* weights = reinterpret_cast<const T*>(at.group) + at.lane;
   const float* row = x.values + at.token * at.columns;
-  VF sum[kTokens];
-  for (int t = 0; t < kTokens; ++t) sum[t] = hn::Zero(df);
-  for (int64_t c = 0; c < at.columns; ++c) {
+  const auto step = [&](int64_t c, VF(&sums)[kTokens]) HWY_ATTR {
     VF w;
     if constexpr (hwy::IsSame<T, float>()) {
       w = hn::LoadU(df, weights + c * kGroupRows);
     } else {
       w = Promote(df, hn::LoadU(D16(), weights + c * kGroupRows));
     }
-    for (int t = 0; t < kTokens; ++t) sum[t] = hn::MulAdd(w, hn::Set(df, row[c * kTileTokens + t]), sum[t]);
+    for (int t = 0; t < kTokens; ++t) sums[t] = hn::MulAdd(w, hn::Set(df, row[c * kTileTokens + t]), sums[t]);
+  };
+  // Sums of blocks are added up, rather than one sum of all: models have activations a thousand times as large as the others, and
+  // each term that follows such a one would be rounded to its precision.
+  constexpr int64_t kBlock = 32;
+  VF sum[kTokens];
+  for (int t = 0; t < kTokens; ++t) sum[t] = hn::Zero(df);
+  for (int64_t begin = 0; begin < at.columns; begin += kBlock) {
+    const int64_t end = std::min(at.columns, begin + kBlock);
+    VF even[kTokens], odd[kTokens];
+    for (int t = 0; t < kTokens; ++t) even[t] = odd[t] = hn::Zero(df);
+    int64_t c = begin;
+    if constexpr (kTokens <= 2) {  // or each product would wait for the one before
+      for (; c + 2 <= end; c += 2) {
+        step(c, even);
+        step(c + 1, odd);
+      }
+    }
+    for (; c < end; ++c) step(c, even);
+    for (int t = 0; t < kTokens; ++t) sum[t] = hn::Add(sum[t], kTokens <= 2 ? hn::Add(even[t], odd[t]) : even[t]);
   }
   for (int t = 0; t < std::min<int64_t>(kTokens, at.tokens); ++t) StoreSums(sum[t], at.rows, at.out + t * at.out_stride);
 }

@@ -2,6 +2,11 @@
 
 #include <gtest/gtest.h>
 
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <csignal>
 #include <fstream>
 #include <optional>
 
@@ -116,7 +121,7 @@ TEST_F(EngineTest, RandomSchedulesEqualEachSessionAlone) {
       Engine& engine = random() % 2 == 0 ? one : two;
       Running& some = running[random() % running.size()];
       Running& other = running[random() % running.size()];
-      switch (random() % 6) {
+      switch (random() % 7) {
         case 0:  // alone
         case 1: {
           const std::vector<int32_t> tokens = tiny_.tokens(1 + static_cast<int64_t>(random() % 14));
@@ -146,6 +151,13 @@ TEST_F(EngineTest, RandomSchedulesEqualEachSessionAlone) {
           other.session.emplace(Session::load(tiny_ / "state", model));
           other.tokens = some.tokens;
           break;
+        case 5: {
+          const auto half = static_cast<int64_t>(some.tokens.size() / 2);
+          if (!some.session->can_truncate(half)) break;
+          some.session->truncate(half);
+          some.tokens.resize(some.tokens.size() / 2);
+          break;
+        }
         default:
           if (some.tokens.size() > 40) {
             some.session.emplace(model, exact());
@@ -197,6 +209,58 @@ TEST_F(EngineTest, MemoryIsKnownBeforehandAndConstant) {
   SessionOptions huge;
   huge.context = int64_t{1} << 45;
   EXPECT_CONTAINS(error_text<MemoryError>([&] { Session(model, huge); }), "no memory for a session's state");
+}
+
+// What was promised counts before it is written: sessions that fit alone, but not together, are refused.
+TEST_F(EngineTest, MemoryIsRefusedBeforeItRunsOut) {
+  const auto model = open(false);
+  const uint64_t free = available_memory();
+  SessionOptions options;
+  options.context = 1024;
+  options.context = static_cast<int64_t>(free / 3 / (Session::bytes_needed(*model, options) / 1024));
+  std::vector<Session> sessions;
+  EXPECT_CONTAINS(error_text<MemoryError>([&] {
+                    for (int i = 0; i < 8; ++i) sessions.emplace_back(model, options);
+                  }),
+                  "are free");
+  EXPECT_GE(sessions.size(), 1u);
+  EXPECT_LE(sessions.size(), 3u);
+  sessions.clear();
+  EXPECT_NO_THROW(Session(model, options));
+}
+
+// What a crash at any moment of saving leaves: the file as it was.
+TEST_F(EngineTest, ACrashWhileSavingLeavesTheOldState) {
+  const auto model = open(true);
+  Engine engine(model, {1, {}, 16});
+  Session session(model);
+  engine.prefill(session, tiny_.tokens(20));
+  const std::string path = tiny_ / "state";
+  session.save(path);
+  const std::string before = formats::read_bytes(path);
+  engine.prefill(session, tiny_.tokens(3));
+  // A child that saves again ends as soon as it has written some bytes: where a file may grow no larger, the system sends it a
+  // signal.
+  for (const rlim_t limit :
+       {rlim_t{1}, rlim_t{100}, static_cast<rlim_t>(before.size() / 2), static_cast<rlim_t>(before.size() - 1)}) {
+    const pid_t child = ::fork();
+    if (child == 0) {
+      const rlimit size = {limit, limit};
+      ::setrlimit(RLIMIT_FSIZE, &size);
+      const rlimit core = {0, 0};
+      ::setrlimit(RLIMIT_CORE, &core);
+      std::signal(SIGXFSZ, SIG_DFL);
+      session.save(path);
+      ::_exit(0);
+    }
+    int status = 0;
+    ASSERT_EQ(::waitpid(child, &status, 0), child);
+    ASSERT_TRUE(WIFSIGNALED(status)) << "limit " << limit;
+    EXPECT_EQ(formats::read_bytes(path), before) << "limit " << limit;
+  }
+  EXPECT_EQ(Session::load(path, model).position(), 20);
+  session.save(path);
+  EXPECT_EQ(Session::load(path, model).position(), 23);
 }
 
 TEST_F(EngineTest, RefusesWhatCannotBe) {

@@ -3,9 +3,13 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <atomic>
+#include <cstdlib>
 #include <fstream>
 #include <limits>
+#include <optional>
 #include <string>
+#include <string_view>
 #include <utility>
 
 #include "runtime/error.h"
@@ -15,24 +19,34 @@ namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
 
+std::atomic<uint64_t> promised{0};  // bytes of all buffers
+
+// Bytes of a field of one of the system's files, which counts in kB.
+std::optional<uint64_t> field_of(const char* path, std::string_view name) {
+  std::ifstream file(path);
+  for (std::string line; std::getline(file, line);) {
+    if (line.starts_with(name)) return std::strtoull(line.c_str() + name.size(), nullptr, 10) << 10;
+  }
+  return std::nullopt;
+}
+
 std::string in_megabytes(uint64_t bytes) { return std::to_string(bytes >> 20) + " MB"; }
 
 }  // namespace
 
 uint64_t available_memory() {
-  std::ifstream meminfo("/proc/meminfo");
-  std::string key, unit;
-  uint64_t kilobytes = 0;
-  while (meminfo >> key >> kilobytes) {
-    if (key == "MemAvailable:") return kilobytes << 10;
-    std::getline(meminfo, unit);
-  }
-  return std::numeric_limits<uint64_t>::max();
+  const auto free = field_of("/proc/meminfo", "MemAvailable:");
+  if (!free) return std::numeric_limits<uint64_t>::max();
+  // Pages are taken as they are written. What isn't is what exceeds all that the process has in use.
+  const uint64_t promised_now = promised.load();
+  const uint64_t in_use = field_of("/proc/self/status", "RssAnon:").value_or(promised_now);
+  const uint64_t owed = promised_now > in_use ? promised_now - in_use : 0;
+  return *free > owed ? *free - owed : 0;
 }
 
 Buffer::Buffer(size_t size, const char* what) : size_(size) {
   if (size == 0) return;
-  constexpr size_t kSmall = size_t{16} << 20;  // not worth reading /proc for
+  constexpr size_t kSmall = size_t{1} << 20;  // not worth reading /proc for
   const uint64_t available = size > kSmall ? available_memory() : size;
   void* data = MAP_FAILED;
   if (size <= available) {
@@ -45,10 +59,13 @@ Buffer::Buffer(size_t size, const char* what) : size_(size) {
   }
   if (size >= kHugePage) ::madvise(data, size, MADV_HUGEPAGE);
   data_ = static_cast<std::byte*>(data);
+  promised += size;
 }
 
 Buffer::~Buffer() {
-  if (data_ != nullptr) ::munmap(data_, size_);
+  if (data_ == nullptr) return;
+  ::munmap(data_, size_);
+  promised -= size_;
 }
 
 Buffer::Buffer(Buffer&& other) noexcept : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}

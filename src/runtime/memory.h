@@ -8,7 +8,8 @@
 
 namespace latte::runtime {
 
-// Bytes that can still be had without swapping; the largest number where the system doesn't say.
+// Bytes that can still be had without swapping, less those that this process's buffers were promised and haven't written yet; the
+// largest number where the system doesn't say.
 uint64_t available_memory();
 
 class Buffer {

@@ -7,31 +7,17 @@
 
 #include "formats/adapter.h"
 #include "formats/checkpoint.h"
-#include "formats/decoder_config.h"
 #include "formats/gguf.h"
 #include "formats/safetensors.h"
+#include "small_model.h"
+#include "state_models.h"
 
 using namespace latte;
 using namespace latte::formats;
+using fuzz::small_model;
+using fuzz::write_model;
 
 namespace {
-
-GgufMetadata small_model(const std::string& architecture) {
-  GgufMetadata metadata;
-  metadata.set("general.architecture", architecture);
-  for (const char* key : {"block_count", "attention.head_count", "attention.head_count_kv", "attention.sliding_window"}) {
-    metadata.set(architecture + "." + key, uint32_t{2});
-  }
-  for (const char* key : {"context_length", "embedding_length", "feed_forward_length", "attention.key_length"}) {
-    metadata.set(architecture + "." + key, uint32_t{32});
-  }
-  metadata.set(architecture + ".attention.layer_norm_rms_epsilon", 1e-5f);
-  metadata.set(architecture + ".rope.freq_base", 1e4f);
-  metadata.set(architecture + ".rope.scaling.type", std::string("yarn"));
-  metadata.set(architecture + ".rope.scaling.factor", 2.0f);
-  metadata.set(architecture + ".attention.value_length", uint32_t{32});
-  return metadata;
-}
 
 void add_vocabulary(GgufMetadata& metadata, bool sentencepiece) {
   metadata.set("tokenizer.ggml.model", std::string(sentencepiece ? "llama" : "gpt2"));
@@ -48,17 +34,6 @@ void add_vocabulary(GgufMetadata& metadata, bool sentencepiece) {
   metadata.set("tokenizer.chat_template", std::string("{{'<|im_start|>'}}"));
 }
 
-void write_model(const std::string& path, const std::string& architecture, TensorType type) {
-  const GgufMetadata metadata = small_model(architecture);
-  const std::vector<GgufTensorSpec> hint = {{"token_embd.weight", type, {4, 32}}};
-  std::vector<GgufTensorSpec> specs;
-  for (const auto& [name, shape] : decoder_tensors(decoder_config(metadata, hint))) specs.push_back({name, type, shape});
-  write_gguf(path, metadata, specs, [&](size_t i, const WriteBytes& write) {
-    const std::vector<float> values(static_cast<size_t>(specs[i].elements()), 0.5f);
-    write(quantize(type, values, specs[i].shape.back()));
-  });
-}
-
 void text(const std::string& path, std::string_view content) { std::ofstream(path, std::ios::binary) << content; }
 
 }  // namespace
@@ -71,8 +46,8 @@ int main(int argc, char** argv) {
     return (root / name).string() + "/";
   };
   const std::string gguf = folder("gguf");
-  write_model(gguf + "llama", "llama", TensorType::kQ8_0);
-  write_model(gguf + "gemma3", "gemma3", TensorType::kF16);
+  write_model(gguf + "llama", small_model("llama"), TensorType::kQ8_0);
+  write_model(gguf + "gemma3", small_model("gemma3"), TensorType::kF16);
   GgufMetadata adapter = small_model("llama");
   AdapterSpec spec;
   spec.latents = {16, -1};
@@ -102,6 +77,14 @@ int main(int argc, char** argv) {
   text(checkpoint + "characters", "characters:abc\xC3\xB6");
   text(checkpoint + "config",
        R"({"vocab_size": 65, "attention": "macchiato", "position": "conv", "num_latents": 8, "window": 4})");
+
+  const std::string state = folder("state");
+  for (const auto& model : fuzz::state_models()) {
+    runtime::Engine engine(model, {1, {}, 16});
+    runtime::Session session(model);
+    for (const int32_t token : {1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3}) engine.decode(session, token);
+    session.save(state + (model->shape().constant_state() ? "constant" : "growing"));
+  }
 
   const std::string hugging_face = folder("hugging_face");
   text(hugging_face + "llama",
