@@ -1,6 +1,7 @@
 // latte train: a language model from a plain text.
 #include <ATen/Parallel.h>
 
+#include <chrono>
 #include <cstdio>
 #include <filesystem>
 #include <map>
@@ -13,6 +14,7 @@
 #include "formats/mapped_file.h"
 #include "models/language_model_config.h"
 #include "train/interrupt.h"
+#include "train/ranks.h"
 #include "train/run.h"
 
 namespace latte::cli {
@@ -33,6 +35,8 @@ struct Options {
   int threads = 0;
   bool resume = false;
   bool overwrite = false;
+  int64_t sequence_parallel = 1;
+  int64_t timeout = 600;
   bool json_output = false;
   bool quiet = false;
 };
@@ -164,9 +168,8 @@ void CheckSameModel(const models::LanguageModelConfig& asked, const models::Lang
   }
 }
 
-train::RunResult Resume(const Options& options, const json& model, const json& training, const train::RunOptions& run) {
-  const formats::CheckpointFile checkpoint(train::checkpoint_path(run.out));
-  const auto record = train::TrainingRecord::from(checkpoint);
+train::RunResult Resume(const json& model, const json& training, const train::RunOptions& run) {
+  const auto record = train::read_record(run);
   json all = record.options.to_json();
   if (training.contains("lr")) all.erase("min_lr");
   Merge(all, training);
@@ -177,7 +180,14 @@ train::RunResult Resume(const Options& options, const json& model, const json& t
   return train::resume_run(TrainingOptions(all), run);
 }
 
-train::RunResult Start(const json& model, const json& training, const std::string& out, train::RunOptions run) {
+// Whether torchrun has started this job again, and it had saved something before: it goes on from there.
+bool Restarted(const train::RunOptions& run) {
+  if (!run.ranks || run.ranks->restarts() == 0) return false;
+  const bool saved = run.ranks->leads() && std::filesystem::exists(train::checkpoint_path(run.out));
+  return run.ranks->any(saved);
+}
+
+train::RunResult Start(const json& model, const json& training, train::RunOptions run) {
   const TrainerOptions options = TrainingOptions(training);
   json fields = kDefaultModel;
   Merge(fields, model);
@@ -185,7 +195,8 @@ train::RunResult Start(const json& model, const json& training, const std::strin
   if (fields.value("position", json()) == "learned" && !fields.contains("max_positions"))
     fields["max_positions"] = options.context;
   const auto config = models::LanguageModelConfig::from_json(fields);
-  if (out.empty()) run.out = "runs/" + std::filesystem::path(options.text).stem().string() + "-" + config.attention;
+  if (run.out.empty()) run.out = "runs/" + std::filesystem::path(options.text).stem().string() + "-" + config.attention;
+  if (Restarted(run)) return Resume(model, training, run);
   return train::start_run(config, options, run);
 }
 
@@ -214,16 +225,25 @@ int Train(const Options& options) {
   }
   Merge(model, options.model);
   Merge(training, options.training);
-  const train::RunOptions run{options.out, options.overwrite, options.quiet};
+  std::unique_ptr<train::Ranks> ranks;
   train::RunResult result;
   try {
     if (options.resume && options.out.empty()) throw OptionError("--resume needs --out, the folder of the run");
-    result = options.resume ? Resume(options, model, training, run) : Start(model, training, options.out, run);
+    ranks = train::Ranks::from_environment(
+        {.sequence_parallel = options.sequence_parallel, .timeout = std::chrono::seconds(options.timeout)});
+    const train::RunOptions run{options.out, options.overwrite, options.quiet, ranks.get()};
+    try {
+      result = options.resume ? Resume(model, training, run) : Start(model, training, run);
+    } catch (...) {
+      if (ranks) ranks->explain_failure();
+      throw;
+    }
   } catch (const OptionError& error) {
     throw CLI::ValidationError("train", error.what());
   } catch (const models::ConfigError& error) {
     throw CLI::ValidationError("train", error.what());
   }
+  if (ranks && !ranks->leads()) return result.interrupted ? train::InterruptGuard::kExitCode : 0;
   if (options.json_output) {
     const std::string out = std::filesystem::path(result.checkpoint).parent_path().string();
     std::printf("%s\n", Report(result, out).dump(2, ' ', false, json::error_handler_t::replace).c_str());
@@ -256,6 +276,14 @@ void AddTrain(CLI::App& app, int& exit_code) {
   command->add_option("--threads", options->threads, "Threads; by default torch's choice")
       ->check(CLI::Range(1, 4096))
       ->group("Run");
+  command
+      ->add_option("--sequence-parallel", options->sequence_parallel,
+                   "Under torchrun: ranks that share a sequence, each a stretch of --context / N; the others share --batch")
+      ->check(CLI::Range(1, 1 << 20))
+      ->group("Ranks");
+  command->add_option("--timeout", options->timeout, "Under torchrun: seconds to wait for a rank that hangs")
+      ->check(CLI::Range(1, 1 << 20))
+      ->group("Ranks");
   command->add_flag("--json", options->json_output, "Print the result as JSON")->group("Run");
   command->add_flag("--quiet", options->quiet, "No progress")->group("Run");
   command->get_option("--resume")->excludes("--overwrite");
@@ -265,7 +293,8 @@ void AddTrain(CLI::App& app, int& exit_code) {
       "  latte train --text data/tinyshakespeare.txt --out runs/demo\n"
       "  latte train --out runs/demo --resume --steps 2000\n"
       "  latte train --text book.txt --attention latte --latents 64 --context 1024 --batch 4 --dropout 0.1\n"
-      "  latte train --text data.bin --tokens bytes --attention softmax --config runs/demo/config.json");
+      "  latte train --text data.bin --tokens bytes --attention softmax --config runs/demo/config.json\n"
+      "  torchrun --no-python --nproc-per-node 2 latte train --text book.txt --context 65536 --batch 1 --sequence-parallel 2");
   command->callback([options, &exit_code] { exit_code = Train(*options); });
 }
 

@@ -107,7 +107,9 @@ at::Tensor LanguageModelImpl::run(const at::Tensor& tokens, const LanguageModelS
   TORCH_CHECK_VALUE(tokens.dim() == 2 && tokens.size(1) > 0, "LanguageModel: expected tokens [batch, time], got ",
                     tokens.sizes());
   TORCH_CHECK_TYPE(tokens.scalar_type() == torch::kInt64, "LanguageModel: expected int64 tokens, got ", tokens.scalar_type());
-  const int64_t begin = before ? before->position() : 0, end = begin + tokens.size(1);
+  TORCH_CHECK_VALUE(!sequence_peers || !(before || after), "LanguageModel: a sequence that ranks share gives no state");
+  const int64_t begin = before ? before->position() : sequence_peers ? sequence_peers->rank() * tokens.size(1) : 0;
+  const int64_t end = begin + tokens.size(1);
   auto x = token_embedding(tokens);
   if (position_embedding) {
     TORCH_CHECK_VALUE(end <= config_.max_positions, "LanguageModel: token ", end, " is beyond max_positions, ",
@@ -119,6 +121,7 @@ at::Tensor LanguageModelImpl::run(const at::Tensor& tokens, const LanguageModelS
   nn::AttentionForwardOptions options;
   options.is_causal = true;
   options.output_state = after != nullptr;
+  options.peers = sequence_peers;
   for (size_t i = 0; i < blocks->size(); ++i) {
     if (before) options.state = before->layers[i];
     auto result = blocks->at<nn::BlockImpl>(i).forward(x, options);

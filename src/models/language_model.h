@@ -40,6 +40,9 @@ class LanguageModelImpl : public torch::nn::Module {
 
   const LanguageModelConfig& config() const { return config_; }
 
+  // Where `tokens` are one rank's stretch of sequences that others share; null: whole sequences. Outlives the model's use of it.
+  nn::SequencePeers* sequence_peers = nullptr;
+
   torch::nn::Embedding token_embedding{nullptr};
   torch::nn::Embedding position_embedding{nullptr};  // position learned only
   torch::nn::ModuleList blocks{nullptr};             // of nn::Block

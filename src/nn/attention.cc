@@ -26,6 +26,9 @@ AttentionResult AttentionImpl::forward(const at::Tensor& x, const AttentionForwa
   auto options = given;
   options.output_state = given.output_state || given.state;
   check_causal(class_name_, options.is_causal, options.output_state, "a state");
+  check_causal(class_name_, options.is_causal, options.peers != nullptr, "a sequence that ranks share");
+  TORCH_CHECK_VALUE(!options.peers || !(options.output_state || options.need_weights || options.key_padding_mask), class_name_,
+                    ": a sequence that ranks share takes and gives no state, weights or padding");
   TORCH_CHECK_VALUE(!(options.need_weights && options.state), class_name_,
                     ": need_weights shows a whole sequence's probabilities, so it can't continue from a state");
   const bool batched = x.dim() == 3;
@@ -108,20 +111,23 @@ LatentAttentionImpl::Latents LatentAttentionImpl::project(const at::Tensor& x, c
                                                           const AttentionForwardOptions& options, AttentionState& next) {
   check_causal(class_name_, options.is_causal, latte_.forget, "forgetting");
   const int64_t batch = x.size(0), time = x.size(1);
-  const int64_t begin = options.state ? options.state->position : 0;
+  const int64_t begin = options.state ? options.state->position : options.peers ? options.peers->rank() * time : 0;
   next.position = begin + time;
 
   auto mixed = x;
   if (conv) {
     if (options.state) check_state(class_name_, options.state->conv.defined());
-    const auto state = options.state ? OptionalTensor(options.state->conv) : std::nullopt;
+    auto state = options.state ? OptionalTensor(options.state->conv) : std::nullopt;
+    if (options.peers && conv->weight.size(1) > 1) {
+      state = rows_before(*options.peers, x, conv->weight.size(1) - 1).to(conv->weight.scalar_type());
+    }
     const auto [out, after] = conv->forward(x, key_mask, state, options.output_state);
     mixed = out;
     if (after) next.conv = *after;
   } else if (rg_lru) {
     if (options.state) check_state(class_name_, options.state->rg_lru.defined());
     const auto state = options.state ? OptionalTensor(options.state->rg_lru) : std::nullopt;
-    const auto [out, after] = rg_lru->forward(x, key_mask, state, options.output_state);
+    const auto [out, after] = rg_lru->forward(x, key_mask, state, options.output_state, options.peers);
     mixed = out;
     if (after) next.rg_lru = *after;
   }
@@ -153,16 +159,21 @@ AttentionResult LatteAttentionImpl::attend(const at::Tensor& x, const OptionalTe
   const auto values = vapor ? latte::vapor(latents.values, latents.positions, kVaporBase) : latents.values;
 
   at::Tensor heads_out;
-  if (options.state) check_state(class_name_, options.state->latents.defined());
+  OptionalTensor before;
+  if (options.state) {
+    check_state(class_name_, options.state->latents.defined());
+    before = options.state->latents;
+  } else if (options.peers) {
+    before = state_before(*options.peers, stretch_state(latents.key_logits, values, latents.log_decay));
+  }
   if (options.is_causal) {
     OptionalTensor after;
-    std::tie(heads_out, after) =
-        causal_attention(latents.query_logits, latents.key_logits, values,
-                         {.log_decay = latents.log_decay,
-                          .key_mask = key_mask,
-                          .initial_state = options.state ? OptionalTensor(options.state->latents) : std::nullopt,
-                          .output_final_state = options.output_state,
-                          .cu_seqlens = {}});
+    std::tie(heads_out, after) = causal_attention(latents.query_logits, latents.key_logits, values,
+                                                  {.log_decay = latents.log_decay,
+                                                   .key_mask = key_mask,
+                                                   .initial_state = before,
+                                                   .output_final_state = options.output_state,
+                                                   .cu_seqlens = {}});
     if (after) next.latents = *after;
   } else {
     heads_out =
@@ -214,6 +225,12 @@ AttentionResult MacchiatoAttentionImpl::attend(const at::Tensor& x, const Option
   if (options.state) {
     check_state(class_name_, options.state->macchiato.has_value());
     attention.initial_state = options.state->macchiato;
+  } else if (options.peers) {
+    const bool vapor = latte_.position == LatentPosition::kVapor;
+    const auto values = vapor ? latte::vapor(latents.values, latents.positions, kVaporBase) : latents.values;
+    const auto before = state_before(*options.peers, stretch_state(latents.key_logits, values, latents.log_decay));
+    attention.initial_state =
+        window_before(*options.peers, window.key, latents.values, before, macchiato_.window, macchiato_.sinks);
   }
   attention.output_final_state = options.output_state;
 

@@ -15,6 +15,7 @@
 
 #include "nn/module_utils.h"
 #include "nn/recurrent.h"
+#include "nn/sequence_peers.h"
 #include "ops/ops.h"
 
 namespace latte::nn {
@@ -43,6 +44,8 @@ struct AttentionForwardOptions {
   // Causal only: what came before, and whether to return what comes after, which is also done where a state is given.
   std::optional<AttentionState> state;
   bool output_state = false;
+  // Causal only, without masks and states: x is this rank's stretch of a sequence that its peers hold the rest of.
+  SequencePeers* peers = nullptr;
 };
 
 struct AttentionResult {

@@ -47,9 +47,11 @@ void RgLruImpl::reset_parameters() {
 }
 
 std::tuple<at::Tensor, OptionalTensor> RgLruImpl::forward(const at::Tensor& x, const OptionalTensor& key_mask,
-                                                          const OptionalTensor& state, bool output_state) {
-  return rg_lru(x, recurrence_proj(x), input_proj(x), lambda,
-                {.key_mask = key_mask, .initial_state = state, .output_final_state = output_state, .cu_seqlens = {}});
+                                                          const OptionalTensor& state, bool output_state, SequencePeers* peers) {
+  const auto recurrence_logits = recurrence_proj(x), input_logits = input_proj(x);
+  const auto before = peers ? rg_lru_before(*peers, x, recurrence_logits, input_logits, lambda) : state;
+  return rg_lru(x, recurrence_logits, input_logits, lambda,
+                {.key_mask = key_mask, .initial_state = before, .output_final_state = output_state, .cu_seqlens = {}});
 }
 
 }  // namespace latte::nn

@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "nn/module_utils.h"
+#include "nn/sequence_peers.h"
 #include "ops/ops.h"
 
 namespace latte::nn {
@@ -36,7 +37,8 @@ class RgLruImpl : public torch::nn::Module {
   void reset_parameters();
   // x [B, T, C], key_mask bool [B, T] (true = real), state [B, C] or none -> out [B, T, C] and, if asked for, the new state.
   std::tuple<at::Tensor, OptionalTensor> forward(const at::Tensor& x, const OptionalTensor& key_mask = {},
-                                                 const OptionalTensor& state = {}, bool output_state = false);
+                                                 const OptionalTensor& state = {}, bool output_state = false,
+                                                 SequencePeers* peers = nullptr);
 
   Linear recurrence_proj{nullptr};
   Linear input_proj{nullptr};

@@ -35,7 +35,9 @@ AttentionResult SoftmaxAttentionImpl::attend(const at::Tensor& x, const Optional
                                              const AttentionForwardOptions& options) {
   check_causal(class_name_, options.is_causal, options_.sinks > 0, "a sink");
   const int64_t batch = x.size(0), time = x.size(1);
-  const int64_t begin = options.state ? options.state->position : 0;
+  TORCH_CHECK_VALUE(!options.peers || options_.window > 0, class_name_,
+                    " without a window reads every earlier token: it can't share a sequence among ranks");
+  const int64_t begin = options.state ? options.state->position : options.peers ? options.peers->rank() * time : 0;
   AttentionState next;
   next.position = begin + time;
 
@@ -59,6 +61,9 @@ AttentionResult SoftmaxAttentionImpl::attend(const at::Tensor& x, const Optional
     if (options.state) {
       check_state(class_name_, options.state->macchiato.has_value());
       window.initial_state = options.state->macchiato;
+    } else if (options.peers) {
+      const auto no_latents = torch::empty({batch, num_kv_heads_, 0, head_dim_ + 3}, values.options().dtype(torch::kFloat32));
+      window.initial_state = window_before(*options.peers, rotated.key, values, no_latents, options_.window, options_.sinks);
     }
     window.output_final_state = options.output_state;
     std::tie(heads_out, next.macchiato) = window_attention(rotated.query, rotated.key, values, window);

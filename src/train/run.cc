@@ -41,15 +41,21 @@ Progress progress_of(const Trainer& trainer, const TextCorpus& corpus, Progress 
   return before;
 }
 
-// The loop: what start_run and resume_run have in common.
-RunResult run_loop(Trainer& trainer, const RunFolder& folder, Progress progress, bool quiet) {
+bool leads(const RunOptions& run) { return !run.ranks || run.ranks->leads(); }
+
+std::string checkpoint_of(const RunOptions& run) { return (std::filesystem::path(run.out) / kCheckpointName).string(); }
+
+// The loop: what start_run and resume_run have in common. `folder` is null on ranks that don't write.
+RunResult run_loop(Trainer& trainer, const RunFolder* folder, Progress progress, const RunOptions& run) {
   const TrainerOptions& options = trainer.options();
   RunResult result;
   result.parameters = trainer.model()->config().parameter_count();
-  result.checkpoint = folder.checkpoint();
+  result.checkpoint = checkpoint_of(run);
   const InterruptGuard interrupt;
-  MetricsLog log(folder / "metrics.jsonl", trainer.steps_done());
-  ProgressLine line(trainer.steps_done(), options.steps, quiet);
+  std::optional<MetricsLog> log;
+  if (folder) log.emplace(*folder / "metrics.jsonl", trainer.steps_done());
+  trainer.join_ranks();
+  ProgressLine line(trainer.steps_done(), options.steps, run.quiet || !folder);
   if (trainer.dtype() == "bfloat16" && !has_bfloat16_products()) {
     line.note("latte: this processor has no bfloat16 products: float32 would be many times faster");
   }
@@ -75,15 +81,21 @@ RunResult run_loop(Trainer& trainer, const RunFolder& folder, Progress progress,
       metrics.val_loss = progress.val_loss = trainer.evaluate();
       progress.best_val_loss = std::min(progress.best_val_loss.value_or(*metrics.val_loss), *metrics.val_loss);
     }
-    log.append(metrics);
+    if (log) log->append(metrics);
     line.update(metrics);
     result.loss = step.loss;
     result.interrupted = InterruptGuard::interrupted();
-    if (result.interrupted || is_due(metrics.step, options.save_every, options.steps)) trainer.save(result.checkpoint, progress);
+    if (run.ranks) result.interrupted = run.ranks->any(result.interrupted);
+    const bool saves = result.interrupted || is_due(metrics.step, options.save_every, options.steps);
+    if (folder && saves) trainer.save(result.checkpoint, progress);
   }
   line.finish();
-  const std::string problem = plot_losses({{folder.name(), read_metrics(folder / "metrics.jsonl")}}, folder / "loss");
-  if (!problem.empty()) line.note("latte: " + problem);
+  // No rank ends well before the first has saved.
+  if (run.ranks) run.ranks->barrier();
+  if (folder) {
+    const std::string problem = plot_losses({{folder->name(), read_metrics(*folder / "metrics.jsonl")}}, *folder / "loss");
+    if (!problem.empty()) line.note("latte: " + problem);
+  }
   result.step = trainer.steps_done();
   result.progress = progress;
   return result;
@@ -100,44 +112,63 @@ void write_config(const RunFolder& folder, models::LanguageModelConfig model, co
 
 RunResult start_run(const models::LanguageModelConfig& model, const TrainerOptions& options, const RunOptions& run) {
   options.validate();
-  const std::string existing = (std::filesystem::path(run.out) / kCheckpointName).string();
-  if (!run.overwrite && std::filesystem::exists(existing)) {
+  const std::string existing = checkpoint_of(run);
+  if (leads(run) && !run.overwrite && std::filesystem::exists(existing)) {
     throw OptionError(existing +
                       " is there already: --resume goes on with it, --overwrite starts again, --out names another folder");
   }
   const TextCorpus corpus(options.text, corpus_options(options));
   models::LanguageModelConfig sized = model;
   sized.vocab_size = corpus.vocabulary().size();
-  Trainer trainer(sized, options, corpus);
+  Trainer trainer(sized, options, corpus, run.ranks);
+  const Progress progress = progress_of(trainer, corpus, {});
+  if (!leads(run)) return run_loop(trainer, nullptr, progress, run);
 
   // Only now, when everything that could be wrong was read, does anything change on the disk.
   // The untrained model takes the place of the run that --overwrite gives up first of all: what can't be written is noticed at
   // once, and costs that run nothing.
   const RunFolder folder(run.out);
-  const Progress progress = progress_of(trainer, corpus, {});
   trainer.save(folder.checkpoint(), progress);
   write_config(folder, sized, options);
-  return run_loop(trainer, folder, progress, run.quiet);
+  return run_loop(trainer, &folder, progress, run);
+}
+
+TrainingRecord read_record(const RunOptions& run) {
+  const std::string path = checkpoint_of(run);
+  std::string config;
+  if (leads(run)) config = formats::CheckpointFile(path).config();
+  if (run.ranks) config = run.ranks->broadcast(config);
+  return TrainingRecord::from_json(path, config);
 }
 
 RunResult resume_run(const TrainerOptions& options, const RunOptions& run) {
   options.validate();
-  const std::string path = (std::filesystem::path(run.out) / kCheckpointName).string();
-  if (!std::filesystem::exists(path)) throw formats::FileError("resume from", path, ENOENT);
-  const RunFolder folder(run.out);
-  const formats::CheckpointFile checkpoint(path);
-  const TrainingRecord record = TrainingRecord::from(checkpoint);
-  if (checkpoint.step() >= options.steps) {
-    throw OptionError("the checkpoint is at step " + std::to_string(checkpoint.step()) + " of " + std::to_string(options.steps) +
-                      " already: more steps go on");
+  const std::string path = checkpoint_of(run);
+  if (leads(run) && !std::filesystem::exists(path)) throw formats::FileError("resume from", path, ENOENT);
+  std::optional<RunFolder> folder;
+  std::optional<formats::CheckpointFile> checkpoint;
+  if (leads(run)) {
+    folder.emplace(run.out);
+    checkpoint.emplace(path);
+    if (checkpoint->step() >= options.steps) {
+      throw OptionError("the checkpoint is at step " + std::to_string(checkpoint->step()) + " of " +
+                        std::to_string(options.steps) + " already: more steps go on");
+    }
   }
+  std::string config = checkpoint ? checkpoint->config() : "";
+  if (run.ranks) config = run.ranks->broadcast(config);
+  const TrainingRecord record = TrainingRecord::from_json(path, config);
   if (options.vocabulary_kind() != record.vocabulary.kind()) {
     throw OptionError("tokens is " + options.tokens + ", but the checkpoint was trained on " + record.options.tokens);
   }
   TextCorpusOptions corpus_settings = corpus_options(options);
   corpus_settings.vocabulary = record.vocabulary;
   const TextCorpus corpus(options.text, corpus_settings);
-  Trainer trainer(checkpoint, options, corpus);
+  if (!checkpoint) {
+    Trainer trainer(record.model, options, corpus, run.ranks);
+    return run_loop(trainer, nullptr, progress_of(trainer, corpus, record.progress), run);
+  }
+  Trainer trainer(*checkpoint, options, corpus, run.ranks);
 
   ProgressLine notes(0, 0, run.quiet);
   if (corpus.size(Split::kTrain) != record.progress.train_tokens ||
@@ -148,8 +179,8 @@ RunResult resume_run(const TrainerOptions& options, const RunOptions& run) {
     notes.note("latte: " + std::to_string(at::get_num_threads()) + " threads, where the checkpoint was made with " +
                std::to_string(record.progress.threads) + ": the same to rounding, not bit for bit");
   }
-  write_config(folder, record.model, options);
-  return run_loop(trainer, folder, progress_of(trainer, corpus, record.progress), run.quiet);
+  write_config(*folder, record.model, options);
+  return run_loop(trainer, &*folder, progress_of(trainer, corpus, record.progress), run);
 }
 
 }  // namespace latte::train

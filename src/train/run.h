@@ -6,6 +6,7 @@
 #include <string>
 
 #include "models/language_model_config.h"
+#include "train/ranks.h"
 #include "train/training_checkpoint.h"
 
 namespace latte::train {
@@ -14,6 +15,8 @@ struct RunOptions {
   std::string out;         // the folder; made when it isn't there
   bool overwrite = false;  // start_run: a run that is there already goes
   bool quiet = false;      // nothing on standard error
+  // With whom to train; null: alone. The first of them reads the checkpoint and writes everything. All have to read the text.
+  Ranks* ranks = nullptr;
 };
 
 struct RunResult {
@@ -29,6 +32,9 @@ struct RunResult {
 // Throws formats::FileError and formats::FormatError (text, checkpoint, disk), ConfigError, OptionError, and std::runtime_error
 // where the loss stops being finite or another process trains in the folder. The checkpoint is then the one of before.
 RunResult start_run(const models::LanguageModelConfig& model, const TrainerOptions& options, const RunOptions& run);
+
+// What a run's checkpoint says, on all of run.ranks. Throws as resume_run does.
+TrainingRecord read_record(const RunOptions& run);
 
 // Goes on with a run from its checkpoint. `options` as those in the checkpoint or changed; what they train on and the vocabulary
 // can't change.

@@ -12,6 +12,7 @@
 #include "models/language_model.h"
 #include "train/optimizer.h"
 #include "train/options.h"
+#include "train/ranks.h"
 #include "train/training_checkpoint.h"
 
 namespace latte::train {
@@ -27,10 +28,15 @@ struct StepResult {
 // between.
 class Trainer {
  public:
-  // A fresh model. `corpus` outlives the trainer. Throws ConfigError and OptionError.
-  Trainer(const models::LanguageModelConfig& model, const TrainerOptions& options, const TextCorpus& corpus);
+  // A fresh model. `corpus` outlives the trainer, and so do `ranks`, with which it trains its share of each batch: all that is
+  // said of losses is the mean over them. Throws ConfigError and OptionError.
+  Trainer(const models::LanguageModelConfig& model, const TrainerOptions& options, const TextCorpus& corpus,
+          Ranks* ranks = nullptr);
   // Goes on from a checkpoint of such a model; options may differ. Throws formats::FormatError.
-  Trainer(const formats::CheckpointFile& checkpoint, const TrainerOptions& options, const TextCorpus& corpus);
+  Trainer(const formats::CheckpointFile& checkpoint, const TrainerOptions& options, const TextCorpus& corpus,
+          Ranks* ranks = nullptr);
+  // Brings every rank to where the first stands, and from there on averages gradients. Collective; to call once, before a step.
+  void join_ranks();
 
   // A loss that isn't finite is returned as it is, and the weights stay as they were.
   StepResult step();
@@ -52,6 +58,7 @@ class Trainer {
   AdamW::NamedTensors state() const;  // all of a checkpoint's tensors but the generator
 
   const TextCorpus& corpus_;
+  Ranks* ranks_;  // null: alone
   TrainerOptions options_;
   std::string dtype_;
   models::LanguageModel model_{nullptr};

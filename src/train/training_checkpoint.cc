@@ -70,16 +70,19 @@ std::string TrainingRecord::to_json() const {
 }
 
 TrainingRecord TrainingRecord::from(const formats::CheckpointFile& checkpoint) {
-  const std::string& path = checkpoint.file().path();
+  return from_json(checkpoint.file().path(), checkpoint.config());
+}
+
+TrainingRecord TrainingRecord::from_json(const std::string& path, const std::string& text) {
   TrainingRecord record;
   try {
-    const json object = json::parse(checkpoint.config());
+    const json object = json::parse(text);
     record.model = models::LanguageModelConfig::from_json(object.at("model"));
     record.options = TrainerOptions::from_json(object.at("training"));
     record.vocabulary = formats::Vocabulary::from_description(object.at("vocabulary").get<std::string>());
     record.progress = progress_from_json(object.at("progress"));
   } catch (const json::exception&) {
-    throw formats::FormatError(path, "config isn't one of latte train: " + formats::quote(checkpoint.config()));
+    throw formats::FormatError(path, "config isn't one of latte train: " + formats::quote(text));
   } catch (const std::invalid_argument& error) {
     throw formats::FormatError(path, error.what());
   }

@@ -40,6 +40,8 @@ struct TrainingRecord {
   std::string to_json() const;
   // Throws formats::FormatError for a config that no latte train wrote.
   static TrainingRecord from(const formats::CheckpointFile& checkpoint);
+  // The same of to_json()'s text; `path` is where it comes from.
+  static TrainingRecord from_json(const std::string& path, const std::string& text);
 };
 
 // `path`, or the checkpoint in it if it is a folder.

@@ -1,0 +1,248 @@
+"""Training on several ranks, each a process: the same losses as alone, checkpoints that move, ranks that die."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+BUILD = Path(os.environ.get("LATTE_BUILD_DIR", Path(__file__).parents[2] / "build"))
+LATTE = BUILD / "latte"
+
+pytestmark = pytest.mark.skipif(not (LATTE.exists() and (BUILD / "latte-torch").exists()), reason="the programs aren't built")
+
+TINY = ["--layers", "1", "--embed-dim", "16", "--heads", "2", "--context", "16", "--batch", "4", "--eval-batches", "3"]
+SHORT = [*TINY, "--steps", "6", "--warmup", "2", "--eval-every", "3", "--save-every", "3", "--threads", "1", "--dtype", "float32"]
+ENDLESS = [*TINY, "--steps", "100000000", "--eval-every", "0", "--save-every", "5", "--threads", "1", "--dtype", "float32"]
+# Sums in another order: some hundred roundings of float32, and Adam, which divides by what may be small.
+SAME = 2e-5
+
+
+def environment(**more) -> dict:
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("TORCHELASTIC", "MASTER", "RANK", "WORLD"))}
+    return clean | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"} | {key: str(value) for key, value in more.items()}
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+class Job:
+    """`ranks` processes of latte train, as torchrun would start them."""
+
+    def __init__(self, ranks: int, *arguments, **more) -> None:
+        meeting = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "GLOO_SOCKET_IFNAME": "lo"}
+        self.ranks = [
+            subprocess.Popen(
+                [LATTE, "train", *map(str, arguments)],
+                env=environment(RANK=rank, **meeting, **more),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(ranks)
+        ]
+
+    def finish(self) -> list[tuple[int, str, str]]:
+        ends = [rank.communicate() for rank in self.ranks]
+        return [(rank.returncode, out, err) for rank, (out, err) in zip(self.ranks, ends, strict=True)]
+
+    def succeed(self) -> None:
+        for code, _, err in self.finish():
+            assert code == 0, err
+
+
+def alone(*arguments) -> subprocess.CompletedProcess:
+    return subprocess.run([LATTE, "train", *map(str, arguments)], capture_output=True, text=True, env=environment())
+
+
+def metrics_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same(run: Path, reference: Path) -> None:
+    got, expected = metrics_of(run), metrics_of(reference)
+    assert [line["step"] for line in got] == [line["step"] for line in expected]
+    for line, wanted in zip(got, expected, strict=True):
+        assert line["loss"] == pytest.approx(wanted["loss"], rel=SAME)
+        assert line["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-3)
+        assert line["tokens"] == wanted["tokens"]
+        if wanted["val_loss"] is not None:
+            assert line["val_loss"] == pytest.approx(wanted["val_loss"], rel=SAME)
+
+
+def wait_for(condition, job: Job) -> None:
+    while not condition():
+        assert all(rank.poll() is None for rank in job.ranks), job.finish()
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("To be, or not to be: that is the question.\n" * 40)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [
+        (2, []),
+        (4, ["--accumulate", "2"]),
+        (2, ["--sequence-parallel", "2", "--window", "4", "--sinks", "2"]),
+        (4, ["--sequence-parallel", "4", "--attention", "latte", "--position", "rg_lru"]),
+        (4, ["--sequence-parallel", "2", "--window", "4", "--position", "vapor"]),
+    ],
+)
+def test_losses_are_those_of_one_process(tmp_path: Path, text: Path, ranks: int, options: list[str]) -> None:
+    model = options[2:] if "--sequence-parallel" in options else options
+    result = alone("--text", text, *SHORT, *model, "--out", tmp_path / "alone")
+    assert result.returncode == 0, result.stderr
+    job = Job(ranks, "--text", text, *SHORT, *options, "--out", tmp_path / "shared", "--json")
+    ends = job.finish()
+    assert [code for code, _, _ in ends] == [0] * ranks, ends
+    # The first rank alone speaks.
+    assert json.loads(ends[0][1])["step"] == 6
+    assert all(out == "" and err == "" for _, out, err in ends[1:])
+    assert_same(tmp_path / "shared", tmp_path / "alone")
+
+
+def test_checkpoints_load_on_any_number_of_ranks(tmp_path: Path, text: Path) -> None:
+    """Six steps alone are three on four ranks, two on two that share sequences, and one alone."""
+    alone("--text", text, *SHORT, "--window", "4", "--out", tmp_path / "alone")
+    run = tmp_path / "moved"
+    schedule = [*SHORT, "--window", "4", "--save-every", "1", "--out", run]
+    Job(4, "--text", text, *schedule, "--steps", "3").succeed()
+    # The rate depends on --steps: what is compared are runs that name six steps, so the first three are trained anew.
+    Job(4, "--text", text, *schedule, "--overwrite").succeed()
+    assert_same(run, tmp_path / "alone")
+    for steps, ranks, options in [(8, 2, ["--sequence-parallel", "2"]), (9, 4, [])]:
+        Job(ranks, "--out", run, "--resume", "--steps", steps, *options).succeed()
+        assert metrics_of(run)[-1]["step"] == steps
+    result = alone("--out", run, "--resume", "--steps", 10)
+    assert result.returncode == 0, result.stderr
+    assert metrics_of(run)[-1]["step"] == 10
+    # The same steps, one process all along.
+    for steps in (8, 9, 10):
+        assert alone("--out", tmp_path / "alone", "--resume", "--steps", steps).returncode == 0
+    assert_same(run, tmp_path / "alone")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--attention", "softmax", "--sequence-parallel", "2"], "attention is softmax, which reads every earlier token"),
+        (["--sequence-parallel", "2", "--window", "9"], "a rank's stretch is 8 tokens, expected at least 9"),
+        (["--batch", "3"], "batch is 3, expected a multiple of 2"),
+        (["--context", "15", "--sequence-parallel", "2"], "context is 15, expected a multiple of 2"),
+        (["--sequence-parallel", "3"], "--sequence-parallel is 3, expected a divisor of the 2 ranks"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(tmp_path: Path, text: Path, options: list[str], message: str) -> None:
+    for code, _, err in Job(2, "--text", text, *SHORT, *options, "--out", tmp_path / "run").finish():
+        assert code == 2
+        assert message in err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "two"}, 'the environment\'s WORLD_SIZE is "two", expected an integer'),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, 'the environment\'s RANK is "2", expected an integer in 0 … 1'),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR is not set"),
+    ],
+)
+def test_an_impossible_environment_is_refused(tmp_path: Path, text: Path, variables: dict, message: str) -> None:
+    arguments = [LATTE, "train", "--text", text, *SHORT, "--out", tmp_path / "run"]
+    result = subprocess.run(arguments, capture_output=True, text=True, env=environment(**variables))
+    assert result.returncode == 2
+    assert message in result.stderr
+
+
+def test_sequence_parallel_alone_names_torchrun(tmp_path: Path, text: Path) -> None:
+    result = alone("--text", text, *SHORT, "--sequence-parallel", "2", "--out", tmp_path / "run")
+    assert result.returncode == 2
+    assert "torchrun" in result.stderr
+
+
+@pytest.mark.parametrize(("victim", "survivor"), [(1, 0), (0, 1)])
+def test_a_rank_that_dies_stops_the_job(tmp_path: Path, text: Path, victim: int, survivor: int) -> None:
+    run = tmp_path / "run"
+    job = Job(2, "--text", text, *ENDLESS, "--out", run, "--quiet")
+    wait_for(lambda: (run / "metrics.jsonl").exists() and len(metrics_of(run)) > 5, job)
+    job.ranks[victim].kill()
+    ends = job.finish()
+    code, _, err = ends[survivor]
+    assert code == 1, ends
+    last = err.splitlines()[-1]
+    assert last.startswith(f"latte: error: rank {survivor} of 2 stops: ")
+    if victim == 1:
+        assert f"rank 1 (process {job.ranks[1].pid} on " in last and "no longer answers" in last
+    else:  # it held the store
+        assert "the store where the ranks met no longer answers" in last
+    # What it had saved is whole, and goes on with any number of ranks.
+    step = 5 * (metrics_of(run)[-1]["step"] // 5) + 5
+    assert alone("--out", run, "--resume", "--steps", step + 5).returncode == 0
+
+
+def test_an_error_of_one_rank_is_told_by_the_others(tmp_path: Path, text: Path) -> None:
+    run = tmp_path / "run"
+    job = Job(2, "--text", text, *ENDLESS, "--out", run, "--quiet")
+    wait_for(lambda: (run / "metrics.jsonl").exists() and len(metrics_of(run)) > 1, job)
+    job.ranks[1].send_signal(signal.SIGSTOP)  # so that the first can't go on before the folder has changed
+    (run / "checkpoint.safetensors").unlink()
+    (run / "checkpoint.safetensors").mkdir()
+    job.ranks[1].send_signal(signal.SIGCONT)
+    ends = job.finish()
+    assert [code for code, _, _ in ends] == [1, 1]
+    assert "checkpoint.safetensors" in ends[0][2].splitlines()[-1]
+
+
+def test_ctrl_c_saves_on_all_ranks(tmp_path: Path, text: Path) -> None:
+    run = tmp_path / "run"
+    job = Job(2, "--text", text, *ENDLESS, "--out", run, "--quiet")
+    wait_for(lambda: (run / "metrics.jsonl").exists() and len(metrics_of(run)) > 1, job)
+    job.ranks[1].send_signal(signal.SIGINT)  # one is enough
+    assert [code for code, _, _ in job.finish()] == [130, 130]
+    step = metrics_of(run)[-1]["step"]
+    assert alone("--out", run, "--resume", "--steps", step + 1).returncode == 0
+
+
+def test_torchrun_restarts_from_the_last_checkpoint(tmp_path: Path, text: Path) -> None:
+    """One of two ranks is killed in the middle; torchrun starts both again and the run ends as if nothing had been."""
+    run = tmp_path / "run"
+    steps = [*TINY, "--steps", "150", "--eval-every", "0", "--save-every", "5", "--threads", "1", "--dtype", "float32"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--no-python", "--nproc-per-node", "2", "--max-restarts", "1"]
+    command += ["--master-port", str(free_port()), str(LATTE), "train", "--text", str(text), *steps, "--out", str(run), "--quiet"]
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+
+    def ranks_of(parent: int) -> list[int]:
+        found = subprocess.run(["pgrep", "-P", str(parent)], capture_output=True, text=True).stdout
+        return [int(pid) for pid in found.split()]
+
+    while not ((run / "metrics.jsonl").exists() and len(metrics_of(run)) > 20):
+        assert job.poll() is None, job.communicate()
+        time.sleep(0.02)
+    os.kill(ranks_of(job.pid)[-1], signal.SIGKILL)
+    _, err = job.communicate()
+    assert job.returncode == 0, err
+    assert [line["step"] for line in metrics_of(run)] == list(range(1, 151))
+    Job(2, "--text", text, *steps, "--out", tmp_path / "undisturbed", "--quiet").succeed()
+    weights = [tensors_of(folder) for folder in (run, tmp_path / "undisturbed")]
+    assert weights[0] == weights[1]
+
+
+def tensors_of(run: Path) -> dict[str, bytes]:
+    from safetensors import safe_open
+
+    with safe_open(run / "checkpoint.safetensors", framework="pt") as file:
+        return {name: file.get_tensor(name).numpy().tobytes() for name in file.keys() if not re.match("random", name)}  # noqa: SIM118
