@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -38,18 +39,24 @@ def free_port() -> int:
 class Job:
     """`ranks` processes of latte train, as torchrun would start them."""
 
-    def __init__(self, ranks: int, *arguments, **more) -> None:
+    def __init__(self, ranks: int, *arguments, hosts: tuple[str, ...] = (), command: tuple[str, ...] = ("train",)) -> None:
         meeting = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "GLOO_SOCKET_IFNAME": "lo"}
+        if hosts:
+            meeting |= {"MASTER_ADDR": "10.213.0.1", "GLOO_SOCKET_IFNAME": "latte0"}
         self.ranks = [
             subprocess.Popen(
-                [LATTE, "train", *map(str, arguments)],
-                env=environment(RANK=rank, **meeting, **more),
+                [*self.on(hosts, rank, ranks), LATTE, *command, *map(str, arguments)],
+                env=environment(RANK=rank, **meeting),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
             )
             for rank in range(ranks)
         ]
+
+    @staticmethod
+    def on(hosts: tuple[str, ...], rank: int, ranks: int) -> list[str]:
+        return ["ip", "netns", "exec", hosts[rank * len(hosts) // ranks]] if hosts else []
 
     def finish(self) -> list[tuple[int, str, str]]:
         ends = [rank.communicate() for rank in self.ranks]
@@ -246,3 +253,71 @@ def tensors_of(run: Path) -> dict[str, bytes]:
 
     with safe_open(run / "checkpoint.safetensors", framework="pt") as file:
         return {name: file.get_tensor(name).numpy().tobytes() for name in file.keys() if not re.match("random", name)}  # noqa: SIM118
+
+
+@pytest.fixture
+def two_hosts():
+    """Two network namespaces with a cable between them, each a host of its own to what runs in it."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("making network namespaces takes root and the program ip")
+    hosts = tuple(f"latte-{os.getpid()}-{end}" for end in "ab")
+
+    def ip(*arguments: str) -> None:
+        subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
+
+    try:
+        for host in hosts:
+            ip("netns", "add", host)
+        ip("link", "add", "latte0", "netns", hosts[0], "type", "veth", "peer", "name", "latte0", "netns", hosts[1])
+        for number, host in enumerate(hosts, 1):
+            ip("-n", host, "addr", "add", f"10.213.0.{number}/24", "dev", "latte0")
+            for device in ("lo", "latte0"):
+                ip("-n", host, "link", "set", device, "up")
+        yield hosts
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"this machine allows no network namespaces: {error.stderr.strip()}")
+    finally:
+        for host in hosts:
+            subprocess.run(["ip", "netns", "del", host], capture_output=True)
+
+
+def test_two_hosts(tmp_path: Path, text: Path, two_hosts: tuple[str, str]) -> None:
+    """Two ranks on each of two hosts share batches on one and sequences across the cable."""
+    options = ["--text", text, *SHORT, "--window", "4"]
+    assert alone(*options, "--out", tmp_path / "alone").returncode == 0
+    for name, parallel in (("shared", "4"), ("mixed", "2")):
+        Job(4, *options, "--sequence-parallel", parallel, "--out", tmp_path / name, hosts=two_hosts).succeed()
+        assert_same(tmp_path / name, tmp_path / "alone")
+
+
+def test_a_pulled_cable_stops_the_job(tmp_path: Path, text: Path, two_hosts: tuple[str, str]) -> None:
+    run = tmp_path / "run"
+    job = Job(2, "--text", text, *ENDLESS, "--timeout", "3", "--out", run, "--quiet", hosts=two_hosts)
+    wait_for(lambda: (run / "metrics.jsonl").exists() and len(metrics_of(run)) > 5, job)
+    subprocess.run(["ip", "-n", two_hosts[1], "link", "set", "latte0", "down"], check=True)
+    ends = job.finish()
+    assert [code for code, _, _ in ends] == [1, 1]
+    assert "rank 1 (process" in ends[0][2].splitlines()[-1]
+    assert "no longer answers" in ends[1][2].splitlines()[-1]
+
+
+def test_bench_distributed(tmp_path: Path) -> None:
+    """What was sent is what the model says: 2 ranks, one message each way a layer for state, window and convolution."""
+    options = ["--context", "64", "--batch", "1", "--window", "8", "--embed-dim", "32", "--layers", "2", "--steps", "2"]
+    options += ["--sequence-parallel", "2", "--json"]
+    job = Job(2, *options, command=("bench", "distributed"))
+    ends = job.finish()
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    report = json.loads(ends[0][1])
+    measured = report["measured"]
+    assert measured["sequence_bytes"] == measured["sequence_bytes_by_the_model"] > 0
+    assert measured["gradient_bytes"] == pytest.approx(4 * measured["parameters"], rel=0.01)
+    assert measured["tcp_bytes"] > measured["sequence_bytes"] + 0.9 * measured["gradient_bytes"]
+    last = report["model"][-1]
+    assert (last["ranks"], last["messages"]) == (1024, 22)
+    assert last["ring_bytes"] > 100 * last["latent_bytes"]
+    # The length of the sequence is none of the latents' business.
+    longer = subprocess.run(
+        [LATTE, "bench", "distributed", *options[:-3], "--tokens", "1000000000", "--json"], capture_output=True
+    )
+    assert json.loads(longer.stdout)["model"][-1]["latent_bytes"] == last["latent_bytes"]

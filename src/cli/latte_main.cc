@@ -129,6 +129,7 @@ int RunHere(int argc, char** argv) {
   bench->require_subcommand(1);
   // For --help: latte-torch runs it.
   bench->add_subcommand("attention", "Latent attention beside torch's scaled_dot_product_attention");
+  bench->add_subcommand("distributed", "What training on several ranks sends and waits for, and how that scales");
   latte::cli::AddBenchDecode(*bench, exit_code);
   latte::cli::AddGenerateModel(app, exit_code);
   latte::cli::AddChat(app, exit_code);

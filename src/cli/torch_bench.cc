@@ -15,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "cli/torch_bench_distributed.h"
 #include "cli/torch_commands.h"
 #include "kernels/limits.h"
 #include "ops/ops.h"
@@ -398,6 +399,7 @@ void AddBench(CLI::App& app, int& exit_code) {
     }
     exit_code = BenchAttention(*options);
   });
+  AddBenchDistributed(*bench, exit_code);
 }
 
 }  // namespace latte::cli

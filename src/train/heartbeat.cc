@@ -10,7 +10,9 @@ namespace latte::train {
 namespace {
 
 constexpr auto kPeriod = std::chrono::milliseconds(500);
-constexpr int64_t kSilence = 6;  // signs of this rank's own without one of another's
+constexpr int64_t kSilence = 6;                      // signs of this rank's own without one of another's
+constexpr auto kPatience = std::chrono::seconds(5);  // with a store that has not answered the other thread
+constexpr const char* kStoreIsGone = "the store where the ranks met no longer answers: rank 0, torchrun or the network has ended";
 
 std::string name_of(const char* what, int64_t rank) { return std::string(what) + "/" + std::to_string(rank); }
 
@@ -36,13 +38,15 @@ Heartbeat::Heartbeat(c10::intrusive_ptr<c10d::Store> store, int64_t rank, int64_
   thread_ = std::thread([this] { run(); });
 }
 
-Heartbeat::~Heartbeat() {
+Heartbeat::~Heartbeat() { stop(); }
+
+void Heartbeat::stop() {
   {
     const std::lock_guard lock(mutex_);
     stop_ = true;
   }
   wake_.notify_all();
-  thread_.join();
+  if (thread_.joinable()) thread_.join();
 }
 
 void Heartbeat::beat() {
@@ -66,7 +70,8 @@ std::string Heartbeat::whose_fault() {
   const auto beats_of = [this](int64_t rank) { return store_->add(name_of("beat", rank), 0); };
   try {
     std::vector<int64_t> before;
-    std::unique_lock lock(mutex_);
+    std::unique_lock lock(mutex_, kPatience);
+    if (!lock) return kStoreIsGone;
     for (int64_t rank = 0; rank < ranks_; ++rank) before.push_back(beats_of(rank));
     const int64_t start = beats_;
     while (beats_ < start + kSilence) {
@@ -88,14 +93,15 @@ std::string Heartbeat::whose_fault() {
     if (!words.empty()) return words;
     return "";
   } catch (const std::exception&) {
-    return "the store where the ranks met no longer answers: rank 0 or torchrun has ended";
+    return kStoreIsGone;
   }
 }
 
 void Heartbeat::leave_word(const std::string& error) noexcept {
   failed_ = true;
   try {
-    const std::lock_guard lock(mutex_);
+    const std::unique_lock lock(mutex_, kPatience);
+    if (!lock) return;
     store_->set(name_of("word", rank_), std::vector<uint8_t>(error.begin(), error.end()));
   } catch (const std::exception&) {
     return;

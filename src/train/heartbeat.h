@@ -26,7 +26,9 @@ class Heartbeat {
   std::string whose_fault();
   // Why this rank ends, for the others.
   void leave_word(const std::string& error) noexcept;
-  // Whether either of them was called.
+  // No more signs of life from here on.
+  void stop();
+  // Whether one has failed: whose_fault() or leave_word() was called.
   bool failed() const { return failed_; }
 
  private:
@@ -36,8 +38,8 @@ class Heartbeat {
   c10::intrusive_ptr<c10d::Store> store_;
   int64_t rank_, ranks_;
   std::atomic<bool> failed_ = false;
-  std::mutex mutex_;  // of what follows, and of the store
-  std::condition_variable wake_;
+  std::timed_mutex mutex_;  // of what follows, and of the store
+  std::condition_variable_any wake_;
   bool stop_ = false;
   int64_t beats_ = 0;
   std::thread thread_;

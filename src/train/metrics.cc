@@ -1,5 +1,7 @@
 #include "train/metrics.h"
 
+#include <fcntl.h>
+
 #include <cerrno>
 #include <filesystem>
 #include <nlohmann/json.hpp>
@@ -58,7 +60,8 @@ std::vector<StepMetrics> read_metrics(const std::string& path) {
   return all;
 }
 
-MetricsLog::MetricsLog(std::string path, int64_t last_step) : path_(std::move(path)) {
+MetricsLog::MetricsLog(std::string path, int64_t last_step, formats::FileOperations& operations)
+    : path_(std::move(path)), operations_(operations) {
   std::string kept;
   if (last_step > 0 && std::filesystem::exists(path_)) {
     for (const StepMetrics& metrics : read_metrics(path_)) {
@@ -66,16 +69,22 @@ MetricsLog::MetricsLog(std::string path, int64_t last_step) : path_(std::move(pa
       kept += to_json_line(metrics);
     }
   }
-  formats::write_file(path_, kept);
-  file_.reset(std::fopen(path_.c_str(), "ae"));
-  if (!file_) throw formats::FileError("open", path_, errno);
+  formats::AtomicFile file(path_, operations);
+  file.write(kept);
+  file.commit();
+  fd_ = operations.open(path_.c_str(), O_WRONLY | O_APPEND | O_CLOEXEC, 0666);
+  if (fd_ < 0) throw formats::FileError("open", path_, errno);
 }
+
+MetricsLog::~MetricsLog() { operations_.close(fd_); }
 
 void MetricsLog::append(const StepMetrics& metrics) {
   const std::string line = to_json_line(metrics);
-  errno = 0;
-  if (std::fwrite(line.data(), 1, line.size(), file_.get()) != line.size() || std::fflush(file_.get()) != 0) {
-    throw formats::FileError("write", path_, errno);
+  for (std::string_view rest = line; !rest.empty();) {
+    const ssize_t written = operations_.write(fd_, rest.data(), rest.size());
+    if (written < 0 && errno == EINTR) continue;
+    if (written <= 0) throw formats::FileError("write", path_, written < 0 ? errno : EIO);
+    rest.remove_prefix(static_cast<size_t>(written));
   }
 }
 

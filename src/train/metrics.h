@@ -2,11 +2,11 @@
 #pragma once
 
 #include <cstdint>
-#include <cstdio>
-#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
+
+#include "formats/atomic_file.h"
 
 namespace latte::train {
 
@@ -31,17 +31,18 @@ class MetricsLog {
  public:
   // Keeps the lines of `path` up to step `last_step` (0: none) and appends from there. A file that isn't there is made. Throws
   // formats::FileError.
-  MetricsLog(std::string path, int64_t last_step);
+  MetricsLog(std::string path, int64_t last_step, formats::FileOperations& operations = formats::FileOperations::system());
+  ~MetricsLog();
+  MetricsLog(const MetricsLog&) = delete;
+  MetricsLog& operator=(const MetricsLog&) = delete;
 
   // Throws formats::FileError.
   void append(const StepMetrics& metrics);
 
  private:
-  struct Close {
-    void operator()(std::FILE* file) const { std::fclose(file); }
-  };
   std::string path_;
-  std::unique_ptr<std::FILE, Close> file_;
+  formats::FileOperations& operations_;
+  int fd_ = -1;
 };
 
 }  // namespace latte::train

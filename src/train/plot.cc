@@ -50,11 +50,12 @@ std::string make_script(const std::vector<Curve>& curves, const std::string& svg
 
 }  // namespace
 
-std::string plot_losses(const std::vector<Curve>& curves, const std::string& prefix) {
+std::string plot_losses(const std::vector<Curve>& curves, const std::string& prefix, formats::FileOperations& operations) {
   const bool empty = std::all_of(curves.begin(), curves.end(), [](const Curve& curve) { return curve.metrics.empty(); });
   if (empty) return {};
-  return draw("loss curve", prefix,
-              [&](const std::string& svg, const std::string& png) { return make_script(curves, svg, png); });
+  return draw(
+      "loss curve", prefix, [&](const std::string& svg, const std::string& png) { return make_script(curves, svg, png); },
+      operations);
 }
 
 }  // namespace latte::train

@@ -148,11 +148,12 @@ void Ranks::Parts::exchange(const at::Tensor& out, int64_t to, at::Tensor& in, i
 Ranks::Ranks(std::unique_ptr<Parts> parts) : parts_(std::move(parts)) {}
 
 Ranks::~Ranks() {
-  // A failed collective may still hold the group's threads: they are given up with the process, which ends now.
+  // A failed collective may still hold these and their threads: they are given up with the process, which ends now.
   if (parts_->heartbeat && parts_->heartbeat->failed()) {
     parts_->group.release();
     parts_->sequence.release();
     parts_->reducer.release();
+    parts_->heartbeat.release();
   }
 }
 
@@ -242,6 +243,11 @@ std::string Ranks::broadcast(const std::string& text) {
 }
 
 void Ranks::barrier() { sum({0.0}); }
+
+void Ranks::finish() {
+  if (parts_->heartbeat) parts_->heartbeat->stop();
+  barrier();
+}
 
 namespace {
 

@@ -79,6 +79,9 @@ class Ranks {
   // Rank 0's text.
   std::string broadcast(const std::string& text);
   void barrier();
+  // The last barrier: no rank ends before all have come here, and from here on none gives signs of life, which would meet a store
+  // that has ended.
+  void finish();
 
   // From here on, a backward pass announced by average_gradients() leaves the mean of all ranks' gradients in `parameters`, in
   // buckets that travel while the pass goes on. The order of their sums is fixed: the same number of ranks, the same bits.

@@ -53,7 +53,7 @@ RunResult run_loop(Trainer& trainer, const RunFolder* folder, Progress progress,
   result.checkpoint = checkpoint_of(run);
   const InterruptGuard interrupt;
   std::optional<MetricsLog> log;
-  if (folder) log.emplace(*folder / "metrics.jsonl", trainer.steps_done());
+  if (folder) log.emplace(*folder / "metrics.jsonl", trainer.steps_done(), *run.files);
   trainer.join_ranks();
   ProgressLine line(trainer.steps_done(), options.steps, run.quiet || !folder);
   if (trainer.dtype() == "bfloat16" && !has_bfloat16_products()) {
@@ -87,13 +87,14 @@ RunResult run_loop(Trainer& trainer, const RunFolder* folder, Progress progress,
     result.interrupted = InterruptGuard::interrupted();
     if (run.ranks) result.interrupted = run.ranks->any(result.interrupted);
     const bool saves = result.interrupted || is_due(metrics.step, options.save_every, options.steps);
-    if (folder && saves) trainer.save(result.checkpoint, progress);
+    if (folder && saves) trainer.save(result.checkpoint, progress, *run.files);
   }
   line.finish();
   // No rank ends well before the first has saved.
-  if (run.ranks) run.ranks->barrier();
+  if (run.ranks) run.ranks->finish();
   if (folder) {
-    const std::string problem = plot_losses({{folder->name(), read_metrics(*folder / "metrics.jsonl")}}, *folder / "loss");
+    const std::string problem =
+        plot_losses({{folder->name(), read_metrics(*folder / "metrics.jsonl")}}, *folder / "loss", *run.files);
     if (!problem.empty()) line.note("latte: " + problem);
   }
   result.step = trainer.steps_done();
@@ -102,10 +103,13 @@ RunResult run_loop(Trainer& trainer, const RunFolder* folder, Progress progress,
 }
 
 // What `latte train --config` takes, to do the same again.
-void write_config(const RunFolder& folder, models::LanguageModelConfig model, const TrainerOptions& options) {
+void write_config(const RunFolder& folder, models::LanguageModelConfig model, const TrainerOptions& options,
+                  formats::FileOperations& files) {
   nlohmann::json object = {{"model", model.to_json()}, {"training", options.to_json()}};
   object["model"].erase("vocab_size");
-  formats::write_file(folder / "config.json", object.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");
+  formats::AtomicFile file(folder / "config.json", files);
+  file.write(object.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");
+  file.commit();
 }
 
 }  // namespace
@@ -128,8 +132,8 @@ RunResult start_run(const models::LanguageModelConfig& model, const TrainerOptio
   // The untrained model takes the place of the run that --overwrite gives up first of all: what can't be written is noticed at
   // once, and costs that run nothing.
   const RunFolder folder(run.out);
-  trainer.save(folder.checkpoint(), progress);
-  write_config(folder, sized, options);
+  trainer.save(folder.checkpoint(), progress, *run.files);
+  write_config(folder, sized, options, *run.files);
   return run_loop(trainer, &folder, progress, run);
 }
 
@@ -179,7 +183,7 @@ RunResult resume_run(const TrainerOptions& options, const RunOptions& run) {
     notes.note("latte: " + std::to_string(at::get_num_threads()) + " threads, where the checkpoint was made with " +
                std::to_string(record.progress.threads) + ": the same to rounding, not bit for bit");
   }
-  write_config(*folder, record.model, options);
+  write_config(*folder, record.model, options, *run.files);
   return run_loop(trainer, &*folder, progress_of(trainer, corpus, record.progress), run);
 }
 

@@ -17,6 +17,7 @@ struct RunOptions {
   bool quiet = false;      // nothing on standard error
   // With whom to train; null: alone. The first of them reads the checkpoint and writes everything. All have to read the text.
   Ranks* ranks = nullptr;
+  formats::FileOperations* files = &formats::FileOperations::system();  // what it writes with
 };
 
 struct RunResult {

@@ -1,0 +1,20 @@
+"""kill -9 in the middle of training: scripts/kill_training.py, a few times."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BUILD = Path(os.environ.get("LATTE_BUILD_DIR", Path(__file__).parents[2] / "build"))
+LATTE = BUILD / "latte"
+
+pytestmark = pytest.mark.skipif(not (LATTE.exists() and (BUILD / "latte-torch").exists()), reason="the programs aren't built")
+
+
+def test_killed_runs_end_as_if_nothing_had_been():
+    script = Path(__file__).parents[2] / "scripts" / "kill_training.py"
+    result = subprocess.run([sys.executable, script, "--kills", "4", "--latte", LATTE], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "4 runs ended bit for bit" in result.stdout

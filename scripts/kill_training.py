@@ -1,0 +1,151 @@
+#!/usr/bin/env python3
+"""Kills latte train at random moments and checks that nothing is lost.
+
+Each time: a run is started and killed with SIGKILL, at a random moment or, every other time, inside the write of a random
+checkpoint; it is resumed (begun again where nothing had been saved) and has to end with the bits of a run that nobody disturbed:
+weights, optimizer, random numbers, losses.
+
+    scripts/kill_training.py --kills 50            # build/latte, a text of its own, one and two threads in turns
+    scripts/kill_training.py --kills 6 --seed 7 --latte /usr/local/bin/latte
+
+Exit status: 0 when every run ended alike, 1 else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+STEPS = 30
+TRAINING = ["--layers", "2", "--embed-dim", "64", "--heads", "2", "--context", "32", "--batch", "4", "--dropout", "0.1"]
+TRAINING += ["--steps", str(STEPS), "--warmup", "2", "--eval-every", "7", "--eval-batches", "1", "--save-every", "1", "--quiet"]
+
+
+def tensors_of(checkpoint: Path) -> dict[str, bytes]:
+    """Every tensor's dtype, shape and bytes: a safetensors file is a length, a JSON header and the data."""
+    content = checkpoint.read_bytes()
+    (length,) = struct.unpack_from("<Q", content)
+    header = json.loads(content[8 : 8 + length])
+    tensors = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            tensors[name] = entry["step"].encode()
+            continue
+        begin, end = entry["data_offsets"]
+        tensors[name] = f"{entry['dtype']}{entry['shape']}".encode() + content[8 + length + begin : 8 + length + end]
+    return tensors
+
+
+def losses_of(run: Path) -> list[tuple]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"], line["val_loss"], line["grad_norm"]) for line in lines]
+
+
+class Trial:
+    def __init__(self, latte: Path, folder: Path, threads: int) -> None:
+        self.latte, self.run, self.threads = latte, folder / "run", threads
+        self.text = folder / "text.txt"
+        self.text.write_text("To be, or not to be: that is the question.\n" * 40)
+        self.environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.run / "checkpoint.safetensors"
+
+    def start(self) -> subprocess.Popen:
+        arguments = ["--resume"] if self.checkpoint.exists() else ["--text", str(self.text), *TRAINING]
+        command = [str(self.latte), "train", "--out", str(self.run), "--threads", str(self.threads), *arguments]
+        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=self.environment)
+
+    def finish(self) -> tuple[dict[str, bytes], list[tuple]]:
+        # Killed while it drew its curve, it has nothing left to do.
+        if not self.checkpoint.exists() or int(tensors_of(self.checkpoint)["__metadata__"]) < STEPS:
+            process = self.start()
+            _, errors = process.communicate()
+            if process.returncode != 0:
+                raise SystemExit(f"kill_training: a run does not go on: {errors.strip()}")
+        return tensors_of(self.checkpoint), losses_of(self.run)
+
+    def being_written(self) -> bool:
+        return any(self.run.glob(".checkpoint.safetensors.*.tmp"))
+
+    def steps_done(self) -> int:
+        try:
+            return (self.run / "metrics.jsonl").read_bytes().count(b"\n")
+        except FileNotFoundError:
+            return 0
+
+    def kill_somewhere(self, duration: float) -> bool:
+        """Whether it was still running."""
+        process = self.start()
+        until = time.monotonic() + random.uniform(0, duration)
+        while time.monotonic() < until and process.poll() is None:
+            time.sleep(0.002)
+        return self.kill(process)
+
+    def kill_inside_a_write(self) -> bool:
+        process = self.start()
+        step = random.randrange(STEPS - 1)
+        while process.poll() is None and not (self.steps_done() >= step and self.being_written()):
+            pass
+        return self.kill(process)
+
+    @staticmethod
+    def kill(process: subprocess.Popen) -> bool:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        return process.returncode == -signal.SIGKILL
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--latte", type=Path, default=Path(__file__).resolve().parents[1] / "build" / "latte")
+    options = parser.parse_args()
+    random.seed(options.seed)
+    differing = kills = missed = inside = before_any = 0
+    with tempfile.TemporaryDirectory() as folder:
+        trials = [Trial(options.latte, Path(folder), threads) for threads in (1, 2)]
+        expected = []
+        durations = []
+        for trial in trials:
+            began = time.monotonic()
+            expected.append(trial.finish())
+            durations.append(time.monotonic() - began)
+            shutil.rmtree(trial.run)
+        while kills < options.kills:
+            which = kills // 2 % 2
+            trial = trials[which]
+            running = trial.kill_inside_a_write() if kills % 2 else trial.kill_somewhere(durations[which])
+            if not running:  # it was over before its moment came
+                missed += 1
+                shutil.rmtree(trial.run, ignore_errors=True)
+                continue
+            kills += 1
+            inside += trial.being_written()
+            before_any += not trial.checkpoint.exists()
+            done = trial.steps_done()
+            same = trial.finish() == expected[which]
+            differing += not same
+            print(f"kill {kills}: {trial.threads} threads, after {done} steps: {'same' if same else 'DIFFERENT'}", flush=True)
+            shutil.rmtree(trial.run)
+    print(
+        f"{kills} kills, {inside} of them inside the write of a checkpoint, {before_any} before there was one, "
+        f"{missed} that came too late and were repeated: {kills - differing} runs ended bit for bit as undisturbed ones"
+    )
+    return 1 if differing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

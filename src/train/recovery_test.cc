@@ -1,0 +1,177 @@
+// What a run leaves behind when the disk or the processor isn't what it was: every write made to fail, and resuming on two
+// threads.
+#include <ATen/Parallel.h>
+#include <fcntl.h>
+#include <gtest/gtest.h>
+#include <torch/torch.h>
+
+#include <cerrno>
+#include <cstdlib>
+#include <cstring>
+#include <filesystem>
+#include <map>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "formats/error.h"
+#include "formats/test_files.h"
+#include "train/metrics.h"
+#include "train/run.h"
+
+namespace latte::train {
+namespace {
+
+using formats::TestFolder;
+
+std::string pattern_text(int length) {
+  std::string text;
+  for (int i = 0; i < length; ++i) text += "abcacb"[i * i % 7 % 6];
+  return text;
+}
+
+// Every bit of the weights, the moments and the generator.
+std::map<std::string, std::string> tensors_of(const std::string& path) {
+  const formats::CheckpointFile checkpoint(path);  // verifies its checksum
+  std::map<std::string, std::string> tensors;
+  for (const auto& tensor : checkpoint.file().tensors()) {
+    tensors[tensor.name] = {reinterpret_cast<const char*>(tensor.data.data()), tensor.data.size()};
+  }
+  return tensors;
+}
+
+// The system's calls, of which one fails, or, as on a disk that is full, all from there on that would take room.
+class FailingDisk : public formats::FileOperations {
+ public:
+  FailingDisk(int64_t failing, int error_number) : failing_(failing), error_number_(error_number) {}
+
+  int open(const char* path, int flags, mode_t mode) override {
+    const bool makes = (flags & O_CREAT) != 0;
+    if (fails(makes)) return -1;
+    const int fd = FileOperations::open(path, flags, mode);
+    if (makes) made_.insert(fd);
+    return fd;
+  }
+  ssize_t write(int fd, const void* data, size_t size) override {
+    if (!fails(true)) return FileOperations::write(fd, data, size);
+    // Half of it got through, as on a disk that fills up.
+    if (calls_ == failing_ + 1 && size > 1 && error_number_ == ENOSPC) return FileOperations::write(fd, data, size / 2);
+    errno = error_number_;
+    return -1;
+  }
+  int fsync(int fd) override { return fails(false) ? -1 : FileOperations::fsync(fd); }
+  int close(int fd) override {
+    const int result = FileOperations::close(fd);
+    // What was only read, or appended to, has nothing left to lose.
+    return made_.erase(fd) > 0 && fails(false) ? -1 : result;
+  }
+  int rename(const char* from, const char* to) override { return fails(true) ? -1 : FileOperations::rename(from, to); }
+
+  int64_t calls() const { return calls_; }
+
+ private:
+  bool fails(bool takes_room) {
+    const int64_t call = calls_++;
+    const bool failed = call == failing_ || (call > failing_ && error_number_ == ENOSPC && takes_room);
+    if (failed) errno = error_number_;
+    return failed;
+  }
+
+  int64_t failing_, calls_ = 0;
+  int error_number_;
+  std::set<int> made_;
+};
+
+class RecoveryTest : public ::testing::Test {
+ protected:
+  RecoveryTest() {
+    options_.text = folder_ / "text.txt";
+    formats::write_bytes(options_.text, pattern_text(3000));
+    options_.context = 8;
+    options_.batch = 2;
+    options_.steps = 4;
+    options_.warmup = 1;
+    options_.eval_every = 2;
+    options_.eval_batches = 1;
+    options_.save_every = 2;
+    options_.dtype = "float32";
+    model_.vocab_size = 3;
+    model_.num_layers = 1;
+    model_.embed_dim = 8;
+    model_.num_heads = 2;
+    model_.attention = "latte";
+  }
+
+  TestFolder folder_;
+  TrainerOptions options_;
+  models::LanguageModelConfig model_;
+};
+
+TEST_F(RecoveryTest, EveryWriteMayFailAndNothingIsLost) {
+  const std::string path = std::getenv("PATH");
+  const RunOptions undisturbed{.out = folder_ / "undisturbed", .quiet = true};
+  start_run(model_, options_, undisturbed);
+  const auto expected = tensors_of(undisturbed.out + "/checkpoint.safetensors");
+  for (const int error_number : {ENOSPC, EIO}) {
+    int64_t failures = 0;
+    for (bool over = false; !over; ++failures) {
+      SCOPED_TRACE(std::string(std::strerror(error_number)) + " at call " + std::to_string(failures));
+      RunOptions run{.out = folder_ / "run", .quiet = true};
+      FailingDisk disk(failures, error_number);
+      run.files = &disk;
+      std::string problem;
+      try {
+        start_run(model_, options_, run);
+      } catch (const formats::FileError& error) {
+        problem = error.what();
+        EXPECT_EQ(error.error_number(), error_number);
+        EXPECT_TRUE(problem.find('\n') == std::string::npos && problem.starts_with("cannot ")) << problem;
+      }
+      over = disk.calls() <= failures;
+      EXPECT_EQ(problem.empty(), over) << problem;
+      run.files = &formats::FileOperations::system();
+      const std::string checkpoint = run.out + "/checkpoint.safetensors";
+      setenv("PATH", "/nowhere", 1);  // no gnuplot: it takes longer than everything else here
+      if (!std::filesystem::exists(checkpoint)) {
+        start_run(model_, options_, run);
+      } else if (formats::CheckpointFile(checkpoint).step() < options_.steps) {
+        resume_run(options_, run);
+      }
+      setenv("PATH", path.c_str(), 1);
+      EXPECT_EQ(tensors_of(checkpoint), expected);
+      const auto metrics = read_metrics(run.out + "/metrics.jsonl");
+      ASSERT_EQ(metrics.size(), 4);
+      for (const auto& entry : std::filesystem::directory_iterator(run.out)) {
+        EXPECT_NE(entry.path().extension(), ".tmp") << entry.path();
+      }
+      std::filesystem::remove_all(run.out);
+      if (HasFailure()) return;
+    }
+    // Three checkpoints, config, metrics with four lines and two figures: each opened, written, synced, closed, renamed.
+    EXPECT_GT(failures, 50);
+  }
+}
+
+// Products that torch and oneDNN split among threads, 2^20 multiplications and more.
+TEST_F(RecoveryTest, ResumesBitForBitOnTwoThreadsWithLargeProducts) {
+  const int threads = at::get_num_threads();
+  at::set_num_threads(2);
+  model_.embed_dim = 128;
+  model_.num_heads = 4;
+  model_.dropout = 0.1;
+  options_.context = 64;
+  options_.batch = 8;  // 512 tokens × 128 × 512: 2^25
+  const RunOptions whole{.out = folder_ / "whole", .quiet = true}, pieces{.out = folder_ / "pieces", .quiet = true};
+  options_.lr = options_.min_lr = 1e-3;  // the same rate whatever --steps says
+  options_.warmup = 0;
+  start_run(model_, options_, whole);
+  auto half = options_;
+  half.steps = 2;
+  start_run(model_, half, pieces);
+  resume_run(options_, pieces);
+  at::set_num_threads(threads);
+  EXPECT_EQ(tensors_of(pieces.out + "/checkpoint.safetensors"), tensors_of(whole.out + "/checkpoint.safetensors"));
+}
+
+}  // namespace
+}  // namespace latte::train
