@@ -24,7 +24,9 @@ function(latte_rung name)
     target_link_libraries(${target} PUBLIC latte_libtorch)
     # One precompiled torch/torch.h for all: parsing it costs a dozen seconds a file.
     if(NOT TARGET latte_torch_pch AND NOT LATTE_SANITIZE AND NOT CMAKE_DISABLE_PRECOMPILE_HEADERS)
-      file(WRITE ${PROJECT_BINARY_DIR}/torch_pch.cc "")
+      if(NOT EXISTS ${PROJECT_BINARY_DIR}/torch_pch.cc)  # written again, it would be newer, and everything would be built again
+        file(WRITE ${PROJECT_BINARY_DIR}/torch_pch.cc "")
+      endif()
       add_library(latte_torch_pch STATIC ${PROJECT_BINARY_DIR}/torch_pch.cc)
       target_link_libraries(latte_torch_pch PRIVATE latte_libtorch)
       target_precompile_headers(latte_torch_pch PRIVATE <torch/torch.h>)

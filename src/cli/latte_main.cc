@@ -31,7 +31,8 @@ struct Command {
 
 // In the order of the help.
 constexpr std::array kCommands = {
-    Command{"train", "Train a language model on a text"},
+    Command{"train", "Train a language model on a text, or an encoder on a task"},
+    Command{"compare", "Train several attentions alike and compare them"},
     Command{"generate", "Write text with a trained model"},
     Command{"chat", "Talk with a pretrained model"},
     Command{"inspect", "Show what a model's file holds"},
@@ -95,7 +96,7 @@ int RunTorch(std::string_view name, char** argv) {
     if (!std::filesystem::exists(place, error)) continue;
     // Training writes its activations anew in every step. The allocator keeps their memory: given back and asked for again, every
     // page would be cleared by the kernel first, a sixth of a step's time. It reads this at its start.
-    if (name == "train" || name == "extend") {
+    if (name == "train" || name == "compare" || name == "extend") {
       ::setenv("GLIBC_TUNABLES",
                "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776:glibc.malloc.top_pad=268435456",
                /*overwrite=*/0);

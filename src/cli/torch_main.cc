@@ -31,6 +31,7 @@ int Run(int argc, char** argv) {
   app.set_version_flag("--version", "latte " LATTE_VERSION);
   app.require_subcommand(1);
   latte::cli::AddTrain(app, exit_code);
+  latte::cli::AddCompare(app, exit_code);
   latte::cli::AddGenerate(app, exit_code);
   latte::cli::AddExtend(app, exit_code);
   latte::cli::AddEval(app, exit_code);

@@ -1,4 +1,4 @@
-// latte train: a language model from a plain text.
+// latte train: a language model from a plain text, or an encoder on a task (torch_train_task.cc).
 #include <ATen/Parallel.h>
 
 #include <chrono>
@@ -10,8 +10,9 @@
 #include <string>
 
 #include "cli/torch_commands.h"
+#include "cli/torch_train.h"
+#include "data/task_options.h"
 #include "formats/error.h"
-#include "formats/mapped_file.h"
 #include "models/language_model_config.h"
 #include "train/interrupt.h"
 #include "train/ranks.h"
@@ -30,7 +31,9 @@ const json kDefaultModel = {{"attention", "macchiato"}, {"num_layers", 4}, {"emb
 struct Options {
   json model = json::object();     // fields of LanguageModelConfig that the command line names
   json training = json::object();  // and of TrainerOptions
+  json task = json::object();      // and of TaskOptions
   std::string config_file;
+  bool paper = false;
   std::string out;
   int threads = 0;
   bool resume = false;
@@ -70,24 +73,72 @@ void AddModelOptions(CLI::App& command, json& model) {
         ->check(CLI::IsMember(std::move(choices)))
         ->group("Model");
   };
-  name("--attention", "attention", "What reads the past", {"macchiato", "latte", "window", "softmax"});
+  name("--attention", "attention", "What reads the past",
+       {"macchiato", "latte", "window", "softmax", "linear", "gated_linear", "linformer"});
   name("--position", "position", "How it knows where a token stands; by default what suits the attention",
-       {"none", "learned", "rotary", "vapor", "conv", "rg_lru"}, false);
+       {"none", "learned", "sinusoidal", "rotary", "vapor", "conv", "rg_lru"}, false);
   number("--layers", "num_layers", "Blocks");
   number("--embed-dim", "embed_dim", "Size of the residual stream");
   number("--heads", "num_heads", "Query heads; a divisor of --embed-dim");
   number("--kv-heads", "num_kv_heads", "Key-value heads; a divisor of --heads, by default as many", false);
   number("--latents", "num_latents", "Latents a head (latte, macchiato); by default the head's size", false);
+  command
+      .add_flag_function(
+          "--shared-latents,!--unshared-latents", [&model](int64_t count) { model["shared_latents"] = count > 0; },
+          "The heads of a layer read the same latents (latte, macchiato); by default each its own")
+      ->group("Model");
+  number("--projected", "projected", "Keys and values that are left of a sequence (linformer)");
   number("--window", "window", "Tokens of standard attention (window, macchiato)");
   number("--sinks", "sinks", "First tokens that stay readable (window, macchiato)");
   name("--mlp", "mlp", "The MLP: GELU, or gated by SiLU", {"gelu", "gated"});
-  name("--norm", "norm", "Layer norm or RMS norm", {"layer", "rms"});
+  name("--norm", "norm", "Layer norm, RMS norm or, for bidirectional tasks, batch norm", {"layer", "rms", "batch"});
   Add<double>(command, model, "--dropout", "dropout", "Dropout's probability", shown.at("dropout"))->group("Model");
   command
       .add_flag_function(
           "--forget,!--no-forget", [&model](int64_t count) { model["forget"] = count > 0; },
           "Latents forget by a learned decay (latte, macchiato), or with --no-forget keep all; by default they forget")
       ->group("Model");
+}
+
+void AddTaskOptions(CLI::App& command, json& model, json& task) {
+  std::string names;
+  for (const std::string_view name : task_names()) names += (names.empty() ? "" : ", ") + std::string(name);
+  Add<std::string>(command, task, "--task", "name", "In place of a text, a task: " + names + "; docs/tasks.md describes them",
+                   json())
+      ->type_name("NAME")
+      ->group("Task");
+  Add<std::string>(command, task, "--data", "data",
+                   "What the task reads; of a generated task, a file to keep its examples in, made where it isn't there", json())
+      ->type_name("PATH")
+      ->group("Task");
+  command
+      .add_option_function<std::vector<std::string>>(
+          "--set",
+          [&task](const std::vector<std::string>& settings) {
+            for (const std::string& setting : settings) {
+              const size_t equals = setting.find('=');
+              json value =
+                  json::parse(setting.substr(std::min(equals, setting.size() - 1) + 1), nullptr, /*allow_exceptions=*/false);
+              if (equals == 0 || equals == std::string::npos || value.is_discarded()) {
+                throw CLI::ValidationError("--set",
+                                           "expected FIELD=VALUE with a number or a list [1,2], got " + formats::quote(setting));
+              }
+              task[setting.substr(0, equals)] = std::move(value);
+            }
+          },
+          "A field of the task: --set max_length=200")
+      ->type_name("FIELD=VALUE")
+      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll)
+      ->group("Task");
+  Add<std::string>(command, model, "--pooling", "pooling", "What a classifier reads: the mean, the first or the last token",
+                   "mean")
+      ->check(CLI::IsMember({"mean", "first", "last"}))
+      ->group("Task");
+  command
+      .add_flag_function(
+          "--causal,!--bidirectional", [&model](int64_t count) { model["causal"] = count > 0; },
+          "The encoder reads the past alone, or with --bidirectional, its default, both sides")
+      ->group("Task");
 }
 
 void AddTrainingOptions(CLI::App& command, json& training) {
@@ -130,29 +181,8 @@ void AddTrainingOptions(CLI::App& command, json& training) {
       ->group("Training");
 }
 
-// Lays `over` over `under`, field by field.
-void Merge(json& under, const json& over) {
-  for (const auto& [field, value] : over.items()) under[field] = value;
-}
-
-json ReadConfig(const std::string& path) {
-  const formats::MappedFile file(path);
-  json object = json::parse(file.text(), nullptr, /*allow_exceptions=*/false);
-  if (!object.is_object()) throw formats::FormatError(path, "not a JSON object");
-  for (const auto& [key, value] : object.items()) {
-    if (key != "model" && key != "training") {
-      throw formats::FormatError(path, "unknown field " + formats::quote(key) + ", expected model and training");
-    }
-    if (!value.is_object()) throw formats::FormatError(path, key + " isn't a JSON object");
-  }
-  return object;
-}
-
 TrainerOptions TrainingOptions(json fields) {
-  // A tenth of whichever learning rate was named, unless it was named as well.
-  if (fields.contains("lr") && fields["lr"].is_number() && !fields.contains("min_lr")) {
-    fields["min_lr"] = fields["lr"].get<double>() / 10;
-  }
+  FillMinLr(fields);
   TrainerOptions options = TrainerOptions::from_json(fields);
   if (options.text.empty()) throw OptionError("--text is missing");
   return options;
@@ -172,9 +202,9 @@ train::RunResult Resume(const json& model, const json& training, const train::Ru
   const auto record = train::read_record(run);
   json all = record.options.to_json();
   if (training.contains("lr")) all.erase("min_lr");
-  Merge(all, training);
+  MergeFields(all, training);
   json wanted = record.model.to_json();
-  Merge(wanted, model);
+  MergeFields(wanted, model);
   wanted["vocab_size"] = record.model.vocab_size;
   CheckSameModel(models::LanguageModelConfig::from_json(wanted), record.model);
   return train::resume_run(TrainingOptions(all), run);
@@ -190,7 +220,7 @@ bool Restarted(const train::RunOptions& run) {
 train::RunResult Start(const json& model, const json& training, train::RunOptions run) {
   const TrainerOptions options = TrainingOptions(training);
   json fields = kDefaultModel;
-  Merge(fields, model);
+  MergeFields(fields, model);
   fields["vocab_size"] = 1;  // the run takes the text's
   if (fields.value("position", json()) == "learned" && !fields.contains("max_positions"))
     fields["max_positions"] = options.context;
@@ -200,9 +230,67 @@ train::RunResult Start(const json& model, const json& training, train::RunOption
   return train::start_run(config, options, run);
 }
 
-json Report(const train::RunResult& result, const std::string& out) {
+int Train(const Options& options) {
+  if (options.threads > 0) at::set_num_threads(options.threads);
+  TrainRequest request;
+  if (!options.config_file.empty()) {
+    const json file = ReadTrainConfig(options.config_file, options.paper);
+    request.model = file.value("model", json::object());
+    request.training = file.value("training", json::object());
+    request.task = file.value("task", json::object());
+  }
+  // The fields of one task mean nothing to another.
+  if (options.task.contains("name") && options.task["name"] != request.task.value("name", json())) request.task = json::object();
+  MergeFields(request.model, options.model);
+  MergeFields(request.training, options.training);
+  MergeFields(request.task, options.task);
+  request.resume = options.resume;
+  std::unique_ptr<train::Ranks> ranks;
+  train::RunResult result;
+  json report;
+  try {
+    if (options.resume && options.out.empty()) throw OptionError("--resume needs --out, the folder of the run");
+    ranks = train::Ranks::from_environment(
+        {.sequence_parallel = options.sequence_parallel, .timeout = std::chrono::seconds(options.timeout)});
+    request.run = {options.out, options.overwrite, options.quiet, ranks.get()};
+    try {
+      if (options.resume ? IsTaskRun(options.out) : !request.task.empty()) {
+        report = TrainTask(request, result);
+      } else {
+        if (!request.task.empty()) throw OptionError("the run in --out isn't a task's");
+        result = options.resume ? Resume(request.model, request.training, request.run)
+                                : Start(request.model, request.training, request.run);
+        report = ReportOf(result);
+      }
+    } catch (...) {
+      if (ranks) ranks->explain_failure();
+      throw;
+    }
+  } catch (const std::invalid_argument& error) {  // OptionError, ConfigError
+    const std::string located = LocatedMessage(options.config_file, error.what());
+    throw CLI::ValidationError("train", located == error.what() ? located : options.config_file + ": " + located);
+  }
+  if (ranks && !ranks->leads()) return result.interrupted ? train::InterruptGuard::kExitCode : 0;
+  if (options.json_output) {
+    std::printf("%s\n", report.dump(2, ' ', false, json::error_handler_t::replace).c_str());
+  } else if (!options.quiet) {
+    std::fprintf(stderr, "%s at step %lld in %s\n", result.interrupted ? "interrupted and saved" : "saved",
+                 static_cast<long long>(result.step), result.checkpoint.c_str());
+    const json splits = report.value("splits", json::object());
+    for (const auto& [name, split] : splits.items()) {
+      std::fprintf(stderr, "%s: %.2f%% right of %lld examples (the most frequent answer: %.2f%%), loss %.4f\n", name.c_str(),
+                   100 * split.at("accuracy").get<double>(), static_cast<long long>(split.at("examples").get<int64_t>()),
+                   100 * split.at("majority").get<double>(), split.at("loss").get<double>());
+    }
+  }
+  return result.interrupted ? train::InterruptGuard::kExitCode : 0;
+}
+
+}  // namespace
+
+json ReportOf(const train::RunResult& result) {
   const auto optional = [](const std::optional<double>& value) { return value ? json(*value) : json(nullptr); };
-  return {{"out", out},
+  return {{"out", std::filesystem::path(result.checkpoint).parent_path().string()},
           {"checkpoint", result.checkpoint},
           {"step", result.step},
           {"interrupted", result.interrupted},
@@ -210,58 +298,20 @@ json Report(const train::RunResult& result, const std::string& out) {
           {"loss", result.loss},
           {"val_loss", optional(result.progress.val_loss)},
           {"best_val_loss", optional(result.progress.best_val_loss)},
+          {"val_accuracy", optional(result.progress.val_accuracy)},
+          {"tokens", result.progress.tokens},
           {"seconds", result.progress.seconds},
           {"threads", result.progress.threads},
           {"dtype", result.progress.dtype}};
 }
 
-int Train(const Options& options) {
-  if (options.threads > 0) at::set_num_threads(options.threads);
-  json model = json::object(), training = json::object();
-  if (!options.config_file.empty()) {
-    const json file = ReadConfig(options.config_file);
-    Merge(model, file.value("model", json::object()));
-    Merge(training, file.value("training", json::object()));
-  }
-  Merge(model, options.model);
-  Merge(training, options.training);
-  std::unique_ptr<train::Ranks> ranks;
-  train::RunResult result;
-  try {
-    if (options.resume && options.out.empty()) throw OptionError("--resume needs --out, the folder of the run");
-    ranks = train::Ranks::from_environment(
-        {.sequence_parallel = options.sequence_parallel, .timeout = std::chrono::seconds(options.timeout)});
-    const train::RunOptions run{options.out, options.overwrite, options.quiet, ranks.get()};
-    try {
-      result = options.resume ? Resume(model, training, run) : Start(model, training, run);
-    } catch (...) {
-      if (ranks) ranks->explain_failure();
-      throw;
-    }
-  } catch (const OptionError& error) {
-    throw CLI::ValidationError("train", error.what());
-  } catch (const models::ConfigError& error) {
-    throw CLI::ValidationError("train", error.what());
-  }
-  if (ranks && !ranks->leads()) return result.interrupted ? train::InterruptGuard::kExitCode : 0;
-  if (options.json_output) {
-    const std::string out = std::filesystem::path(result.checkpoint).parent_path().string();
-    std::printf("%s\n", Report(result, out).dump(2, ' ', false, json::error_handler_t::replace).c_str());
-  } else if (!options.quiet) {
-    std::fprintf(stderr, "%s at step %lld in %s\n", result.interrupted ? "interrupted and saved" : "saved",
-                 static_cast<long long>(result.step), result.checkpoint.c_str());
-  }
-  return result.interrupted ? train::InterruptGuard::kExitCode : 0;
-}
-
-}  // namespace
-
 void AddTrain(CLI::App& app, int& exit_code) {
   auto options = std::make_shared<Options>();
-  CLI::App* command = app.add_subcommand("train", "Train a language model on a text");
+  CLI::App* command = app.add_subcommand("train", "Train a language model on a text, or an encoder on a task");
   command->option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
   AddTrainingOptions(*command, options->training);
   AddModelOptions(*command, options->model);
+  AddTaskOptions(*command, options->model, options->task);
   command
       ->add_option("--out", options->out,
                    "The run's folder: checkpoint, metrics.jsonl, config.json, loss.svg and loss.png; by default "
@@ -272,6 +322,10 @@ void AddTrain(CLI::App& app, int& exit_code) {
   command->add_flag("--overwrite", options->overwrite, "Start again in a folder that holds a run")->group("Run");
   command->add_option("--config", options->config_file, "A JSON file as a run's config.json; the command line comes first")
       ->type_name("FILE")
+      ->group("Run");
+  command
+      ->add_flag("--paper", options->paper, "With --config: the published settings that it records, in place of the small ones")
+      ->needs("--config")
       ->group("Run");
   command->add_option("--threads", options->threads, "Threads; by default torch's choice")
       ->check(CLI::Range(1, 4096))
@@ -294,6 +348,7 @@ void AddTrain(CLI::App& app, int& exit_code) {
       "  latte train --out runs/demo --resume --steps 2000\n"
       "  latte train --text book.txt --attention latte --latents 64 --context 1024 --batch 4 --dropout 0.1\n"
       "  latte train --text data.bin --tokens bytes --attention softmax --config runs/demo/config.json\n"
+      "  latte train --config configs/listops.json --attention softmax --out runs/listops\n"
       "  torchrun --no-python --nproc-per-node 2 latte train --text book.txt --context 65536 --batch 1 --sequence-parallel 2");
   command->callback([options, &exit_code] { exit_code = Train(*options); });
 }

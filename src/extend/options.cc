@@ -7,12 +7,12 @@
 #include <nlohmann/json.hpp>
 #include <numbers>
 
-#include "train/option_fields.h"
+#include "formats/option_fields.h"
 
 namespace latte::extend {
 namespace {
 
-using namespace train::fields;
+using namespace formats::fields;
 using nlohmann::json;
 
 template <typename Options, typename Visit>

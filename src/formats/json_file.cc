@@ -1,5 +1,6 @@
 #include "formats/json_file.h"
 
+#include <algorithm>
 #include <cmath>
 #include <set>
 #include <utility>
@@ -34,7 +35,9 @@ json parse_json_object(const std::string& path, std::string_view text) {
     value = json::parse(text.begin(), text.end(), watch);
   } catch (const json::parse_error& error) {
     // The library's own text may quote raw bytes of the file.
-    throw FormatError(path, "no valid JSON at byte " + std::to_string(error.byte));
+    const auto lines =
+        std::count(text.begin(), text.begin() + static_cast<std::ptrdiff_t>(std::min(error.byte, text.size())), '\n');
+    throw FormatError(path, "no valid JSON at byte " + std::to_string(error.byte) + ", line " + std::to_string(1 + lines));
   } catch (const json::exception&) {
     throw FormatError(path, "no valid JSON");
   }

@@ -1,66 +1,13 @@
 #include "models/language_model.h"
 
-#include <cmath>
-#include <memory>
 #include <string>
 
-#include "nn/softmax_attention.h"
+#include "models/parts.h"
 
 namespace latte::models {
-namespace {
-
-constexpr double kInitialDeviation = 0.02;
-
-std::shared_ptr<nn::AttentionImpl> make_attention(const LanguageModelConfig& config) {
-  const std::string position = config.position_name();
-  const bool absolute = position == "none" || position == "learned";
-  if (config.attention == "latte" || config.attention == "macchiato") {
-    nn::MacchiatoAttentionOptions options;
-    options.embed_dim = config.embed_dim;
-    options.num_heads = config.num_heads;
-    options.dropout = config.dropout;
-    options.bias = config.bias;
-    options.batch_first = true;
-    options.num_latents = config.num_latents;
-    options.num_kv_heads = config.num_kv_heads;
-    if (!absolute && position != "rotary") options.position = nn::parse_latent_position(position);
-    options.conv_width = config.conv_width;
-    options.forget = config.forgets();
-    if (config.attention == "latte") return std::make_shared<nn::LatteAttentionImpl>(options);
-    options.window = config.window;
-    options.sinks = config.sinks;
-    options.rope = !absolute;
-    options.rope_base = config.rope_base;
-    return std::make_shared<nn::MacchiatoAttentionImpl>(options);
-  }
-  nn::SoftmaxAttentionOptions options;
-  options.embed_dim = config.embed_dim;
-  options.num_heads = config.num_heads;
-  options.dropout = config.dropout;
-  options.bias = config.bias;
-  options.batch_first = true;
-  options.num_kv_heads = config.num_kv_heads;
-  options.rope = !absolute;
-  options.rope_base = config.rope_base;
-  if (config.attention == "window") {
-    options.window = config.window;
-    options.sinks = config.sinks;
-  }
-  return std::make_shared<nn::SoftmaxAttentionImpl>(options);
-}
-
-}  // namespace
-
 LanguageModelImpl::LanguageModelImpl(const LanguageModelConfig& config) : config_(config) {
   config.validate();
-  nn::BlockOptions block;
-  block.embed_dim = config.embed_dim;
-  block.hidden_dim = config.hidden_dim();
-  block.norm = config.norm == "rms" ? nn::NormKind::kRms : nn::NormKind::kLayer;
-  block.mlp = config.mlp == "gated" ? nn::MlpKind::kGated : nn::MlpKind::kGelu;
-  block.bias = config.bias;
-  block.dropout = config.dropout;
-
+  const nn::BlockOptions block = block_options(config);
   token_embedding = register_module("token_embedding", torch::nn::Embedding(config.vocab_size, config.embed_dim));
   if (config.position_name() == "learned") {
     position_embedding = register_module("position_embedding", torch::nn::Embedding(config.max_positions, config.embed_dim));
@@ -75,20 +22,7 @@ LanguageModelImpl::LanguageModelImpl(const LanguageModelConfig& config) : config
   reset_parameters();
 }
 
-void LanguageModelImpl::reset_parameters() {
-  torch::NoGradGuard no_grad;
-  const double residual = kInitialDeviation / std::sqrt(2.0 * static_cast<double>(config_.num_layers));
-  for (const auto& item : named_modules("", /*include_self=*/false)) {
-    const auto& name = item.key();
-    if (auto* linear = item.value()->as<torch::nn::Linear>()) {
-      const bool writes_residual = name.ends_with(".out_proj") || name.ends_with(".down_proj");
-      linear->weight.normal_(0.0, writes_residual ? residual : kInitialDeviation);
-      if (linear->bias.defined()) linear->bias.zero_();
-    } else if (auto* embedding = item.value()->as<torch::nn::Embedding>()) {
-      embedding->weight.normal_(0.0, kInitialDeviation);
-    }
-  }
-}
+void LanguageModelImpl::reset_parameters() { initialise(*this, config_.num_layers); }
 
 at::Tensor LanguageModelImpl::forward(const at::Tensor& tokens) { return run(tokens, nullptr, nullptr, /*last_only=*/false); }
 
@@ -116,6 +50,7 @@ at::Tensor LanguageModelImpl::run(const at::Tensor& tokens, const LanguageModelS
                       config_.max_positions, ", to which learned positions reach");
     x = x + position_embedding(nn::positions_from(begin, tokens.size(1), tokens.device()));
   }
+  if (config_.position_name() == "sinusoidal") x = x + sinusoidal_positions(begin, tokens.size(1), x);
   x = torch::dropout(x, config_.dropout, is_training());
 
   nn::AttentionForwardOptions options;

@@ -53,16 +53,29 @@ void check_name(std::string_view field, const std::string& value, std::span<cons
   if (std::find(allowed.begin(), allowed.end(), value) == allowed.end()) fail(field, value, joined(allowed) + where);
 }
 
-constexpr std::array<std::string_view, 4> kAttentions{"softmax", "window", "latte", "macchiato"};
-constexpr std::array<std::string_view, 2> kNorms{"layer", "rms"};
+constexpr std::array<std::string_view, 7> kAttentions{"softmax", "window",       "latte",    "macchiato",
+                                                      "linear",  "gated_linear", "linformer"};
+constexpr std::array<std::string_view, 3> kNorms{"layer", "rms", "batch"};
+// What language models have of these: all but the last.
+template <size_t N>
+std::span<const std::string_view> choices(const std::array<std::string_view, N>& all, LanguageModelConfig::Role role) {
+  return std::span(all).first(role == LanguageModelConfig::Role::kEncoder ? N : N - 1);
+}
+
+constexpr int64_t kDecayRank = 16;  // of gated_linear
 constexpr std::array<std::string_view, 2> kMlps{"gelu", "gated"};
+
+bool HasNoPositionOfItsOwn(std::string_view attention) {
+  return attention == "linear" || attention == "gated_linear" || attention == "linformer";
+}
 
 bool HasLatents(std::string_view attention) { return attention == "latte" || attention == "macchiato"; }
 
 std::vector<std::string_view> positions_of(std::string_view attention) {
-  if (attention == "latte") return {"none", "learned", "vapor", "conv", "rg_lru"};
-  if (attention == "macchiato") return {"none", "learned", "rotary", "vapor", "conv", "rg_lru"};
-  return {"none", "learned", "rotary"};
+  if (attention == "latte") return {"none", "learned", "sinusoidal", "vapor", "conv", "rg_lru"};
+  if (attention == "macchiato") return {"none", "learned", "sinusoidal", "rotary", "vapor", "conv", "rg_lru"};
+  if (HasNoPositionOfItsOwn(attention)) return {"none", "learned", "sinusoidal"};
+  return {"none", "learned", "sinusoidal", "rotary"};
 }
 
 // One place that lists the fields, for reading and writing.
@@ -80,6 +93,8 @@ void for_each_field(Config& config, const Visit& visit) {
   visit("sinks", config.sinks);
   visit("conv_width", config.conv_width);
   visit("forget", config.forget);
+  visit("shared_latents", config.shared_latents);
+  visit("projected", config.projected);
   visit("rope_base", config.rope_base);
   visit("norm", config.norm);
   visit("mlp", config.mlp);
@@ -120,7 +135,12 @@ void read(std::string_view field, const json& value, std::optional<T>& into) {
 
 }  // namespace
 
-std::string LanguageModelConfig::position_name() const { return position.value_or(HasLatents(attention) ? "conv" : "rotary"); }
+std::string LanguageModelConfig::position_name() const {
+  if (position) return *position;
+  return HasLatents(attention) ? "conv" : HasNoPositionOfItsOwn(attention) ? "none" : "rotary";
+}
+
+int64_t LanguageModelConfig::kv_heads() const { return shared_latents ? 1 : num_kv_heads.value_or(num_heads); }
 
 bool LanguageModelConfig::forgets() const { return forget.value_or(HasLatents(attention)); }
 
@@ -132,7 +152,7 @@ int64_t LanguageModelConfig::hidden_dim() const {
 
 int64_t LanguageModelConfig::parameter_count() const {
   const auto linear = [&](int64_t in, int64_t out) { return in * out + (bias ? out : 0); };
-  const int64_t head_dim = embed_dim / num_heads, kv_heads = num_kv_heads.value_or(num_heads);
+  const int64_t head_dim = embed_dim / num_heads, kv_heads = this->kv_heads();
   const int64_t latents = num_latents.value_or(head_dim), hidden = hidden_dim();
   const int64_t kv_dim = kv_heads * head_dim;
 
@@ -145,15 +165,18 @@ int64_t LanguageModelConfig::parameter_count() const {
     if (position_name() == "conv") layer += embed_dim * (conv_width + 1);
     if (position_name() == "rg_lru") layer += 2 * linear(embed_dim, embed_dim) + embed_dim;
   }
+  if (attention == "gated_linear")
+    layer += embed_dim * kDecayRank + (kDecayRank + 1) * kv_dim + linear(embed_dim, embed_dim) + head_dim;
+  if (attention == "linformer") layer += projected * max_positions;
   layer += linear(embed_dim, hidden) * (mlp == "gated" ? 2 : 1) + linear(hidden, embed_dim);
-  const int64_t norm_size = embed_dim * (bias && norm == "layer" ? 2 : 1);
+  const int64_t norm_size = embed_dim * (bias && norm != "rms" ? 2 : 1);
   int64_t total = num_layers * (layer + 2 * norm_size) + norm_size + vocab_size * embed_dim;
   if (position_name() == "learned") total += max_positions * embed_dim;
   if (!tie_embeddings) total += vocab_size * embed_dim;
   return total;
 }
 
-void LanguageModelConfig::validate() const {
+void LanguageModelConfig::validate(Role role) const {
   check_range("vocab_size", vocab_size, 1, kLargestCount);
   check_range("num_layers", num_layers, 1, 4096);
   check_range("embed_dim", embed_dim, 1, kLargestDim);
@@ -164,14 +187,15 @@ void LanguageModelConfig::validate() const {
     check_range("num_kv_heads", *num_kv_heads, 1, kLargestDim);
     check_divides("num_kv_heads", *num_kv_heads, "num_heads", num_heads);
   }
-  check_name("attention", attention, kAttentions);
+  check_name("attention", attention, choices(kAttentions, role));
   check_name("position", position_name(), positions_of(attention), " with attention " + attention);
-  check_name("norm", norm, kNorms);
+  check_name("norm", norm, choices(kNorms, role));
   check_name("mlp", mlp, kMlps);
 
   const bool has_latents = HasLatents(attention);
   const std::string where = position_name();
-  const bool rotates_window = attention != "latte" && where != "none" && where != "learned";
+  const bool absolute = where == "none" || where == "learned" || where == "sinusoidal";
+  const bool rotates_window = attention != "latte" && !absolute;
   if ((rotates_window || where == "vapor") && head_dim % 2 != 0) {
     fail("num_heads", num_heads,
          "heads of an even size with position " + where + ", not embed_dim / num_heads = " + std::to_string(head_dim));
@@ -180,6 +204,9 @@ void LanguageModelConfig::validate() const {
   if (num_latents && !has_latents)
     fail("num_latents", *num_latents, "none with attention " + attention + ", which has no latents");
   if (forgets() && !has_latents) fail("forget", true, "false with attention " + attention + ", which has no latents");
+  if (shared_latents && !has_latents)
+    fail("shared_latents", true, "false with attention " + attention + ", which has no latents");
+  check_range("projected", projected, 1, kLargestDim);
   check_range("window", window, 1, kLargestCount);
   check_range("sinks", sinks, 0, kLargestCount);
   if (sinks > 0 && attention != "window" && attention != "macchiato") {
@@ -210,7 +237,7 @@ json LanguageModelConfig::to_json() const {
   return object;
 }
 
-LanguageModelConfig LanguageModelConfig::from_json(const json& object) {
+LanguageModelConfig LanguageModelConfig::from_json(const json& object, Role role) {
   if (!object.is_object()) throw ConfigError("model config: expected a JSON object, got " + shown(object));
   LanguageModelConfig config;
   std::vector<std::string_view> known;
@@ -224,7 +251,7 @@ LanguageModelConfig LanguageModelConfig::from_json(const json& object) {
     }
   }
   if (!object.contains("vocab_size")) throw ConfigError("model config: vocab_size is missing");
-  config.validate();
+  config.validate(role);
   return config;
 }
 

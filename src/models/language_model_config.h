@@ -22,10 +22,11 @@ struct LanguageModelConfig {
   int64_t num_heads = 6;
   std::optional<int64_t> num_kv_heads;  // num_heads unless given
 
-  std::string attention = "softmax";  // softmax | window | latte | macchiato
+  std::string attention = "softmax";  // softmax | window | latte | macchiato | linear | gated_linear; encoders: linformer
   // How the model knows where a token stands; see position_name() for what each attention takes unless given.
   //   none     nothing (a causal model still sees order)                                  every attention
   //   learned  an embedding added to the token's, up to max_positions                     every attention
+  //   sinusoidal  sines and cosines added to it (arXiv 1706.03762)                        every attention
   //   rotary   queries and keys rotated by their position                                 softmax, window, macchiato
   //   vapor    latents read rotated values                                                latte, macchiato
   //   conv     a short causal convolution before the latents' logits                      latte, macchiato
@@ -37,9 +38,13 @@ struct LanguageModelConfig {
   int64_t sinks = 0;                   // window, macchiato: first tokens that stay readable
   int64_t conv_width = 4;              // position conv
   std::optional<bool> forget;          // latte, macchiato: latents with a learned decay; see forgets()
-  double rope_base = 10000.0;          // of rotary positions
+  // latte, macchiato: the heads of a layer read the same latents, so that keys are scored once: key logits and values have a
+  // single head, whatever num_kv_heads says. The default gives every key-value head its own.
+  bool shared_latents = false;
+  int64_t projected = 64;      // linformer: keys and values that are left of a sequence
+  double rope_base = 10000.0;  // of rotary positions
 
-  std::string norm = "layer";  // layer | rms
+  std::string norm = "layer";  // layer | rms; encoders: batch
   std::string mlp = "gelu";    // gelu | gated
   double mlp_ratio = 4.0;      // see hidden_dim()
   double dropout = 0.0;
@@ -59,15 +64,18 @@ struct LanguageModelConfig {
   int64_t hidden_dim() const;
   // Parameters of the model, a tied output projection counted once; computed without building it. Takes a valid configuration.
   int64_t parameter_count() const;
+  int64_t kv_heads() const;  // key-value heads in use
 
+  // kEncoder also takes what looks at a whole sequence: attention linformer and norm batch.
+  enum class Role : uint8_t { kLanguageModel, kEncoder };
   // Throws ConfigError.
-  void validate() const;
+  void validate(Role role = Role::kLanguageModel) const;
 
   // Every field, with defaults filled in.
   nlohmann::json to_json() const;
   // Takes an object of these fields, of which only vocab_size must be there. Throws ConfigError: not an object, an unknown field,
   // a wrong type, or an impossible value.
-  static LanguageModelConfig from_json(const nlohmann::json& json);
+  static LanguageModelConfig from_json(const nlohmann::json& json, Role role = Role::kLanguageModel);
 
   bool operator==(const LanguageModelConfig&) const = default;
 };

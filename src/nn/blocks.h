@@ -11,18 +11,24 @@
 
 namespace latte::nn {
 
-enum class NormKind : uint8_t { kLayer, kRms };
+enum class NormKind : uint8_t { kLayer, kRms, kBatch };
 
-// LayerNorm or RMSNorm over the last dimension. Parameters `weight` [dim] and, for LayerNorm with bias, `bias` [dim].
+// LayerNorm or RMSNorm over the last dimension, or BatchNorm over all others. Parameters `weight` [dim] and, with bias, for all
+// but RMSNorm `bias` [dim]; BatchNorm's buffers `running_mean` and `running_var` [dim] follow training by a tenth a step.
 class NormImpl : public torch::nn::Module {
  public:
   NormImpl(NormKind kind, int64_t dim, bool bias, double eps = 1e-5);
-  at::Tensor forward(const at::Tensor& x);
+  // padding: bool, x's dimensions but the last, true = padding. BatchNorm leaves it out of its statistics; the others don't look.
+  at::Tensor forward(const at::Tensor& x, const OptionalTensor& padding = {});
 
   at::Tensor weight;
   at::Tensor bias;
+  at::Tensor running_mean;  // kBatch only
+  at::Tensor running_var;
 
  private:
+  at::Tensor batch_norm(const at::Tensor& x, const OptionalTensor& padding);
+
   NormKind kind_;
   double eps_;
 };

@@ -23,6 +23,7 @@ bool parse_line(std::string_view line, StepMetrics& metrics) {
     object.at("step").get_to(metrics.step);
     object.at("loss").get_to(metrics.loss);
     if (!object.at("val_loss").is_null()) metrics.val_loss = object.at("val_loss").get<double>();
+    if (object.contains("val_accuracy")) metrics.val_accuracy = object.at("val_accuracy").get<double>();
     object.at("lr").get_to(metrics.lr);
     object.at("grad_norm").get_to(metrics.grad_norm);
     object.at("tokens_per_second").get_to(metrics.tokens_per_second);
@@ -37,14 +38,15 @@ bool parse_line(std::string_view line, StepMetrics& metrics) {
 }  // namespace
 
 std::string to_json_line(const StepMetrics& metrics) {
-  const ordered_json object = {{"step", metrics.step},
-                               {"loss", metrics.loss},
-                               {"val_loss", metrics.val_loss ? ordered_json(*metrics.val_loss) : ordered_json(nullptr)},
-                               {"lr", metrics.lr},
-                               {"grad_norm", metrics.grad_norm},
-                               {"tokens_per_second", metrics.tokens_per_second},
-                               {"tokens", metrics.tokens},
-                               {"time", metrics.time}};
+  ordered_json object = {{"step", metrics.step},
+                         {"loss", metrics.loss},
+                         {"val_loss", metrics.val_loss ? ordered_json(*metrics.val_loss) : ordered_json(nullptr)}};
+  if (metrics.val_accuracy) object["val_accuracy"] = *metrics.val_accuracy;
+  object["lr"] = metrics.lr;
+  object["grad_norm"] = metrics.grad_norm;
+  object["tokens_per_second"] = metrics.tokens_per_second;
+  object["tokens"] = metrics.tokens;
+  object["time"] = metrics.time;
   return object.dump() + '\n';
 }
 

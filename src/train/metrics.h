@@ -13,7 +13,8 @@ namespace latte::train {
 struct StepMetrics {
   int64_t step = 0;  // counts from 1
   double loss = 0.0;
-  std::optional<double> val_loss;  // where the step ended with a validation
+  std::optional<double> val_loss;      // where the step ended with a validation
+  std::optional<double> val_accuracy;  // of a task, there too
   double lr = 0.0;
   double grad_norm = 0.0;
   double tokens_per_second = 0.0;  // of this step
@@ -21,7 +22,8 @@ struct StepMetrics {
   double time = 0.0;               // seconds of training, over all steps; validation and checkpoints don't count
 };
 
-// {"step":…,"loss":…,"val_loss":… or null,"lr":…,"grad_norm":…,"tokens_per_second":…,"tokens":…,"time":…}
+// {"step":…,"loss":…,"val_loss":… or null, of a validated task also
+// "val_accuracy":…,"lr":…,"grad_norm":…,"tokens_per_second":…,"tokens":…,"time":…}
 std::string to_json_line(const StepMetrics& metrics);
 
 // The lines of a metrics file up to the first that isn't whole, as a killed program may leave it. Throws formats::FileError.

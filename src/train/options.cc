@@ -12,12 +12,12 @@
 #include <vector>
 
 #include "formats/error.h"
-#include "train/option_fields.h"
+#include "formats/option_fields.h"
 
 namespace latte::train {
 namespace {
 
-using namespace fields;
+using namespace formats::fields;
 using nlohmann::json;
 
 // One place that lists the fields, for reading and writing.

@@ -1,20 +1,17 @@
 // What a training run is told, beside its model's configuration: as a value and as JSON (what a checkpoint's config holds).
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <nlohmann/json_fwd.hpp>
-#include <stdexcept>
 #include <string>
 
+#include "formats/error.h"
 #include "formats/vocabulary.h"
 
 namespace latte::train {
 
-// An option that can't be: one line that names it, what it holds and what it may.
-class OptionError : public std::invalid_argument {
- public:
-  using std::invalid_argument::invalid_argument;
-};
+using formats::OptionError;
 
 // The defaults train a small character model in a few minutes on two cores.
 struct TrainerOptions {
@@ -52,6 +49,9 @@ struct TrainerOptions {
 
   bool operator==(const TrainerOptions&) const = default;
 };
+
+// The fields that say how a text is read: none of a task's.
+inline constexpr std::array kTextFields = {"text", "tokens", "validation_fraction", "context"};
 
 // The learning rate of the step that follows `step` finished ones: a linear warm-up from lr / warmup to lr, then half a cosine to
 // min_lr at the last step.

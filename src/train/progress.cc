@@ -40,12 +40,14 @@ std::string ProgressLine::line_of(const StepMetrics& metrics) const {
   std::string line =
       format("step %lld/%lld  loss %.4f", static_cast<long long>(metrics.step), static_cast<long long>(steps_), loss_);
   if (val_loss_ > 0) line += format("  val %.4f", val_loss_);
+  if (val_accuracy_) line += format(" (%.1f%% right)", 100 * *val_accuracy_);
   line += format("  lr %.2e  %.0f tokens/s  ", metrics.lr, rate_);
   return line + (metrics.step < steps_ ? format_seconds(left) + " left" : "took " + format_seconds(elapsed));
 }
 
 void ProgressLine::update(const StepMetrics& metrics) {
   if (metrics.val_loss) val_loss_ = *metrics.val_loss;
+  if (metrics.val_accuracy) val_accuracy_ = metrics.val_accuracy;
   loss_ = smoothed(loss_, metrics.loss);
   rate_ = smoothed(rate_, metrics.tokens_per_second);
   if (quiet_) return;

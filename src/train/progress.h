@@ -3,6 +3,7 @@
 
 #include <chrono>
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "train/metrics.h"
@@ -34,6 +35,7 @@ class ProgressLine {
   bool terminal_;
   bool open_ = false;  // the cursor stands in a line that may be rewritten
   double val_loss_ = 0.0;
+  std::optional<double> val_accuracy_;
   double loss_ = 0.0;  // smoothed
   double rate_ = 0.0;  // tokens a second, smoothed
   Clock::time_point start_ = Clock::now();

@@ -36,17 +36,22 @@ std::optional<double> optional_number(const json& value) {
   return value.get<double>();
 }
 
-json progress_to_json(const Progress& progress) {
-  return {{"seconds", progress.seconds},
-          {"threads", progress.threads},
-          {"dtype", progress.dtype},
-          {"train_tokens", progress.train_tokens},
-          {"validation_tokens", progress.validation_tokens},
-          {"val_loss", number_or_null(progress.val_loss)},
-          {"best_val_loss", number_or_null(progress.best_val_loss)}};
+}  // namespace
+
+json Progress::to_json() const {
+  json object = {{"seconds", seconds},
+                 {"threads", threads},
+                 {"dtype", dtype},
+                 {"train_tokens", train_tokens},
+                 {"validation_tokens", validation_tokens},
+                 {"val_loss", number_or_null(val_loss)},
+                 {"best_val_loss", number_or_null(best_val_loss)},
+                 {"tokens", tokens}};
+  if (val_accuracy) object["val_accuracy"] = *val_accuracy;
+  return object;
 }
 
-Progress progress_from_json(const json& object) {
+Progress Progress::from_json(const json& object) {
   Progress progress;
   object.at("seconds").get_to(progress.seconds);
   object.at("threads").get_to(progress.threads);
@@ -55,16 +60,16 @@ Progress progress_from_json(const json& object) {
   object.at("validation_tokens").get_to(progress.validation_tokens);
   progress.val_loss = optional_number(object.at("val_loss"));
   progress.best_val_loss = optional_number(object.at("best_val_loss"));
+  if (object.contains("val_accuracy")) progress.val_accuracy = object.at("val_accuracy").get<double>();
+  if (object.contains("tokens")) object.at("tokens").get_to(progress.tokens);  // absent in older checkpoints
   return progress;
 }
-
-}  // namespace
 
 std::string TrainingRecord::to_json() const {
   const json object = {{"model", model.to_json()},
                        {"training", options.to_json()},
                        {"vocabulary", vocabulary.description()},
-                       {"progress", progress_to_json(progress)}};
+                       {"progress", progress.to_json()}};
   // A path on the command line may be any bytes.
   return object.dump(-1, ' ', /*ensure_ascii=*/false, json::error_handler_t::replace);
 }
@@ -80,7 +85,7 @@ TrainingRecord TrainingRecord::from_json(const std::string& path, const std::str
     record.model = models::LanguageModelConfig::from_json(object.at("model"));
     record.options = TrainerOptions::from_json(object.at("training"));
     record.vocabulary = formats::Vocabulary::from_description(object.at("vocabulary").get<std::string>());
-    record.progress = progress_from_json(object.at("progress"));
+    record.progress = Progress::from_json(object.at("progress"));
   } catch (const json::exception&) {
     throw formats::FormatError(path, "config isn't one of latte train: " + formats::quote(text));
   } catch (const std::invalid_argument& error) {
@@ -123,13 +128,13 @@ void load_weights(const formats::SafetensorsFile& file, models::LanguageModel& m
   for (const auto& item : model->named_parameters()) copy_from(file, "model." + item.key(), item.value().detach());
 }
 
-void check_parameter_count(const formats::SafetensorsFile& file, const models::LanguageModelConfig& config) {
+void check_parameter_count(const formats::SafetensorsFile& file, int64_t expected) {
   uint64_t count = 0;  // no overflow: the bytes lie in one file
   for (const formats::TensorView& tensor : file.tensors()) {
-    if (tensor.name.starts_with("model.")) count += tensor.data.size() / formats::size_of(tensor.dtype);
+    const bool buffer = tensor.name.ends_with(".running_mean") || tensor.name.ends_with(".running_var");
+    if (tensor.name.starts_with("model.") && !buffer) count += tensor.data.size() / formats::size_of(tensor.dtype);
   }
-  const auto expected = static_cast<uint64_t>(config.parameter_count());
-  if (count != expected) {
+  if (count != static_cast<uint64_t>(expected)) {
     throw formats::FormatError(file.path(), "the model has " + std::to_string(count) + " parameters, expected " +
                                                 std::to_string(expected) + " by its config");
   }
@@ -140,7 +145,7 @@ LoadedModel load_model(const std::string& path) {
   LoadedModel loaded;
   loaded.record = TrainingRecord::from(checkpoint);
   loaded.step = checkpoint.step();
-  check_parameter_count(checkpoint.file(), loaded.record.model);
+  check_parameter_count(checkpoint.file(), loaded.record.model.parameter_count());
   loaded.model = models::LanguageModel(loaded.record.model);
   load_weights(checkpoint.file(), loaded.model);
   loaded.model->eval();

@@ -8,6 +8,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <nlohmann/json_fwd.hpp>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -25,10 +26,16 @@ struct Progress {
   double seconds = 0.0;      // of training, over all sessions
   int64_t threads = 0;       // of the last session
   std::string dtype;         // of the last session
-  int64_t train_tokens = 0;  // of the text
+  int64_t train_tokens = 0;  // of the text; of a task, examples
   int64_t validation_tokens = 0;
   std::optional<double> val_loss;  // the last
   std::optional<double> best_val_loss;
+  std::optional<double> val_accuracy;  // of a task, the last
+  int64_t tokens = 0;                  // read over all sessions, without padding
+
+  nlohmann::json to_json() const;
+  // Throws nlohmann::json::exception.
+  static Progress from_json(const nlohmann::json& object);
 };
 
 struct TrainingRecord {
@@ -66,7 +73,7 @@ struct LoadedModel {
 // another number of parameters than its config asks for, before the model is built.
 LoadedModel load_model(const std::string& path);
 
-// Throws formats::FormatError unless the file's "model." tensors have as many elements as `config` asks for.
-void check_parameter_count(const formats::SafetensorsFile& file, const models::LanguageModelConfig& config);
+// Throws formats::FormatError unless the file's "model." tensors, buffers aside, have `expected` elements.
+void check_parameter_count(const formats::SafetensorsFile& file, int64_t expected);
 
 }  // namespace latte::train

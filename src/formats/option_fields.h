@@ -12,9 +12,8 @@
 #include <vector>
 
 #include "formats/error.h"
-#include "train/options.h"
 
-namespace latte::train::fields {
+namespace latte::formats::fields {
 
 // Products of three of these fit in 63 bits.
 constexpr int64_t kLargestSize = int64_t{1} << 20;
@@ -25,7 +24,7 @@ constexpr int64_t kLargestCount = int64_t{1} << 40;
 }
 
 inline std::string shown(const nlohmann::json& value) {
-  return formats::quote(value.dump(-1, ' ', true, nlohmann::json::error_handler_t::replace));
+  return quote(value.dump(-1, ' ', true, nlohmann::json::error_handler_t::replace));
 }
 
 inline void read(std::string_view field, const nlohmann::json& value, std::string& into) {
@@ -67,7 +66,7 @@ void read_object(std::string_view what, const nlohmann::json& object, const ForE
   });
   for (const auto& [field, value] : object.items()) {
     if (std::find(known.begin(), known.end(), field) == known.end()) {
-      throw OptionError("unknown " + std::string(what) + " " + formats::quote(field));
+      throw OptionError("unknown " + std::string(what) + " " + quote(field));
     }
   }
 }
@@ -82,4 +81,4 @@ inline void check_that(bool good, std::string_view field, double value, const st
   if (!good || !std::isfinite(value)) fail(field, nlohmann::json(value).dump(), expected);
 }
 
-}  // namespace latte::train::fields
+}  // namespace latte::formats::fields

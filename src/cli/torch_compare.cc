@@ -1,0 +1,202 @@
+// latte compare: several attentions trained alike, each run in a process and a folder of its own.
+#include <fcntl.h>
+#include <spawn.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstdio>
+#include <filesystem>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cli/torch_commands.h"
+#include "cli/torch_train.h"
+#include "formats/atomic_file.h"
+#include "formats/checkpoint.h"
+#include "formats/error.h"
+#include "formats/json_file.h"
+#include "train/compare.h"
+#include "train/interrupt.h"
+#include "train/metrics.h"
+#include "train/plot.h"
+#include "train/training_checkpoint.h"
+
+namespace latte::cli {
+namespace {
+
+using nlohmann::json;
+
+struct Options {
+  std::string config_file;
+  std::vector<std::string> attentions;
+  std::vector<double> learning_rates;
+  int64_t seeds = 0;
+  int64_t steps = 0;
+  std::string out;
+  int threads = 0;
+  bool paper = false;
+  bool json_output = false;
+  bool quiet = false;
+};
+
+std::string Dump(const json& object) { return object.dump(2, ' ', false, json::error_handler_t::replace) + "\n"; }
+
+struct ChildResult {
+  int exit_code = 0;
+  int64_t peak_memory = 0;  // bytes
+};
+
+// Runs this program with `arguments`, its output in `output`.
+ChildResult RunChild(const std::vector<std::string>& arguments, const std::string& output) {
+  std::vector<char*> argv;
+  for (const std::string& argument : arguments) argv.push_back(const_cast<char*>(argument.c_str()));
+  argv.push_back(nullptr);
+  posix_spawn_file_actions_t actions;
+  posix_spawn_file_actions_init(&actions);
+  posix_spawn_file_actions_addopen(&actions, STDOUT_FILENO, output.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0666);
+  pid_t child = 0;
+  const int error = posix_spawn(&child, "/proc/self/exe", &actions, nullptr, argv.data(), environ);
+  posix_spawn_file_actions_destroy(&actions);
+  if (error != 0) throw formats::FileError("run", "/proc/self/exe", error);
+  int status = 0;
+  struct rusage usage = {};
+  while (wait4(child, &status, 0, &usage) < 0) {
+    if (errno != EINTR) throw formats::FileError("wait for", arguments.front(), errno);
+  }
+  return {WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status), int64_t{usage.ru_maxrss} * 1024};
+}
+
+class Runs {
+ public:
+  Runs(const Options& options, std::string out) : options_(options), out_(std::move(out)) {}
+
+  json operator()(const train::CompareRun& run) const {
+    const std::string folder = out_ + "/" + run.name, report_path = folder + "/report.json";
+    if (std::filesystem::exists(report_path)) {
+      json report = formats::read_json_object(report_path);
+      if (report.value("config", json()) != run.config) {
+        throw formats::FormatError(report_path, "comes from another configuration: remove the folder or name another with --out");
+      }
+      Note(run.name + ": finished already");
+      return report;
+    }
+    std::filesystem::create_directories(folder);
+    const std::string config_path = folder + "/compare-config.json", output = folder + "/compare-output.json";
+    formats::write_file(config_path, Dump(run.config));
+    std::vector<std::string> arguments = {"latte", "train", "--config", config_path, "--out", folder, "--json"};
+    if (options_.threads > 0) arguments.insert(arguments.end(), {"--threads", std::to_string(options_.threads)});
+    if (options_.quiet) arguments.emplace_back("--quiet");
+    if (const std::string checkpoint = train::checkpoint_path(folder); std::filesystem::exists(checkpoint)) {
+      // A text's run that ended before its report was written has nothing left to go on with.
+      const auto steps = run.config.at("training").value("steps", train::TrainerOptions().steps);
+      const bool over = !run.config.contains("task") && formats::CheckpointFile(checkpoint).step() >= steps;
+      arguments.emplace_back(over ? "--overwrite" : "--resume");
+    }
+    Note(run.name);
+    const ChildResult child = RunChild(arguments, output);
+    if (child.exit_code == train::InterruptGuard::kExitCode || train::InterruptGuard::interrupted()) return nullptr;
+    if (child.exit_code != 0) {
+      throw std::runtime_error(run.name + " ended with exit code " + std::to_string(child.exit_code) + ": latte train --config " +
+                               config_path + " shows why");
+    }
+    json report = formats::read_json_object(output);
+    report["config"] = run.config;
+    report["peak_memory"] = child.peak_memory;
+    formats::write_file(report_path, Dump(report));
+    std::filesystem::remove(output);
+    return report;
+  }
+
+ private:
+  void Note(const std::string& text) const {
+    if (!options_.quiet) std::fprintf(stderr, "%s\n", text.c_str());
+  }
+
+  const Options& options_;
+  std::string out_;
+};
+
+int Compare(const Options& options) {
+  json config = ReadTrainConfig(options.config_file, options.paper);
+  train::CompareOptions compare;
+  std::string out = options.out;
+  json result;
+  try {
+    compare = train::CompareOptions::from_json(config.value("compare", json::object()));
+    if (!options.attentions.empty()) {
+      compare.entries.clear();
+      for (const std::string& text : options.attentions) compare.entries.push_back(train::CompareOptions::parse_entry(text));
+    }
+    if (!options.learning_rates.empty()) compare.learning_rates = options.learning_rates;
+    if (options.seeds > 0) compare.seeds = options.seeds;
+    if (options.steps > 0) config["training"]["steps"] = options.steps;
+    if (out.empty()) out = "runs/compare-" + std::filesystem::path(options.config_file).stem().string();
+    const train::InterruptGuard interrupt;
+    result = train::compare(config, compare, Runs(options, out));
+  } catch (const std::invalid_argument& error) {  // OptionError, ConfigError
+    const std::string located = LocatedMessage(options.config_file, error.what());
+    throw CLI::ValidationError("compare", located == error.what() ? located : options.config_file + ": " + located);
+  }
+  if (result.is_null()) {
+    std::fprintf(stderr, "interrupted and saved: the same command goes on\n");
+    return train::InterruptGuard::kExitCode;
+  }
+  const std::string table = train::comparison_table(result);
+  result["config"] = config;
+  formats::write_file(out + "/compare.json", Dump(result));
+  formats::write_file(out + "/compare.md", table);
+  std::vector<train::Curve> curves;
+  for (const json& entry : result.at("entries")) {
+    const std::string metrics = out + "/" + entry.at("runs").front().get<std::string>() + "/metrics.jsonl";
+    if (std::filesystem::exists(metrics)) curves.push_back({entry.at("title").get<std::string>(), train::read_metrics(metrics)});
+  }
+  if (const std::string problem = train::plot_losses(curves, out + "/loss"); !problem.empty() && !options.quiet) {
+    std::fprintf(stderr, "latte: %s\n", problem.c_str());
+  }
+  std::fputs(options.json_output ? Dump(result).c_str() : table.c_str(), stdout);
+  return 0;
+}
+
+}  // namespace
+
+void AddCompare(CLI::App& app, int& exit_code) {
+  auto options = std::make_shared<Options>();
+  CLI::App* command = app.add_subcommand("compare", "Train several attentions alike and compare them");
+  command->add_option("config", options->config_file, "A configuration of latte train, with the field compare or --attention")
+      ->required()
+      ->type_name("CONFIG");
+  command
+      ->add_option("--attention", options->attentions,
+                   "Attentions, with fields of the model after colons: softmax,latte,latte:num_latents=8:shared_latents=true")
+      ->delimiter(',')
+      ->type_name("NAME,…");
+  command->add_option("--seeds", options->seeds, "Runs of each attention at its best learning rate; by default 3")
+      ->check(CLI::Range(int64_t{1}, int64_t{1000}));
+  command->add_option("--lr", options->learning_rates, "Learning rates that each attention tries; by default the configuration's")
+      ->delimiter(',')
+      ->type_name("LR,…");
+  command->add_option("--steps", options->steps, "Steps of a run, in place of the configuration's")
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 40));
+  command
+      ->add_option("--out", options->out,
+                   "The folder of all runs, compare.json, compare.md and loss.svg; by default runs/compare-CONFIG")
+      ->type_name("FOLDER");
+  command->add_option("--threads", options->threads, "Threads of a run; by default torch's choice")->check(CLI::Range(1, 4096));
+  command->add_flag("--paper", options->paper,
+                    "The published settings that the configuration records, in place of the small ones");
+  command->add_flag("--json", options->json_output, "Print the result as JSON");
+  command->add_flag("--quiet", options->quiet, "No progress");
+  command->footer(
+      "Every attention gets the same data, steps, learning rates to try and, by its MLP's size, number of parameters. Ctrl-C "
+      "saves; the\n"
+      "same command goes on, and what is finished isn't run again.\n\n"
+      "Examples:\n"
+      "  latte compare configs/listops.json --attention softmax,latte --seeds 3\n"
+      "  latte compare configs/recall.json --attention latte:num_latents=8,latte:num_latents=32,macchiato:window=16");
+  command->callback([options, &exit_code] { exit_code = Compare(*options); });
+}
+
+}  // namespace latte::cli

@@ -1,0 +1,40 @@
+// What latte train's two kinds share: a language model on a text, and an encoder on a task.
+#pragma once
+
+#include <nlohmann/json.hpp>
+#include <string>
+
+#include "train/run.h"
+
+namespace latte::cli {
+
+struct TrainRequest {
+  nlohmann::json model = nlohmann::json::object();     // fields that the command line or the configuration names
+  nlohmann::json training = nlohmann::json::object();  // of train::TrainerOptions
+  nlohmann::json task = nlohmann::json::object();      // of TaskOptions
+  train::RunOptions run;
+  bool resume = false;
+};
+
+// Lays `over` over `under`, field by field.
+void MergeFields(nlohmann::json& under, const nlohmann::json& over);
+
+// A tenth of whichever learning rate was named is min_lr, unless it was named as well.
+void FillMinLr(nlohmann::json& training);
+
+nlohmann::json ReportOf(const train::RunResult& result);
+
+// A configuration file of latte train and latte compare: model, training, task; `paper` holds the published settings, such an
+// object as well, which are laid over the rest with `paper`. Throws formats::FormatError, with the line.
+nlohmann::json ReadTrainConfig(const std::string& path, bool paper);
+
+// `message`, and where `config` names the field that it is about: "configs/x.json: line 7: …". `path` may be empty.
+std::string LocatedMessage(const std::string& path, const std::string& message);
+
+// Whether a folder holds a run of --task.
+bool IsTaskRun(const std::string& out);
+
+// Trains on a task; returns ReportOf() with the splits' results beside. Throws as start_task_run and resume_task_run do.
+nlohmann::json TrainTask(const TrainRequest& request, train::RunResult& result);
+
+}  // namespace latte::cli

@@ -1,0 +1,97 @@
+// Labelled sequences to train on: what every task's generator or loader makes, and batches of it.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace latte {
+
+enum class TaskKind : uint8_t {
+  kClassify,  // a sequence has a label
+  kPairs,     // two sequences have a label: sequences 2 i and 2 i + 1 are example i
+  kTokens,    // some tokens of a sequence have a target, a token
+};
+
+std::string_view to_string(TaskKind kind);  // classify | pairs | tokens
+
+// One split. All tensors contiguous, on the CPU.
+struct TaskExamples {
+  at::Tensor tokens;   // uint8 or int32 [total], sequence after sequence
+  at::Tensor offsets;  // int64 [sequences + 1]: where each begins in `tokens`, and the end of the last
+  at::Tensor labels;   // int32 [examples]; undefined for kTokens
+  at::Tensor targets;  // kTokens: int32 [total], kNoTarget where nothing is asked
+
+  int64_t sequences() const { return offsets.size(0) - 1; }
+};
+
+constexpr int64_t kNoTarget = -1;
+
+struct TaskBatch {
+  at::Tensor tokens;                  // int64 [B, T]; kPairs: [2 B, T]
+  std::optional<at::Tensor> padding;  // bool [B, T], true = padding, which is at the end; none where there is none
+  at::Tensor targets;                 // int64 [B], or for kTokens [B, T] with kNoTarget
+  int64_t real_tokens = 0;            // without padding
+};
+
+struct TaskData {
+  std::string name;
+  TaskKind kind = TaskKind::kClassify;
+  int64_t vocab_size = 0;
+  int64_t num_classes = 0;                                  // of labels; for kTokens vocab_size
+  std::map<std::string, TaskExamples, std::less<>> splits;  // train, validation and any to test on
+
+  int64_t examples(const TaskExamples& split) const { return split.sequences() / (kind == TaskKind::kPairs ? 2 : 1); }
+  int64_t longest() const;  // sequence, in tokens
+  // Of a split: the share of the most frequent label (kTokens: of all targets), what a model that has learnt nothing gets.
+  double majority_share(const TaskExamples& split) const;
+
+  // Throws formats::FormatError, in the name of `path`, for whatever doesn't fit: offsets that don't grow or leave the tokens,
+  // an empty sequence, a token, label or target out of range, a split without examples.
+  void check(const std::string& path) const;
+
+  // Throws std::invalid_argument for an example that isn't there.
+  TaskBatch batch(const TaskExamples& split, std::span<const int64_t> examples) const;
+};
+
+// Collects sequences into a split.
+class TaskBuilder {
+ public:
+  // `wide`: tokens beyond 255.
+  explicit TaskBuilder(bool wide = false) : wide_(wide) {}
+  void add(std::span<const int32_t> tokens, int32_t label);                     // kClassify, kPairs (each of the two)
+  void add(std::span<const int32_t> tokens, std::span<const int32_t> targets);  // kTokens
+  void add_bytes(std::string_view bytes);                                       // a sequence without a label
+  void add_label(int32_t label) { labels_.push_back(label); }
+  TaskExamples finish();
+
+ private:
+  bool wide_;
+  std::vector<uint8_t> narrow_tokens_;
+  std::vector<int32_t> wide_tokens_, labels_, targets_;
+  std::vector<int64_t> offsets_{0};
+};
+
+// Examples in the order of training: each epoch is a permutation that depends on the seed and the epoch alone, so that training
+// goes on by going on with the next number.
+class EpochOrder {
+ public:
+  EpochOrder(int64_t examples, uint64_t seed) : examples_(examples), seed_(seed) {}
+  // The `count` examples from number `begin` on, over epochs.
+  std::vector<int64_t> take(int64_t begin, int64_t count);
+
+ private:
+  int64_t examples_;
+  uint64_t seed_;
+  int64_t epoch_ = -1;
+  std::vector<int64_t> order_;
+};
+
+}  // namespace latte

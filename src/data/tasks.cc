@@ -1,0 +1,63 @@
+#include "data/tasks.h"
+
+#include <filesystem>
+#include <nlohmann/json.hpp>
+
+#include "data/task_file.h"
+
+namespace latte {
+namespace {
+
+TaskData make(const TaskOptions& options) {
+  if (options.name == "listops") return make_listops(options);
+  if (options.name == "pathfinder") return make_pathfinder(options);
+  if (options.name == "associative_recall") return make_associative_recall(options);
+  if (options.name == "selective_copying") return make_selective_copying(options);
+  if (options.name == "needle") return make_needle(options);
+  throw formats::OptionError("task " + options.name + " can't be made");
+}
+
+TaskData read(const TaskOptions& options) {
+  if (options.name == "text") return read_labelled_text(options);
+  if (options.name == "retrieval") return read_retrieval(options);
+  if (options.name == "image") return read_images(options);
+  throw formats::OptionError("task " + options.name + " can't be read");
+}
+
+// Where the file lies is no part of what it holds.
+nlohmann::json recipe_of(const TaskOptions& options) {
+  auto object = options.to_json();
+  object.erase("data");
+  return object;
+}
+
+}  // namespace
+
+TaskData load_task(const TaskOptions& options) {
+  options.validate();
+  if (!is_generated(options.name)) {
+    TaskData data = read(options);
+    data.check(options.data);
+    return data;
+  }
+  if (options.data.empty()) return make(options);
+  if (!std::filesystem::exists(options.data)) {
+    const TaskData data = make(options);
+    if (const auto folder = std::filesystem::path(options.data).parent_path(); !folder.empty()) {
+      std::filesystem::create_directories(folder);
+    }
+    write_task(options.data, data, recipe_of(options).dump());
+  }
+  TaskFile file = read_task(options.data);
+  const auto found = nlohmann::json::parse(file.options), wanted = recipe_of(options);
+  for (const auto& [field, value] : wanted.items()) {
+    if (!found.contains(field) || found.at(field) != value) {
+      throw formats::FormatError(options.data, "its examples were made with " + field + " " +
+                                                   (found.contains(field) ? formats::quote(found.at(field).dump()) : "unknown") +
+                                                   ", not " + value.dump() + ": remove it or name another file");
+    }
+  }
+  return std::move(file.data);
+}
+
+}  // namespace latte

@@ -1,0 +1,112 @@
+#include "models/parts.h"
+
+#include <cmath>
+#include <numbers>
+#include <string>
+
+#include "nn/linear_attention.h"
+#include "nn/softmax_attention.h"
+
+namespace latte::models {
+namespace {
+
+constexpr double kInitialDeviation = 0.02;
+
+}  // namespace
+
+std::shared_ptr<nn::AttentionImpl> make_attention(const LanguageModelConfig& config) {
+  const std::string position = config.position_name();
+  const bool absolute = position == "none" || position == "learned" || position == "sinusoidal";
+  if (config.attention == "latte" || config.attention == "macchiato") {
+    nn::MacchiatoAttentionOptions options;
+    options.embed_dim = config.embed_dim;
+    options.num_heads = config.num_heads;
+    options.dropout = config.dropout;
+    options.bias = config.bias;
+    options.batch_first = true;
+    options.num_latents = config.num_latents;
+    options.num_kv_heads = config.kv_heads();
+    if (!absolute && position != "rotary") options.position = nn::parse_latent_position(position);
+    options.conv_width = config.conv_width;
+    options.forget = config.forgets();
+    if (config.attention == "latte") return std::make_shared<nn::LatteAttentionImpl>(options);
+    options.window = config.window;
+    options.sinks = config.sinks;
+    options.rope = !absolute;
+    options.rope_base = config.rope_base;
+    return std::make_shared<nn::MacchiatoAttentionImpl>(options);
+  }
+  if (config.attention == "linear" || config.attention == "gated_linear") {
+    nn::LinearAttentionOptions options;
+    options.embed_dim = config.embed_dim;
+    options.num_heads = config.num_heads;
+    options.dropout = config.dropout;
+    options.bias = config.bias;
+    options.batch_first = true;
+    options.num_kv_heads = config.num_kv_heads;
+    options.kind = config.attention == "linear" ? nn::LinearKind::kNormalised : nn::LinearKind::kGated;
+    return std::make_shared<nn::LinearAttentionImpl>(options);
+  }
+  if (config.attention == "linformer") {
+    nn::LinformerAttentionOptions options;
+    options.embed_dim = config.embed_dim;
+    options.num_heads = config.num_heads;
+    options.dropout = config.dropout;
+    options.bias = config.bias;
+    options.batch_first = true;
+    options.max_positions = config.max_positions;
+    options.projected = config.projected;
+    return std::make_shared<nn::LinformerAttentionImpl>(options);
+  }
+  nn::SoftmaxAttentionOptions options;
+  options.embed_dim = config.embed_dim;
+  options.num_heads = config.num_heads;
+  options.dropout = config.dropout;
+  options.bias = config.bias;
+  options.batch_first = true;
+  options.num_kv_heads = config.num_kv_heads;
+  options.rope = !absolute;
+  options.rope_base = config.rope_base;
+  if (config.attention == "window") {
+    options.window = config.window;
+    options.sinks = config.sinks;
+  }
+  return std::make_shared<nn::SoftmaxAttentionImpl>(options);
+}
+
+nn::BlockOptions block_options(const LanguageModelConfig& config) {
+  nn::BlockOptions block;
+  block.embed_dim = config.embed_dim;
+  block.hidden_dim = config.hidden_dim();
+  block.norm = config.norm == "batch" ? nn::NormKind::kBatch : config.norm == "rms" ? nn::NormKind::kRms : nn::NormKind::kLayer;
+  block.mlp = config.mlp == "gated" ? nn::MlpKind::kGated : nn::MlpKind::kGelu;
+  block.bias = config.bias;
+  block.dropout = config.dropout;
+  return block;
+}
+
+void initialise(torch::nn::Module& model, int64_t num_layers) {
+  torch::NoGradGuard no_grad;
+  const double residual = kInitialDeviation / std::sqrt(2.0 * static_cast<double>(num_layers));
+  for (const auto& item : model.named_modules("", /*include_self=*/false)) {
+    const auto& name = item.key();
+    if (auto* linear = item.value()->as<torch::nn::Linear>()) {
+      const bool writes_residual = name.ends_with(".out_proj") || name.ends_with(".down_proj");
+      linear->weight.normal_(0.0, writes_residual ? residual : kInitialDeviation);
+      if (linear->bias.defined()) linear->bias.zero_();
+    } else if (auto* embedding = item.value()->as<torch::nn::Embedding>()) {
+      embedding->weight.normal_(0.0, kInitialDeviation);
+    }
+  }
+}
+
+at::Tensor sinusoidal_positions(int64_t begin, int64_t time, const at::Tensor& like) {
+  const int64_t dim = like.size(-1), pairs = (dim + 1) / 2;
+  const auto rates = torch::exp(torch::arange(pairs, torch::kFloat64) * (-2.0 * std::log(10000.0) / static_cast<double>(dim)));
+  const auto angles = torch::arange(begin, begin + time, torch::kFloat64).unsqueeze(1) * rates;
+  // Waves of amplitude 1 would drown the tokens.
+  const auto waves = torch::stack({angles.sin(), angles.cos()}, -1).flatten(1).slice(1, 0, dim);
+  return (waves * (kInitialDeviation * std::numbers::sqrt2)).to(like.options());
+}
+
+}  // namespace latte::models

@@ -1,0 +1,128 @@
+#include "nn/linear_attention.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <vector>
+
+namespace latte::nn {
+namespace {
+
+at::Tensor randn(std::vector<int64_t> shape) { return torch::randn(shape, torch::kFloat64); }
+
+// The recurrence, a token at a time.
+at::Tensor by_recurrence(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& log_decay) {
+  auto state = torch::zeros({q.size(0), q.size(1), q.size(3), v.size(3)}, q.options());
+  std::vector<at::Tensor> outs;
+  for (int64_t t = 0; t < q.size(2); ++t) {
+    if (log_decay.defined()) state = state * log_decay.select(2, t).exp().unsqueeze(-1);
+    state = state + k.select(2, t).unsqueeze(-1) * v.select(2, t).unsqueeze(-2);
+    outs.push_back(at::matmul(q.select(2, t).unsqueeze(-2), state).squeeze(-2));
+  }
+  return torch::stack(outs, 2);
+}
+
+TEST(LinearAttention, ChunksAreTheRecurrenceWithAndWithoutDecay) {
+  torch::manual_seed(1);
+  for (const int64_t time : {1, 31, 32, 33, 100}) {
+    const auto q = randn({2, 3, time, 4}), k = randn({2, 3, time, 4}), v = randn({2, 3, time, 5});
+    const at::Tensor gentle = -torch::rand({2, 3, time, 4}, torch::kFloat64) * 0.1, strong = gentle * 40;
+    for (const at::Tensor& decay : {at::Tensor(), gentle, strong}) {
+      at::Tensor state;
+      const auto out = decayed_linear_attention(q, k, v, decay, state);
+      EXPECT_TRUE(torch::allclose(out, by_recurrence(q, k, v, decay), 1e-9, 1e-9)) << time;
+    }
+  }
+}
+
+TEST(LinearAttention, TheFastestDecayStaysFinite) {
+  const auto q = torch::ones({1, 1, 64, 2}), k = torch::ones({1, 1, 64, 2}), v = torch::ones({1, 1, 64, 2});
+  at::Tensor state;
+  const auto out = decayed_linear_attention(q, k, v, torch::full({1, 1, 64, 2}, -5.0), state);
+  // 2 Σ e^(-5 n): the last token, almost alone.
+  EXPECT_TRUE(torch::allclose(out.select(2, 63), torch::full({1, 1, 2}, 2.0 / (1.0 - std::exp(-5.0))), 1e-5));
+}
+
+TEST(LinearAttention, NormalisedIsAWeightedMeanOverWhatIsThere) {
+  torch::manual_seed(2);
+  LinearAttentionOptions options;
+  options.embed_dim = 8;
+  options.num_heads = 2;
+  options.batch_first = true;
+  LinearAttention attention(options);
+  attention->to(torch::kFloat64);
+  const auto x = randn({2, 9, 8});
+  const auto padding = torch::zeros({2, 9}, torch::kBool);
+  padding.slice(1, 6).fill_(true);
+  for (const bool causal : {false, true}) {
+    const auto got = attention->forward(x, {.key_padding_mask = padding, .is_causal = causal}).out;
+    const auto phi = [&](Linear& proj) { return 1 + torch::elu(proj(x)).view({2, 9, 2, 4}).transpose(1, 2); };
+    auto weights = at::matmul(phi(attention->query_proj), phi(attention->key_proj).transpose(2, 3));
+    weights = weights.masked_fill(padding.view({2, 1, 1, 9}), 0);
+    if (causal) weights = weights.tril();
+    weights = weights / weights.sum(-1, true);
+    const auto v = attention->value_proj(x).view({2, 9, 2, 4}).transpose(1, 2);
+    const auto expected = attention->out_proj(at::matmul(weights, v).transpose(1, 2).flatten(2));
+    EXPECT_TRUE(torch::allclose(got, expected, 1e-9, 1e-9)) << causal;
+    // The same without the padding there.
+    const auto shorter = attention->forward(x.slice(1, 0, 6), {.is_causal = causal}).out;
+    EXPECT_TRUE(torch::allclose(got.slice(1, 0, 6), shorter, 1e-9, 1e-9)) << causal;
+  }
+}
+
+TEST(LinearAttention, PiecesGiveTheWhole) {
+  torch::manual_seed(3);
+  for (const auto kind : {LinearKind::kNormalised, LinearKind::kGated}) {
+    LinearAttentionOptions options;
+    options.embed_dim = 8;
+    options.num_heads = 4;
+    options.num_kv_heads = 2;
+    options.batch_first = true;
+    options.kind = kind;
+    LinearAttention attention(options);
+    attention->to(torch::kFloat64);
+    const auto x = randn({2, 40, 8});
+    const auto whole = attention->forward(x, {.is_causal = true}).out;
+    AttentionForwardOptions next{.is_causal = true, .output_state = true};
+    std::vector<at::Tensor> pieces;
+    for (const auto& piece : {x.slice(1, 0, 7), x.slice(1, 7, 8), x.slice(1, 8)}) {
+      auto result = attention->forward(piece, next);
+      pieces.push_back(result.out);
+      next.state = result.state;
+    }
+    EXPECT_TRUE(torch::allclose(torch::cat(pieces, 1), whole, 1e-9, 1e-9));
+    EXPECT_EQ(next.state->position, 40);
+  }
+  LinearAttention gated(LinearAttentionOptions{.embed_dim = 8, .num_heads = 2, .batch_first = true, .kind = LinearKind::kGated});
+  EXPECT_THROW(gated->forward(torch::randn({1, 3, 8})), c10::ValueError);
+}
+
+TEST(Linformer, ReadsProjectedKeysAndNoPadding) {
+  torch::manual_seed(4);
+  LinformerAttentionOptions options;
+  options.embed_dim = 8;
+  options.num_heads = 2;
+  options.batch_first = true;
+  options.max_positions = 10;
+  options.projected = 3;
+  LinformerAttention attention(options);
+  attention->to(torch::kFloat64);
+  const auto x = randn({2, 10, 8});
+  const auto padding = torch::zeros({2, 10}, torch::kBool);
+  padding.slice(1, 7).fill_(true);
+  const auto padded = attention->forward(x, {.key_padding_mask = padding}).out;
+  const auto shorter = attention->forward(x.slice(1, 0, 7)).out;
+  EXPECT_TRUE(torch::allclose(padded.slice(1, 0, 7), shorter, 1e-9, 1e-9));
+
+  const auto heads = [](const at::Tensor& y) { return y.view({2, -1, 2, 4}).transpose(1, 2); };
+  const auto map = attention->position_proj;
+  const auto k = heads(at::matmul(map, attention->key_proj(x))), v = heads(at::matmul(map, attention->value_proj(x)));
+  const auto weights = (at::matmul(heads(attention->query_proj(x)), k.transpose(2, 3)) / 2.0).softmax(-1);
+  const auto expected = attention->out_proj(at::matmul(weights, v).transpose(1, 2).flatten(2));
+  EXPECT_TRUE(torch::allclose(attention->forward(x).out, expected, 1e-9, 1e-9));
+  EXPECT_THROW(attention->forward(x, {.is_causal = true}), c10::ValueError);
+  EXPECT_THROW(attention->forward(randn({1, 11, 8})), c10::ValueError);
+}
+
+}  // namespace
+}  // namespace latte::nn

@@ -1,0 +1,256 @@
+#include "train/compare.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+
+#include "formats/option_fields.h"
+#include "models/encoder.h"
+#include "models/language_model_config.h"
+#include "train/options.h"
+
+namespace latte::train {
+namespace {
+
+using formats::fields::check_range;
+using formats::fields::check_that;
+using formats::fields::fail;
+using formats::fields::read_object;
+using nlohmann::json;
+
+constexpr double kMostDifference = 0.05;
+
+std::string number(double value, const char* pattern) {
+  char text[32];
+  std::snprintf(text, sizeof text, pattern, value);
+  return text;
+}
+
+// Letters, digits, dots and dashes of a title.
+std::string file_name(const std::string& title) {
+  std::string name;
+  for (const char c : title) {
+    const bool plain = std::isalnum(static_cast<unsigned char>(c)) != 0 || c == '.' || c == '_';
+    if (plain) {
+      name += c;
+    } else if (!name.empty() && name.back() != '-') {
+      name += '-';
+    }
+  }
+  return name;
+}
+
+// What a run is judged by, the larger the better.
+double validation_of(const json& report, bool task) {
+  const json value = report.value(task ? "val_accuracy" : "val_loss", json());
+  if (!value.is_number()) throw OptionError("a comparison needs a validation: the run has none");
+  return task ? value.get<double>() : -value.get<double>();
+}
+
+double metric_of(const json& report, bool task) {
+  if (!task) return report.at("val_loss").get<double>();
+  const json& splits = report.at("splits");
+  return splits.at(splits.contains("test") ? "test" : "validation").at("accuracy").get<double>();
+}
+
+double mean_of(const std::vector<double>& values) {
+  double sum = 0.0;
+  for (const double value : values) sum += value;
+  return sum / static_cast<double>(values.size());
+}
+
+json summary_of(const std::string& title, const std::vector<json>& reports, bool task) {
+  std::vector<double> values, losses, seconds, rates;
+  double memory = 0.0;
+  for (const json& report : reports) {
+    values.push_back(metric_of(report, task));
+    losses.push_back(report.at("val_loss").get<double>());
+    seconds.push_back(report.at("seconds").get<double>());
+    rates.push_back(report.at("tokens").get<double>() / std::max(seconds.back(), 1e-9));
+    memory = std::max(memory, report.value("peak_memory", 0.0));
+  }
+  const double mean = mean_of(values);
+  double squares = 0.0;
+  for (const double value : values) squares += (value - mean) * (value - mean);
+  const auto count = static_cast<double>(values.size());
+  return {{"title", title},
+          {"parameters", reports.front().at("parameters")},
+          {"values", values},
+          {"mean", mean},
+          {"least", *std::min_element(values.begin(), values.end())},
+          {"most", *std::max_element(values.begin(), values.end())},
+          {"deviation", values.size() > 1 ? std::sqrt(squares / (count - 1)) : 0.0},
+          {"val_loss", mean_of(losses)},
+          {"seconds", mean_of(seconds)},
+          {"tokens_per_second", mean_of(rates)},
+          {"peak_memory", memory}};
+}
+
+}  // namespace
+
+CompareEntry CompareOptions::parse_entry(const std::string& text) {
+  CompareEntry entry{text, json::object()};
+  for (size_t begin = 0; begin <= text.size();) {
+    const size_t end = std::min(text.find(':', begin), text.size());
+    const std::string part = text.substr(begin, end - begin);
+    const size_t equals = part.find('=');
+    if (begin == 0) {
+      if (part.empty() || equals != std::string::npos) fail("attention", formats::quote(text), "NAME or NAME:FIELD=VALUE…");
+      entry.model["attention"] = part;
+    } else {
+      if (equals == std::string::npos || equals == 0) fail("attention", formats::quote(text), "NAME or NAME:FIELD=VALUE…");
+      json value = json::parse(part.substr(equals + 1), nullptr, /*allow_exceptions=*/false);
+      entry.model[part.substr(0, equals)] = value.is_discarded() ? json(part.substr(equals + 1)) : value;
+    }
+    begin = end + 1;
+  }
+  return entry;
+}
+
+CompareOptions CompareOptions::from_json(const json& object) {
+  CompareOptions options;
+  std::vector<std::string> attentions;
+  read_object("comparison's field", object, [&](const auto& visit) {
+    visit("attentions", attentions);
+    visit("seeds", options.seeds);
+    visit("learning_rates", options.learning_rates);
+    visit("match_parameters", options.match_parameters);
+  });
+  for (const std::string& text : attentions) options.entries.push_back(parse_entry(text));
+  return options;
+}
+
+void CompareOptions::validate() const {
+  if (entries.empty()) throw OptionError("attentions is empty, expected at least one");
+  check_range("seeds", seeds, 1, 1000);
+  for (const double lr : learning_rates) check_that(lr > 0, "learning_rates", lr, "positive numbers");
+  for (size_t i = 0; i < entries.size(); ++i) {
+    for (size_t j = 0; j < i; ++j) {
+      if (entries[i].title == entries[j].title)
+        throw OptionError("attentions has " + formats::quote(entries[i].title) + " twice");
+    }
+  }
+}
+
+int64_t parameters_of(const json& fields, bool task) {
+  json model = fields;
+  model["vocab_size"] = 1;
+  if (!task) return models::LanguageModelConfig::from_json(model).parameter_count();
+  model["num_outputs"] = 1;
+  return models::EncoderConfig::from_json(model).parameter_count();
+}
+
+json match_parameters(json model, bool task, int64_t parameters, const std::string& title) {
+  const double before = model.value("mlp_ratio", 4.0);
+  const int64_t ours = parameters_of(model, task);
+  json doubled = model;
+  doubled["mlp_ratio"] = before * 2;
+  // Linear in the MLP's size.
+  const double slope = static_cast<double>(parameters_of(doubled, task) - ours) / before;
+  const double ratio = before + static_cast<double>(parameters - ours) / slope;
+  if (ours != parameters && ratio > 0) model["mlp_ratio"] = ratio;
+  const int64_t found = parameters_of(model, task);
+  if (std::abs(static_cast<double>(found - parameters)) > kMostDifference * static_cast<double>(parameters)) {
+    throw OptionError(title + " has " + std::to_string(found) +
+                      " parameters, which its MLP can't bring within 5% of the first's " + std::to_string(parameters));
+  }
+  return model;
+}
+
+json compare(const json& config, const CompareOptions& options, const CompareRunner& run) {
+  options.validate();
+  const bool task = config.contains("task");
+  const json training = config.value("training", json::object());
+  const json base_model = config.value("model", json::object());
+  std::vector<double> rates = options.learning_rates;
+  if (rates.empty()) rates.push_back(training.value("lr", TrainerOptions().lr));
+  const auto first_seed = training.value("seed", TrainerOptions().seed);
+
+  const auto model_of = [&](const CompareEntry& entry) {
+    json model = base_model;
+    // What suits one attention may not exist for another.
+    const std::string attention = entry.model.at("attention");
+    const bool latents = attention == "latte" || attention == "macchiato";
+    for (const char* field : {"num_latents", "shared_latents", "forget"}) {
+      if (!latents) model.erase(field);
+    }
+    if (attention != "window" && attention != "macchiato") model.erase("sinks");
+    for (const auto& [field, value] : entry.model.items()) model[field] = value;
+    return model;
+  };
+  const int64_t parameters = parameters_of(model_of(options.entries.front()), task);
+  // All of them, before the first one trains.
+  std::vector<json> models;
+  for (const CompareEntry& entry : options.entries) {
+    const json model = model_of(entry);
+    models.push_back(options.match_parameters ? match_parameters(model, task, parameters, entry.title) : model);
+  }
+
+  json entries = json::array();
+  for (size_t i = 0; i < options.entries.size(); ++i) {
+    const auto train = [&](double lr, int64_t seed) {
+      json run_config = config;
+      run_config.erase("compare");
+      run_config.erase("about");
+      run_config["model"] = models[i];
+      json& fields = run_config["training"];
+      fields["lr"] = lr;
+      if (!fields.contains("min_lr") || rates.size() > 1) fields["min_lr"] = lr / 10;
+      fields["seed"] = seed;
+      return CompareRun{file_name(options.entries[i].title) + "-lr" + json(lr).dump() + "-seed" + std::to_string(seed),
+                        run_config};
+    };
+    json sweep = json::array(), names = json::array();
+    std::vector<json> reports;
+    double best = 0.0;
+    for (const double lr : rates) {
+      const CompareRun first = train(lr, first_seed);
+      json report = run(first);
+      if (report.is_null()) return nullptr;
+      const double value = validation_of(report, task);
+      sweep.push_back({{"lr", lr}, {"value", std::abs(value)}});
+      if (reports.empty() || value > validation_of(reports.front(), task)) {
+        reports = {std::move(report)};
+        names = {first.name};
+        best = lr;
+      }
+    }
+    for (int64_t seed = 1; seed < options.seeds; ++seed) {
+      const CompareRun next = train(best, first_seed + seed);
+      json report = run(next);
+      if (report.is_null()) return nullptr;
+      reports.push_back(std::move(report));
+      names.push_back(next.name);
+    }
+    json entry = summary_of(options.entries[i].title, reports, task);
+    entry["lr"] = best;
+    entry["sweep"] = sweep;
+    entry["runs"] = names;
+    entries.push_back(std::move(entry));
+  }
+  return {{"metric", task ? "accuracy" : "loss"}, {"seeds", options.seeds}, {"entries", entries}};
+}
+
+std::string comparison_table(const json& comparison) {
+  const bool accuracy = comparison.at("metric") == "accuracy";
+  std::string table = accuracy
+                          ? "| attention | parameters | learning rate | accuracy, % | its range over seeds | validation loss "
+                          : "| attention | parameters | learning rate | validation loss | its range over seeds | perplexity ";
+  table += "| training, s | tokens/s | peak memory, MB |\n|---|---|---|---|---|---|---|---|---|\n";
+  for (const json& entry : comparison.at("entries")) {
+    const double scale = accuracy ? 100 : 1;
+    const char* pattern = accuracy ? "%.2f" : "%.4f";
+    const auto shown = [&](const char* field) { return number(scale * entry.at(field).get<double>(), pattern); };
+    table += "| " + entry.at("title").get<std::string>() + " | " + std::to_string(entry.at("parameters").get<int64_t>()) + " | " +
+             entry.at("lr").dump() + " | " + shown("mean") + (entry.at("values").size() > 1 ? " ± " + shown("deviation") : "") +
+             " | " + shown("least") + " … " + shown("most") + " | " +
+             (accuracy ? number(entry.at("val_loss").get<double>(), "%.4f")
+                       : number(std::exp(entry.at("mean").get<double>()), "%.2f")) +
+             " | " + number(entry.at("seconds").get<double>(), "%.0f") + " | " +
+             number(entry.at("tokens_per_second").get<double>(), "%.0f") + " | " +
+             number(entry.at("peak_memory").get<double>() / 1e6, "%.0f") + " |\n";
+  }
+  return table;
+}
+
+}  // namespace latte::train

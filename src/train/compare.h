@@ -1,0 +1,56 @@
+// Several attentions trained alike: the same data, steps, sweep of learning rates and number of parameters.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+namespace latte::train {
+
+struct CompareEntry {
+  std::string title;
+  nlohmann::json model;  // fields laid over the configuration's model
+};
+
+struct CompareOptions {
+  std::vector<CompareEntry> entries;
+  int64_t seeds = 3;
+  std::vector<double> learning_rates;  // none: the configuration's alone
+  bool match_parameters = true;        // by the MLP's size, to the first entry's number
+
+  // "latte", or "latte:num_latents=8:shared_latents=true": an attention and fields of the model. Throws OptionError.
+  static CompareEntry parse_entry(const std::string& text);
+  // The field `compare` of a configuration: attentions (texts as above), seeds, learning_rates, match_parameters. Throws
+  // OptionError.
+  static CompareOptions from_json(const nlohmann::json& json);
+  void validate() const;  // throws OptionError
+};
+
+struct CompareRun {
+  std::string name;       // of its folder
+  nlohmann::json config;  // of latte train: model, training and task
+};
+
+// Trains, or returns the report of a run that is finished: latte train --json's, with peak_memory in bytes. null: interrupted.
+using CompareRunner = std::function<nlohmann::json(const CompareRun&)>;
+
+// Parameters of `model` (fields) for a configuration with or without a task; sizes that only the data knows count for nothing.
+int64_t parameters_of(const nlohmann::json& model, bool task);
+
+// `model` with the mlp_ratio that brings it nearest to `parameters`. Throws OptionError where the two then differ by more than
+// 5%.
+nlohmann::json match_parameters(nlohmann::json model, bool task, int64_t parameters, const std::string& title);
+
+// First seed 0 of every entry at each learning rate, then the other seeds at the rate with the best validation. Returns
+//   {"metric": "accuracy" or "loss", "seeds":…, "entries": [{"title", "lr", "parameters", "mean", "least", "most", "deviation",
+//    "values": […], "val_loss" (mean), "seconds", "tokens_per_second", "peak_memory", "sweep": [{"lr", "value"}], "runs":
+//    [names]}]}
+// or null where a run was interrupted. A task's metric is the accuracy on its test split, a text's the validation loss.
+nlohmann::json compare(const nlohmann::json& config, const CompareOptions& options, const CompareRunner& run);
+
+// A Markdown table of what compare() returned.
+std::string comparison_table(const nlohmann::json& comparison);
+
+}  // namespace latte::train

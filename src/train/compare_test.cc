@@ -1,0 +1,107 @@
+#include "train/compare.h"
+
+#include <gtest/gtest.h>
+
+#include <map>
+#include <set>
+
+#include "formats/test_files.h"
+#include "train/options.h"
+
+namespace latte::train {
+namespace {
+
+using nlohmann::json;
+
+json task_config() {
+  return {{"task", {{"name", "listops"}}},
+          {"model", {{"num_layers", 2}, {"embed_dim", 32}, {"num_heads", 4}, {"num_latents", 8}}},
+          {"training", {{"lr", 0.002}, {"seed", 7}, {"steps", 10}}}};
+}
+
+json report(double validation, double test) {
+  return {{"val_accuracy", validation}, {"val_loss", 1.0}, {"splits", {{"test", {{"accuracy", test}}}}},
+          {"parameters", 100},          {"seconds", 2.0},  {"tokens", 5000},
+          {"peak_memory", 3000000}};
+}
+
+TEST(Compare, SweepsRatesOnOneSeedAndRunsTheOthersAtTheBest) {
+  CompareOptions options;
+  options.entries = {CompareOptions::parse_entry("softmax"), CompareOptions::parse_entry("latte:num_latents=4")};
+  options.learning_rates = {0.001, 0.01};
+  options.seeds = 3;
+  std::vector<std::string> names;
+  const auto run = [&](const CompareRun& asked) {
+    names.push_back(asked.name);
+    const double lr = asked.config.at("training").at("lr");
+    const int64_t seed = asked.config.at("training").at("seed");
+    EXPECT_EQ(asked.config.at("training").at("min_lr"), lr / 10);
+    const bool latte = asked.config.at("model").at("attention") == "latte";
+    EXPECT_EQ(asked.config.at("model").value("num_latents", 0), latte ? 4 : 0);
+    // softmax is best at 0.01, latte at 0.001.
+    return report((lr > 0.005) != latte ? 0.9 : 0.5, 0.5 + 0.1 * static_cast<double>(seed - 7));
+  };
+  const json result = compare(task_config(), options, run);
+  EXPECT_EQ(names, (std::vector<std::string>{"softmax-lr0.001-seed7", "softmax-lr0.01-seed7", "softmax-lr0.01-seed8",
+                                             "softmax-lr0.01-seed9", "latte-num_latents-4-lr0.001-seed7",
+                                             "latte-num_latents-4-lr0.01-seed7", "latte-num_latents-4-lr0.001-seed8",
+                                             "latte-num_latents-4-lr0.001-seed9"}));
+  const json& softmax = result.at("entries").at(0);
+  EXPECT_EQ(softmax.at("lr"), 0.01);
+  EXPECT_NEAR(softmax.at("mean").get<double>(), 0.6, 1e-12);
+  EXPECT_NEAR(softmax.at("deviation").get<double>(), 0.1, 1e-12);
+  EXPECT_NEAR(softmax.at("least").get<double>(), 0.5, 1e-12);
+  EXPECT_NEAR(softmax.at("most").get<double>(), 0.7, 1e-12);
+  EXPECT_NEAR(softmax.at("tokens_per_second").get<double>(), 2500, 1e-9);
+  EXPECT_EQ(result.at("entries").at(1).at("lr"), 0.001);
+  const std::string table = comparison_table(result);
+  EXPECT_CONTAINS(table, "| softmax | 100 | 0.01 | 60.00 ± 10.00 | 50.00 … 70.00 | 1.0000 | 2 | 2500 | 3 |");
+}
+
+TEST(Compare, AnInterruptedRunEndsIt) {
+  CompareOptions options;
+  options.entries = {CompareOptions::parse_entry("softmax")};
+  int runs = 0;
+  EXPECT_TRUE(
+      compare(task_config(), options, [&](const CompareRun&) { return ++runs == 2 ? json() : report(0.5, 0.5); }).is_null());
+  EXPECT_EQ(runs, 2);
+}
+
+TEST(Compare, ParametersAreWithinFivePercent) {
+  const json base = {{"num_layers", 2}, {"embed_dim", 64}, {"num_heads", 4}};
+  json softmax = base;
+  softmax["attention"] = "softmax";
+  const int64_t wanted = parameters_of(softmax, true);
+  for (const json& fields : std::vector<json>{{{"attention", "latte"}, {"num_latents", 64}},
+                                              {{"attention", "latte"}, {"num_latents", 4}, {"shared_latents", true}},
+                                              {{"attention", "macchiato"}},
+                                              {{"attention", "linformer"}, {"max_positions", 200}},
+                                              {{"attention", "gated_linear"}, {"causal", true}}}) {
+    json model = base;
+    model.update(fields);
+    const json matched = match_parameters(model, true, wanted, "it");
+    EXPECT_NEAR(static_cast<double>(parameters_of(matched, true)), static_cast<double>(wanted),
+                0.05 * static_cast<double>(wanted))
+        << fields;
+  }
+  json huge = base;
+  huge.update({{"attention", "latte"}, {"num_latents", 2000}});
+  EXPECT_CONTAINS(formats::error_text<OptionError>([&] { match_parameters(huge, true, wanted, "huge"); }), "huge has ");
+}
+
+TEST(Compare, OptionsSayWhatIsWrong) {
+  const auto error = [](const json& object) {
+    return formats::error_text<OptionError>([&] { CompareOptions::from_json(object).validate(); });
+  };
+  EXPECT_CONTAINS(error({{"attentions", json::array()}}), "attentions is empty");
+  EXPECT_CONTAINS(error({{"attentions", {"latte", "latte"}}}), "attentions has \"latte\" twice");
+  EXPECT_CONTAINS(error({{"attentions", {"latte:window"}}}), "attention is \"latte:window\"");
+  EXPECT_CONTAINS(error({{"attentions", {"latte"}}, {"seeds", 0}}), "seeds is 0");
+  EXPECT_CONTAINS(error({{"attentions", {"latte"}}, {"learning_rates", {-1.0}}}), "learning_rates");
+  EXPECT_CONTAINS(error({{"colours", 3}}), "unknown comparison's field \"colours\"");
+  EXPECT_EQ(CompareOptions::parse_entry("latte:position=vapor:forget=false").model,
+            (json{{"attention", "latte"}, {"position", "vapor"}, {"forget", false}}));
+}
+
+}  // namespace
+}  // namespace latte::train

@@ -1,0 +1,140 @@
+#include "train/task_trainer.h"
+
+#include <algorithm>
+#include <nlohmann/json.hpp>
+#include <numeric>
+#include <utility>
+
+#include "formats/error.h"
+#include "train/autocast.h"
+
+namespace latte::train {
+namespace {
+
+using nlohmann::json;
+
+models::EncoderConfig checked_config(const formats::CheckpointFile& checkpoint) {
+  const auto config = TaskRecord::from(checkpoint).model;
+  check_parameter_count(checkpoint.file(), config.parameter_count());
+  return config;
+}
+
+}  // namespace
+
+std::string TaskRecord::to_json() const {
+  const json object = {
+      {"model", model.to_json()}, {"training", options.to_json()}, {"task", task.to_json()}, {"progress", progress.to_json()}};
+  // A path on the command line may be any bytes.
+  return object.dump(-1, ' ', /*ensure_ascii=*/false, json::error_handler_t::replace);
+}
+
+TaskRecord TaskRecord::from(const formats::CheckpointFile& checkpoint) {
+  const std::string& path = checkpoint.file().path();
+  TaskRecord record;
+  try {
+    const json object = json::parse(checkpoint.config());
+    record.model = models::EncoderConfig::from_json(object.at("model"));
+    record.options = TrainerOptions::from_json(object.at("training"));
+    record.task = TaskOptions::from_json(object.at("task"));
+    record.progress = Progress::from_json(object.at("progress"));
+  } catch (const json::exception&) {
+    throw formats::FormatError(path, "config isn't one of latte train --task: " + formats::quote(checkpoint.config()));
+  } catch (const std::invalid_argument& error) {
+    throw formats::FormatError(path, error.what());
+  }
+  return record;
+}
+
+models::EncoderConfig fit_to(models::EncoderConfig model, const TaskData& data, bool max_positions_given) {
+  model.vocab_size = data.vocab_size;
+  model.num_outputs = data.num_classes;
+  model.head = to_string(data.kind);
+  const int64_t longest = data.longest();
+  if (!max_positions_given) model.max_positions = std::max<int64_t>(longest, 1);
+  const bool bounded = model.position_name() == "learned" || model.attention == "linformer";
+  if (bounded && longest > model.max_positions) {
+    throw models::ConfigError("model config: max_positions is " + std::to_string(model.max_positions) + ", expected at least " +
+                              std::to_string(longest) + ", the tokens of task " + data.name + "'s longest sequence");
+  }
+  model.validate();
+  return model;
+}
+
+TaskTrainer::TaskTrainer(const models::EncoderConfig& model, const TrainerOptions& options, const TaskOptions& task,
+                         const TaskData& data)
+    : StepTrainer(options),
+      data_(data),
+      task_(task),
+      order_(data.examples(data.splits.at("train")), static_cast<uint64_t>(options.seed)) {
+  if (model.vocab_size != data.vocab_size || model.num_outputs != data.num_classes || model.head != to_string(data.kind)) {
+    throw models::ConfigError("model config: made for another task than " + data.name);
+  }
+  model_ = models::Encoder(model);
+  train_module(*model_);
+}
+
+TaskTrainer::TaskTrainer(const formats::CheckpointFile& checkpoint, const TrainerOptions& options, const TaskData& data)
+    : TaskTrainer(checked_config(checkpoint), options, TaskRecord::from(checkpoint).task, data) {
+  restore(checkpoint);
+}
+
+TaskTrainer::Answers TaskTrainer::answer(const TaskBatch& batch, bool count_right) {
+  const AutocastGuard autocast(dtype() == "bfloat16", at::kBFloat16);
+  Answers answers;
+  auto logits = model_(batch.tokens, batch.padding), targets = batch.targets;
+  if (data_.kind == TaskKind::kTokens) {
+    // Few tokens are asked for: the others' logits needn't be normalised.
+    const auto asked = targets.flatten().ne(kNoTarget).nonzero().squeeze(1);
+    logits = logits.flatten(0, 1).index_select(0, asked);
+    targets = targets.flatten().index_select(0, asked);
+  }
+  answers.count = targets.size(0);
+  answers.loss = answers.count > 0 ? torch::nn::functional::cross_entropy(logits, targets) : logits.sum() * 0;
+  if (count_right) answers.right = logits.argmax(-1).eq(targets).sum().item<int64_t>();
+  return answers;
+}
+
+StepTrainer::Loss TaskTrainer::loss_of_batch(uint64_t index) {
+  const auto examples = order_.take(static_cast<int64_t>(index) * options().batch, options().batch);
+  const TaskBatch batch = data_.batch(data_.splits.at("train"), examples);
+  return {answer(batch, /*count_right=*/false).loss, batch.real_tokens};
+}
+
+Evaluation TaskTrainer::evaluate(const TaskExamples& split, const std::vector<int64_t>& examples) {
+  const torch::NoGradGuard no_grad;
+  model_->eval();
+  double loss = 0.0;
+  int64_t count = 0, right = 0;
+  for (size_t begin = 0; begin < examples.size(); begin += static_cast<size_t>(options().batch)) {
+    const size_t end = std::min(examples.size(), begin + static_cast<size_t>(options().batch));
+    const Answers answers = answer(data_.batch(split, std::span(examples).subspan(begin, end - begin)), /*count_right=*/true);
+    loss += answers.loss.item<double>() * static_cast<double>(answers.count);
+    count += answers.count;
+    right += answers.right;
+  }
+  model_->train();
+  const auto all = static_cast<double>(std::max<int64_t>(count, 1));
+  return {.loss = loss / all, .accuracy = static_cast<double>(right) / all};
+}
+
+Evaluation TaskTrainer::validate() {
+  const TaskExamples& split = data_.splits.at("validation");
+  const int64_t all = data_.examples(split), count = std::min(all, options().eval_batches * options().batch);
+  std::vector<int64_t> examples(static_cast<size_t>(count));
+  for (int64_t i = 0; i < count; ++i) {
+    examples[static_cast<size_t>(i)] = static_cast<int64_t>(static_cast<__int128>(i) * all / count);
+  }
+  return evaluate(split, examples);
+}
+
+Evaluation TaskTrainer::evaluate(const TaskExamples& split) {
+  std::vector<int64_t> examples(static_cast<size_t>(data_.examples(split)));
+  std::iota(examples.begin(), examples.end(), int64_t{0});
+  return evaluate(split, examples);
+}
+
+std::string TaskTrainer::record(const Progress& progress) const {
+  return TaskRecord{model_->config(), options(), task_, progress}.to_json();
+}
+
+}  // namespace latte::train

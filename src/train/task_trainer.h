@@ -1,0 +1,65 @@
+// Training an encoder on a task.
+#pragma once
+
+#include <torch/torch.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "data/task_data.h"
+#include "data/task_options.h"
+#include "models/encoder.h"
+#include "train/step_trainer.h"
+
+namespace latte::train {
+
+// A checkpoint's config: a JSON object of model, training, task, progress.
+struct TaskRecord {
+  models::EncoderConfig model;
+  TrainerOptions options;
+  TaskOptions task;
+  Progress progress;
+
+  std::string to_json() const;
+  // Throws formats::FormatError for a config that no latte train --task wrote.
+  static TaskRecord from(const formats::CheckpointFile& checkpoint);
+};
+
+// `model` for a task: its vocab_size, num_outputs and head are the data's; learned positions and Linformer reach to its longest
+// sequence unless max_positions says more. Throws ConfigError where they reach less far.
+models::EncoderConfig fit_to(models::EncoderConfig model, const TaskData& data, bool max_positions_given);
+
+class TaskTrainer : public StepTrainer {
+ public:
+  // `model` as fit_to() makes it. `data` outlives the trainer. Throws ConfigError and OptionError.
+  TaskTrainer(const models::EncoderConfig& model, const TrainerOptions& options, const TaskOptions& task, const TaskData& data);
+  // Goes on from a checkpoint. Throws formats::FormatError.
+  TaskTrainer(const formats::CheckpointFile& checkpoint, const TrainerOptions& options, const TaskData& data);
+
+  // On eval_batches batches of the validation split, evenly spread over it.
+  Evaluation validate() override;
+  bool has_validation() const override { return true; }
+  // On all of a split, in batches.
+  Evaluation evaluate(const TaskExamples& split);
+
+  models::Encoder& model() { return model_; }
+
+ private:
+  Loss loss_of_batch(uint64_t index) override;
+  std::string record(const Progress& progress) const override;
+  struct Answers {
+    at::Tensor loss;    // the mean over them
+    int64_t count = 0;  // of answers asked for
+    int64_t right = 0;
+  };
+  Answers answer(const TaskBatch& batch, bool count_right);
+  Evaluation evaluate(const TaskExamples& split, const std::vector<int64_t>& examples);
+
+  const TaskData& data_;
+  TaskOptions task_;
+  models::Encoder model_{nullptr};
+  EpochOrder order_;
+};
+
+}  // namespace latte::train

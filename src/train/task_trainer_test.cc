@@ -1,0 +1,173 @@
+#include "train/task_trainer.h"
+
+#include <gtest/gtest.h>
+
+#include <filesystem>
+#include <fstream>
+#include <map>
+#include <string>
+
+#include "data/tasks.h"
+#include "formats/error.h"
+#include "formats/test_files.h"
+#include "train/metrics.h"
+#include "train/task_run.h"
+
+namespace latte::train {
+namespace {
+
+using formats::TestFolder;
+using nlohmann::json;
+
+std::map<std::string, std::string> tensors_of(const std::string& path) {
+  const formats::CheckpointFile checkpoint(path);
+  std::map<std::string, std::string> tensors;
+  for (const auto& tensor : checkpoint.file().tensors()) {
+    tensors[tensor.name] = {reinterpret_cast<const char*>(tensor.data.data()), tensor.data.size()};
+  }
+  return tensors;
+}
+
+class TaskTrainerTest : public ::testing::Test {
+ protected:
+  TaskTrainerTest() {
+    task_ = TaskOptions::defaults("listops");
+    task_.train = 100;
+    task_.validation = task_.test = 40;
+    task_.min_length = 4;
+    task_.max_length = 20;
+    options_.batch = 8;
+    options_.steps = 8;
+    options_.warmup = 2;
+    options_.lr = 1e-2;
+    options_.min_lr = 1e-3;
+    options_.eval_batches = 2;
+    options_.dtype = "float32";
+    model_.num_layers = 1;
+    model_.embed_dim = 16;
+    model_.num_heads = 2;
+    model_.attention = "latte";
+    model_.norm = "batch";  // whose buffers a checkpoint needs too
+    model_.dropout = 0.1;
+    model_.vocab_size = model_.num_outputs = 1;
+  }
+
+  TestFolder folder_;
+  TaskOptions task_;
+  TrainerOptions options_;
+  models::EncoderConfig model_;
+};
+
+TEST_F(TaskTrainerTest, ResumesBitForBit) {
+  options_.accumulate = 2;
+  const TaskData data = load_task(task_);
+  const auto model = fit_to(model_, data, false);
+  const std::string whole = folder_ / "whole", half = folder_ / "half", resumed = folder_ / "resumed";
+  {
+    TaskTrainer trainer(model, options_, task_, data);
+    for (int i = 0; i < 8; ++i) {
+      trainer.step();
+      if (i == 2 || i == 5) trainer.validate();  // which must change nothing
+      if (i == 3) trainer.save(half, {});
+    }
+    trainer.save(whole, {});
+  }
+  {
+    const formats::CheckpointFile checkpoint(half);
+    TaskTrainer trainer(checkpoint, options_, data);
+    EXPECT_EQ(trainer.steps_done(), 4);
+    for (int i = 4; i < 8; ++i) trainer.step();
+    trainer.save(resumed, {});
+  }
+  EXPECT_EQ(tensors_of(whole), tensors_of(resumed));
+}
+
+TEST_F(TaskTrainerTest, EvaluationCountsEveryExampleOnce) {
+  const TaskData data = load_task(task_);
+  TaskTrainer trainer(fit_to(model_, data, false), options_, task_, data);
+  trainer.step();
+  const TaskExamples& split = data.splits.at("test");
+  const Evaluation all = trainer.evaluate(split);
+  // One by one, without padding.
+  torch::NoGradGuard no_grad;
+  trainer.model()->eval();
+  double loss = 0.0;
+  int64_t right = 0;
+  for (int64_t i = 0; i < 40; ++i) {
+    const TaskBatch batch = data.batch(split, std::vector<int64_t>{i});
+    const auto logits = trainer.model()(batch.tokens);
+    loss -= logits.log_softmax(-1)[0][batch.targets.item<int64_t>()].item<double>() / 40;
+    right += logits.argmax(-1).item<int64_t>() == batch.targets.item<int64_t>() ? 1 : 0;
+  }
+  EXPECT_NEAR(all.loss, loss, 1e-4);
+  EXPECT_EQ(*all.accuracy, static_cast<double>(right) / 40);
+}
+
+TEST_F(TaskTrainerTest, ARunLearnsWritesResultsAndRefusesAnotherTask) {
+  // The first token is the answer.
+  task_ = TaskOptions::defaults("needle");
+  task_.length = 8;
+  task_.symbols = 4;
+  task_.train = 2000;
+  task_.validation = task_.test = 100;
+  task_.test_lengths = {12};
+  model_.attention = "softmax";
+  model_.norm = "layer";
+  model_.causal = true;
+  model_.dropout = 0.0;
+  options_.batch = 32;
+  options_.steps = 20;
+  options_.eval_every = 10;
+  const RunOptions run{.out = folder_ / "run", .overwrite = false, .quiet = true};
+  const TaskRunResult result = start_task_run(model_, false, options_, task_, run);
+  EXPECT_EQ(result.run.step, 20);
+  const json results = json::parse(formats::read_bytes(folder_ / "run/results.json"));
+  EXPECT_EQ(results, result.splits);
+  EXPECT_EQ(results.size(), 3U);
+  EXPECT_TRUE(results.contains("test_12"));
+  const auto metrics = read_metrics(folder_ / "run/metrics.jsonl");
+  ASSERT_EQ(metrics.size(), 20U);
+  EXPECT_TRUE(metrics[9].val_accuracy.has_value());
+  EXPECT_FALSE(metrics[8].val_accuracy.has_value());
+  EXPECT_EQ(metrics[19].tokens, 20 * 32 * 8);
+  EXPECT_LT(metrics[19].loss, metrics[0].loss);
+  EXPECT_THROW(start_task_run(model_, false, options_, task_, run), OptionError);
+  EXPECT_THROW(resume_task_run(options_, run), OptionError);  // at its last step already
+  // A run that was stopped before it wrote its results still writes them.
+  std::filesystem::remove(folder_ / "run/results.json");
+  EXPECT_EQ(resume_task_run(options_, run).splits, result.splits);
+  options_.steps = 24;
+  EXPECT_EQ(resume_task_run(options_, run).run.step, 24);
+}
+
+TEST_F(TaskTrainerTest, SequencesBeyondThePositionsAreAnError) {
+  const TaskData data = load_task(task_);
+  model_.position = "learned";
+  model_.max_positions = 8;
+  EXPECT_CONTAINS(formats::error_text<models::ConfigError>([&] { fit_to(model_, data, true); }),
+                  "max_positions is 8, expected at least ");
+  EXPECT_EQ(fit_to(model_, data, false).max_positions, data.longest());
+}
+
+TEST_F(TaskTrainerTest, DamagedConfigsAreErrors) {
+  const TaskData data = load_task(task_);
+  TaskTrainer trainer(fit_to(model_, data, false), options_, task_, data);
+  trainer.save(folder_ / "good", {});
+  const formats::CheckpointFile good(folder_ / "good");
+  const auto error = [&](const char* section, const json& change) {
+    json config = json::parse(good.config());
+    config[section].update(change);
+    formats::write_checkpoint(folder_ / "bad", {config.dump(), good.step()}, good.file().tensors());
+    return formats::error_text<formats::FormatError>([&] {
+      const formats::CheckpointFile bad(folder_ / "bad");
+      TaskTrainer(bad, options_, data);
+    });
+  };
+  EXPECT_CONTAINS(error("model", {{"num_layers", 1000}}), "parameters, expected");
+  EXPECT_CONTAINS(error("model", {{"norm", "layer"}}), "running_mean");
+  EXPECT_CONTAINS(error("task", {{"train", -1}}), "train is -1");
+  EXPECT_CONTAINS(error("training", {{"batch", "x"}}), "batch is ");
+}
+
+}  // namespace
+}  // namespace latte::train
