@@ -238,7 +238,7 @@ def test_a_folder_is_no_text(tmp_path):
         (["--steps", "many"], "steps"),
         (["--heads", "3"], "num_heads"),
         (["--attention", "softmax", "--position", "conv"], "position"),
-        (["--attention", "linear"], "attention"),
+        (["--attention", "cubic"], "attention"),
         (["--batch", "99999999999"], "batch"),
         (["--resume", "--overwrite"], "overwrite"),
         (["--nonsense"], "nonsense"),

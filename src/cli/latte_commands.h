@@ -11,6 +11,7 @@ void AddBenchDecode(CLI::App& bench, int& exit_code);
 void AddGenerateModel(CLI::App& app, int& exit_code);
 void AddChat(CLI::App& app, int& exit_code);
 void AddPerplexity(CLI::App& app, int& exit_code);
+void AddTokenize(CLI::App& app, int& exit_code);
 void AddQuantize(CLI::App& app, int& exit_code);
 
 }  // namespace latte::cli

@@ -39,6 +39,7 @@ constexpr std::array kCommands = {
     Command{"extend", "Turn a pretrained model into a linear-time one"},
     Command{"eval", "Compare a pretrained model's attention on long texts"},
     Command{"perplexity", "Measure how well a pretrained model predicts a text"},
+    Command{"tokenize", "Turn texts into a pretrained model's tokens, to train on"},
     Command{"quantize", "Bring a model's matrices to another type"},
     Command{"verify", "Check this machine's kernels against reference files"},
     Command{"bench", "Measure attention against torch's, decoding against llama.cpp's"},
@@ -136,6 +137,7 @@ int RunHere(int argc, char** argv) {
   latte::cli::AddChat(app, exit_code);
   latte::cli::AddPerplexity(app, exit_code);
   latte::cli::AddQuantize(app, exit_code);
+  latte::cli::AddTokenize(app, exit_code);
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
@@ -171,7 +173,7 @@ bool LivesHere(int argc, char** argv) {
     return which == "decode" || which == "--help" || which == "-h";
   }
   if (name == "generate") return NamesGguf(argc, argv);
-  constexpr std::string_view kHere[] = {"inspect", "chat", "perplexity", "quantize"};
+  constexpr std::string_view kHere[] = {"inspect", "chat", "perplexity", "quantize", "tokenize"};
   return std::find(std::begin(kHere), std::end(kHere), name) != std::end(kHere);
 }
 

@@ -6,10 +6,14 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <chrono>
+#include <csignal>
 #include <cstdio>
 #include <filesystem>
 #include <memory>
 #include <string>
+#include <thread>
+#include <utility>
 #include <vector>
 
 #include "cli/torch_commands.h"
@@ -22,6 +26,7 @@
 #include "train/interrupt.h"
 #include "train/metrics.h"
 #include "train/plot.h"
+#include "train/task_run.h"
 #include "train/training_checkpoint.h"
 
 namespace latte::cli {
@@ -57,14 +62,23 @@ ChildResult RunChild(const std::vector<std::string>& arguments, const std::strin
   posix_spawn_file_actions_t actions;
   posix_spawn_file_actions_init(&actions);
   posix_spawn_file_actions_addopen(&actions, STDOUT_FILENO, output.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0666);
+  // A group of its own: Ctrl-C reaches this process alone, which tells the child once, as a second signal would end it unsaved.
+  posix_spawnattr_t attributes;
+  posix_spawnattr_init(&attributes);
+  posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETPGROUP);
   pid_t child = 0;
-  const int error = posix_spawn(&child, "/proc/self/exe", &actions, nullptr, argv.data(), environ);
+  const int error = posix_spawn(&child, "/proc/self/exe", &actions, &attributes, argv.data(), environ);
+  posix_spawnattr_destroy(&attributes);
   posix_spawn_file_actions_destroy(&actions);
   if (error != 0) throw formats::FileError("run", "/proc/self/exe", error);
   int status = 0;
   struct rusage usage = {};
-  while (wait4(child, &status, 0, &usage) < 0) {
-    if (errno != EINTR) throw formats::FileError("wait for", arguments.front(), errno);
+  for (bool told = false;;) {
+    const pid_t ended = wait4(child, &status, WNOHANG, &usage);
+    if (ended == child) break;
+    if (ended < 0 && errno != EINTR) throw formats::FileError("wait for", arguments.front(), errno);
+    if (train::InterruptGuard::interrupted() && !std::exchange(told, true)) ::kill(child, SIGTERM);
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
   }
   return {WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status), int64_t{usage.ru_maxrss} * 1024};
 }
@@ -90,14 +104,16 @@ class Runs {
     if (options_.threads > 0) arguments.insert(arguments.end(), {"--threads", std::to_string(options_.threads)});
     if (options_.quiet) arguments.emplace_back("--quiet");
     if (const std::string checkpoint = train::checkpoint_path(folder); std::filesystem::exists(checkpoint)) {
-      // A text's run that ended before its report was written has nothing left to go on with.
+      // A run that ended before its report was written has nothing left to go on with.
       const auto steps = run.config.at("training").value("steps", train::TrainerOptions().steps);
-      const bool over = !run.config.contains("task") && formats::CheckpointFile(checkpoint).step() >= steps;
+      const bool done = !run.config.contains("task") || std::filesystem::exists(folder + "/" + train::kResultsName);
+      const bool over = done && formats::CheckpointFile(checkpoint).step() >= steps;
       arguments.emplace_back(over ? "--overwrite" : "--resume");
     }
+    if (train::InterruptGuard::interrupted()) return nullptr;
     Note(run.name);
     const ChildResult child = RunChild(arguments, output);
-    if (child.exit_code == train::InterruptGuard::kExitCode || train::InterruptGuard::interrupted()) return nullptr;
+    if (child.exit_code == train::InterruptGuard::kExitCode) return nullptr;
     if (child.exit_code != 0) {
       throw std::runtime_error(run.name + " ended with exit code " + std::to_string(child.exit_code) + ": latte train --config " +
                                config_path + " shows why");

@@ -150,11 +150,15 @@ void AddTrainingOptions(CLI::App& command, json& training) {
     Add<double>(command, training, flag, field, help, shown.at(field))->group("Training");
   };
   Add<std::string>(command, training, "--text", "text", "The text, any plain file", json())->type_name("FILE")->group("Data");
-  Add<std::string>(command, training, "--tokens", "tokens", "A token is a character (of UTF-8) or a byte", shown.at("tokens"))
-      ->check(CLI::IsMember({"chars", "bytes"}))
+  Add<std::string>(command, training, "--tokens", "tokens",
+                   "A token is a character (of UTF-8), a byte, or what a file of latte tokenize holds", shown.at("tokens"))
+      ->check(CLI::IsMember({"chars", "bytes", "corpus"}))
       ->group("Data");
   Add<double>(command, training, "--validation-fraction", "validation_fraction", "Of the text, its end, to validate on",
               shown.at("validation_fraction"))
+      ->group("Data");
+  Add<double>(command, training, "--test-fraction", "test_fraction", "Of the text, what comes behind that, to test on at the end",
+              shown.at("test_fraction"))
       ->group("Data");
   number("--context", "context", "Tokens a sequence");
   number("--batch", "batch", "Sequences at once");
@@ -298,6 +302,7 @@ json ReportOf(const train::RunResult& result) {
           {"loss", result.loss},
           {"val_loss", optional(result.progress.val_loss)},
           {"best_val_loss", optional(result.progress.best_val_loss)},
+          {"test_loss", optional(result.test_loss)},
           {"val_accuracy", optional(result.progress.val_accuracy)},
           {"tokens", result.progress.tokens},
           {"seconds", result.progress.seconds},

@@ -126,7 +126,7 @@ void TaskData::check(const std::string& path) const {
   }
 }
 
-TaskBatch TaskData::batch(const TaskExamples& split, std::span<const int64_t> chosen) const {
+TaskBatch TaskData::batch(const TaskExamples& split, std::span<const int64_t> chosen, uint64_t seed) const {
   const auto offsets = values_of<int64_t>(split.offsets);
   const int64_t parts = kind == TaskKind::kPairs ? 2 : 1;
   std::vector<size_t> rows;  // sequences
@@ -168,6 +168,23 @@ TaskBatch TaskData::batch(const TaskExamples& split, std::span<const int64_t> ch
   auto* out = batch.targets.mutable_data_ptr<int64_t>();
   for (size_t i = 0; i < rows.size(); ++i) {
     std::copy(targets.begin() + offsets[rows[i]], targets.begin() + offsets[rows[i] + 1], out + i * static_cast<size_t>(time));
+  }
+  if (mask_fraction > 0) {
+    for (size_t i = 0; i < rows.size(); ++i) {
+      RandomStream random(seed, static_cast<uint64_t>(chosen[i]));
+      for (int64_t t = 0; t < time; ++t) {
+        const size_t at = i * static_cast<size_t>(time) + static_cast<size_t>(t);
+        const bool asked = random.uniform() < mask_fraction;
+        const double fate = random.uniform();
+        if (!asked) {
+          out[at] = kNoTarget;
+        } else if (fate < 0.8) {
+          tokens[at] = vocab_size - 1;
+        } else if (fate < 0.9) {
+          tokens[at] = random.below(vocab_size - 1);
+        }
+      }
+    }
   }
   return batch;
 }

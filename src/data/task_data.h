@@ -45,7 +45,10 @@ struct TaskData {
   std::string name;
   TaskKind kind = TaskKind::kClassify;
   int64_t vocab_size = 0;
-  int64_t num_classes = 0;                                  // of labels; for kTokens vocab_size
+  int64_t num_classes = 0;  // of labels; for kTokens vocab_size
+  // kTokens whose targets are the tokens themselves: a batch asks for this share of them, and of these 4 in 5 become the last
+  // token of the vocabulary, 1 in 10 any other and 1 in 10 stay (arXiv 1810.04805).
+  double mask_fraction = 0.0;
   std::map<std::string, TaskExamples, std::less<>> splits;  // train, validation and any to test on
 
   int64_t examples(const TaskExamples& split) const { return split.sequences() / (kind == TaskKind::kPairs ? 2 : 1); }
@@ -58,7 +61,8 @@ struct TaskData {
   void check(const std::string& path) const;
 
   // Throws std::invalid_argument for an example that isn't there.
-  TaskBatch batch(const TaskExamples& split, std::span<const int64_t> examples) const;
+  // `seed`: what is masked depends on it and on the example.
+  TaskBatch batch(const TaskExamples& split, std::span<const int64_t> examples, uint64_t seed = 0) const;
 };
 
 // Collects sequences into a split.

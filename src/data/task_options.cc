@@ -5,6 +5,7 @@
 #include <limits>
 #include <nlohmann/json.hpp>
 
+#include "formats/error.h"
 #include "formats/option_fields.h"
 
 namespace latte {

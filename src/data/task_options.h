@@ -8,7 +8,7 @@
 #include <string_view>
 #include <vector>
 
-#include "formats/error.h"
+#include "formats/option_error.h"
 
 namespace latte {
 

@@ -4,6 +4,7 @@
 #include <nlohmann/json.hpp>
 
 #include "data/task_file.h"
+#include "formats/error.h"
 
 namespace latte {
 namespace {
@@ -21,6 +22,7 @@ TaskData read(const TaskOptions& options) {
   if (options.name == "text") return read_labelled_text(options);
   if (options.name == "retrieval") return read_retrieval(options);
   if (options.name == "image") return read_images(options);
+  if (options.name == "masked_language") return read_masked_language(options);
   throw formats::OptionError("task " + options.name + " can't be read");
 }
 

@@ -23,6 +23,7 @@ TaskData make_needle(const TaskOptions& options);
 // Loaders. Errors name the file and, where it has lines, the line and the field.
 TaskData read_labelled_text(const TaskOptions& options);
 TaskData read_retrieval(const TaskOptions& options);
+TaskData read_masked_language(const TaskOptions& options);
 TaskData read_images(const TaskOptions& options);
 
 // An expression's tokens (make_listops' numbers) as text, and its value by evaluating them; for tests and for looking at.

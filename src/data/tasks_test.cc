@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <filesystem>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <numeric>
 #include <set>
@@ -234,6 +236,233 @@ TEST_F(TaskFileTest, BatchesArePaddedAndAnEpochTakesEachExampleOnce) {
     std::sort(epoch->begin(), epoch->end());
     for (int64_t i = 0; i < 7; ++i) EXPECT_EQ((*epoch)[static_cast<size_t>(i)], i);
   }
+}
+
+// The pixels of one of two dots' colours: Pathfinder's images can be checked by walking along what is lit.
+TEST(Pathfinder, ImagesOfBothLabelsAreDrawnAlike) {
+  TaskOptions options = TaskOptions::defaults("pathfinder");
+  options.train = 400;
+  options.validation = options.test = 10;
+  options.contour_length = 6;
+  options.distractors = 2;
+  const TaskData data = make_pathfinder(options);
+  data.check("pathfinder");
+  const TaskExamples& split = data.splits.at("train");
+  double light[2] = {0, 0};
+  int64_t count[2] = {0, 0};
+  for (int64_t i = 0; i < 400; ++i) {
+    const auto pixels = tokens_of(split, i);
+    ASSERT_EQ(pixels.size(), 1024U);
+    const auto label = static_cast<size_t>(split.labels[i].item<int32_t>());
+    light[label] += std::accumulate(pixels.begin(), pixels.end(), 0.0) / 1024;
+    ++count[label];
+    // Two dots are lit through and through; dashes never are as wide.
+    int64_t bright = 0;
+    for (const int32_t pixel : pixels) bright += pixel == 255 ? 1 : 0;
+    EXPECT_GE(bright, 2);
+  }
+  EXPECT_GT(count[0], 150);
+  EXPECT_GT(count[1], 150);
+  // What is lit tells nothing of the label: the means differ by less than four of their deviations.
+  EXPECT_NEAR(light[0] / static_cast<double>(count[0]), light[1] / static_cast<double>(count[1]), 2.0);
+  options.contour_length = 64;
+  options.size = 16;
+  EXPECT_CONTAINS(formats::error_text<formats::OptionError>([&] { make_pathfinder(options); }), "contour_length is 64");
+}
+
+TEST(Probes, EveryQuestionHasTheAnswerThatWasGiven) {
+  TaskOptions options = TaskOptions::defaults("associative_recall");
+  options.train = 50;
+  options.validation = options.test = 5;
+  options.length = 64;
+  options.pairs = 8;
+  options.keys = 100;
+  options.test_lengths = {32, 128};
+  const TaskData data = make_associative_recall(options);
+  data.check("associative_recall");
+  EXPECT_EQ(data.splits.size(), 5U);
+  for (const auto& [name, split] : data.splits) {
+    const int64_t length = name == "test_32" ? 32 : name == "test_128" ? 128 : 64;
+    for (int64_t i = 0; i < split.sequences(); ++i) {
+      const auto tokens = tokens_of(split, i);
+      ASSERT_EQ(static_cast<int64_t>(tokens.size()), length);
+      std::map<int32_t, int32_t> values;
+      for (size_t p = 0; p < 16; p += 2) EXPECT_TRUE(values.emplace(tokens[p], tokens[p + 1]).second);
+      int64_t asked = 0;
+      for (size_t t = 0; t < tokens.size(); ++t) {
+        const auto target = split.targets[i * length + static_cast<int64_t>(t)].item<int32_t>();
+        if (target == kNoTarget) continue;
+        ++asked;
+        ASSERT_GE(t, 16U);
+        EXPECT_EQ(target, values.at(tokens[t]));
+      }
+      EXPECT_EQ(asked, 8);
+    }
+  }
+}
+
+TEST(Probes, CopiesAndNeedles) {
+  TaskOptions options = TaskOptions::defaults("selective_copying");
+  options.train = 30;
+  options.validation = options.test = 5;
+  options.length = 20;
+  options.copies = 4;
+  options.symbols = 6;
+  const TaskData copying = make_selective_copying(options);
+  copying.check("selective_copying");
+  const TaskExamples& split = copying.splits.at("train");
+  for (int64_t i = 0; i < 30; ++i) {
+    const auto tokens = tokens_of(split, i);
+    std::vector<int32_t> symbols, targets;
+    for (size_t t = 0; t < 20; ++t) {
+      if (tokens[t] < 6) symbols.push_back(tokens[t]);
+      EXPECT_EQ(tokens[t] == 7, t >= 16);
+      const auto target = split.targets[i * 20 + static_cast<int64_t>(t)].item<int32_t>();
+      if (target != kNoTarget) targets.push_back(target);
+    }
+    EXPECT_EQ(symbols.size(), 4U);
+    EXPECT_EQ(symbols, targets);
+  }
+  options = TaskOptions::defaults("needle");
+  options.train = 30;
+  options.validation = options.test = 5;
+  options.length = 12;
+  const TaskData needle = make_needle(options);
+  needle.check("needle");
+  for (int64_t i = 0; i < 30; ++i) {
+    const auto tokens = tokens_of(needle.splits.at("train"), i);
+    const auto mark = std::find(tokens.begin(), tokens.end(), 16);
+    ASSERT_LT(mark - tokens.begin(), 10);
+    EXPECT_EQ(tokens.back(), 16);
+    EXPECT_EQ(needle.splits.at("train").targets[i * 12 + 11].item<int32_t>(), mark[1]);
+  }
+}
+
+class LoaderTest : public ::testing::Test {
+ protected:
+  std::string error_of(const TaskOptions& options) {
+    return formats::error_text<formats::FormatError>([&] { load_task(options); });
+  }
+  TaskOptions options_of(const std::string& name, const std::string& data) {
+    TaskOptions options = TaskOptions::defaults(name);
+    options.data = data;
+    options.validation_fraction = 0.25;
+    return options;
+  }
+  TestFolder folder_;
+};
+
+TEST_F(LoaderTest, LabelledLinesAndWhatIsWrongWithThem) {
+  std::string lines;
+  for (int i = 0; i < 40; ++i)
+    lines += std::to_string(i % 2) + "\tthis is text " + std::to_string(i) + (i % 3 == 0 ? "\r\n" : "\n");
+  formats::write_bytes(folder_ / "all.tsv", lines);
+  TaskOptions options = options_of("text", folder_ / "all.tsv");
+  options.length = 9;
+  const TaskData data = load_task(options);
+  EXPECT_EQ(data.splits.at("test").sequences(), 4);
+  EXPECT_EQ(data.splits.at("validation").sequences(), 9);
+  EXPECT_EQ(data.splits.at("train").sequences(), 27);
+  EXPECT_EQ(data.longest(), 9);
+  const auto first = tokens_of(data.splits.at("test"), 0);
+  EXPECT_EQ(std::string(first.begin(), first.end()), "this is t");
+
+  formats::write_bytes(folder_ / "all.tsv", lines + "2\ttext\n");
+  EXPECT_CONTAINS(error_of(options), "line 41: the label is \"2\", expected 0 or 1");
+  formats::write_bytes(folder_ / "all.tsv", "1 no tab\n");
+  EXPECT_CONTAINS(error_of(options), "line 1: 1 fields between tabs, expected 2");
+  formats::write_bytes(folder_ / "all.tsv", lines + "1\t\n");
+  EXPECT_CONTAINS(error_of(options), "line 41: the text is empty");
+  formats::write_bytes(folder_ / "all.tsv", "1\ta\n");
+  EXPECT_CONTAINS(error_of(options), "too few");
+  formats::write_bytes(folder_ / "all.tsv", "");
+  EXPECT_CONTAINS(error_of(options), "empty");
+}
+
+TEST_F(LoaderTest, FoldersOfReviews) {
+  for (const char* part : {"train", "test"}) {
+    for (const char* label : {"pos", "neg"}) {
+      const std::string folder = folder_ / (std::string(part) + "/" + label);
+      std::filesystem::create_directories(folder);
+      for (int i = 0; i < 4; ++i) formats::write_bytes(folder + "/" + std::to_string(i) + ".txt", std::string(label) + " review");
+    }
+  }
+  const TaskData data = load_task(options_of("text", folder_ / ""));
+  EXPECT_EQ(data.splits.at("train").sequences() + data.splits.at("validation").sequences(), 8);
+  for (int64_t i = 0; i < 8; ++i) {
+    const auto text = tokens_of(data.splits.at("test"), i);
+    EXPECT_EQ(data.splits.at("test").labels[i].item<int32_t>(), text[0] == 'p' ? 1 : 0);
+  }
+  std::filesystem::remove_all(folder_ / "test/neg");
+  EXPECT_THROW(load_task(options_of("text", folder_ / "")), formats::FileError);
+}
+
+TEST_F(LoaderTest, PairsOfDocuments) {
+  const std::string good = "1.0\t12\t13\tfirst paper\tsecond paper\n0.0\t1\t2\ta\tb\n";
+  for (const char* part : {"train", "eval", "test"})
+    formats::write_bytes(folder_ / ("new_aan_pairs." + std::string(part) + ".tsv"), good);
+  const TaskData data = load_task(options_of("retrieval", folder_ / ""));
+  const TaskExamples& split = data.splits.at("validation");
+  EXPECT_EQ(data.examples(split), 2);
+  const auto second = tokens_of(split, 1);
+  EXPECT_EQ(std::string(second.begin(), second.end()), "second paper");
+  EXPECT_EQ(data.batch(split, std::vector<int64_t>{1}).tokens.sizes(), (std::vector<int64_t>{2, 1}));
+  formats::write_bytes(folder_ / "new_aan_pairs.eval.tsv", "1.0\t12\t13\tfirst paper\n");
+  EXPECT_CONTAINS(error_of(options_of("retrieval", folder_ / "")), "new_aan_pairs.eval.tsv: line 1: 4 fields");
+}
+
+TEST_F(LoaderTest, Images) {
+  std::string images;
+  for (int i = 0; i < 20; ++i)
+    images += static_cast<char>(i % 10) + std::string(1024, '\xFF') + std::string(1024, '\0') + std::string(1024, '\0');
+  for (const char* name : {"data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch"}) {
+    formats::write_bytes(folder_ / (std::string(name) + ".bin"), images);
+  }
+  const TaskData data = load_task(options_of("image", folder_ / ""));
+  EXPECT_EQ(data.splits.at("train").sequences() + data.splits.at("validation").sequences(), 100);
+  const auto pixels = tokens_of(data.splits.at("test"), 3);
+  EXPECT_EQ(pixels.size(), 1024U);
+  EXPECT_EQ(pixels[0], 76);  // 0.299 · 255
+  EXPECT_EQ(data.splits.at("test").labels[13].item<int32_t>(), 3);
+  formats::write_bytes(folder_ / "data_batch_3.bin", images + "x");
+  EXPECT_CONTAINS(error_of(options_of("image", folder_ / "")), "data_batch_3.bin: 61461 bytes, expected a multiple of 3073");
+  images[3073] = 10;
+  formats::write_bytes(folder_ / "data_batch_3.bin", images);
+  EXPECT_CONTAINS(error_of(options_of("image", folder_ / "")), "image 1: the label is 10, expected 0 to 9");
+}
+
+TEST_F(LoaderTest, MaskedTextAsksForItsOwnBytes) {
+  std::string text;
+  for (int i = 0; i < 4000; ++i) text += static_cast<char>('a' + i % 26);
+  formats::write_bytes(folder_ / "text", text);
+  TaskOptions options = options_of("masked_language", folder_ / "text");
+  options.length = 100;
+  const TaskData data = load_task(options);
+  EXPECT_EQ(data.splits.at("train").sequences(), 30);
+  EXPECT_EQ(data.splits.at("validation").sequences(), 10);
+  std::vector<int64_t> all(30);
+  std::iota(all.begin(), all.end(), int64_t{0});
+  const TaskBatch batch = data.batch(data.splits.at("train"), all, 1);
+  int64_t asked = 0, masked = 0, changed = 0;
+  for (int64_t i = 0; i < 30; ++i) {
+    for (int64_t t = 0; t < 100; ++t) {
+      const int64_t original = text[static_cast<size_t>(i * 100 + t)], token = batch.tokens[i][t].item<int64_t>();
+      const int64_t target = batch.targets[i][t].item<int64_t>();
+      if (target == kNoTarget) {
+        EXPECT_EQ(token, original);
+        continue;
+      }
+      EXPECT_EQ(target, original);
+      ++asked;
+      masked += token == 256 ? 1 : 0;
+      changed += token != original ? 1 : 0;
+    }
+  }
+  EXPECT_NEAR(static_cast<double>(asked), 450, 80);  // four deviations of 3,000 draws
+  EXPECT_NEAR(static_cast<double>(masked) / static_cast<double>(asked), 0.8, 0.08);
+  EXPECT_NEAR(static_cast<double>(changed) / static_cast<double>(asked), 0.9, 0.06);
+  EXPECT_TRUE(batch.tokens.equal(data.batch(data.splits.at("train"), all, 1).tokens));
+  EXPECT_FALSE(batch.tokens.equal(data.batch(data.splits.at("train"), all, 2).tokens));
 }
 
 }  // namespace

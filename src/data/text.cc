@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <stdexcept>
 #include <string_view>
@@ -14,7 +15,9 @@
 namespace latte {
 namespace {
 
-std::string_view name_of(Split split) { return split == Split::kTrain ? "training" : "validation"; }
+std::string_view name_of(Split split) {
+  return split == Split::kTrain ? "training" : split == Split::kTest ? "test" : "validation";
+}
 
 // At least as many as `text` has tokens; in UTF-8 exactly as many.
 size_t count_tokens(const Vocabulary& vocabulary, std::string_view text) {
@@ -49,8 +52,23 @@ TextCorpus::TextCorpus(const std::string& path, const TextCorpusOptions& options
     throw std::invalid_argument("validation fraction is " + std::to_string(options.validation_fraction) +
                                 ", expected 0 <= fraction < 1");
   }
+  if (!(options.test_fraction >= 0 && options.validation_fraction + options.test_fraction < 1)) {
+    throw std::invalid_argument("test fraction is " + std::to_string(options.test_fraction) +
+                                ", expected >= 0 and less than 1 with the validation fraction");
+  }
   if (options.context < 1) throw std::invalid_argument("context is " + std::to_string(options.context) + ", expected >= 1");
 
+  if (options.kind == Vocabulary::Kind::kTokens) {
+    auto& corpus = tokens_.emplace<formats::TokenCorpus>(path);
+    vocabulary_ = corpus.vocabulary();
+    if (options.vocabulary && !(vocabulary_ == *options.vocabulary)) {
+      throw formats::FormatError(path, "its vocabulary is " + vocabulary_.description() + ", expected the model's, " +
+                                           options.vocabulary->description());
+    }
+    size_ = corpus.size();
+    divide(path, options);
+    return;
+  }
   const formats::MappedFile file(path);
   const std::string_view text = file.text();
   if (text.empty()) throw formats::FormatError(path, "the text is empty");
@@ -71,9 +89,16 @@ TextCorpus::TextCorpus(const std::string& path, const TextCorpusOptions& options
     throw formats::FormatError(path, error.what());
   }
   size_ = std::visit([](const auto& tokens) { return static_cast<int64_t>(tokens.size()); }, tokens_);
-  train_size_ = static_cast<int64_t>(static_cast<double>(size_) * (1.0 - options.validation_fraction));
-  for (Split split : {Split::kTrain, Split::kValidation}) {
+  divide(path, options);
+}
+
+void TextCorpus::divide(const std::string& path, const TextCorpusOptions& options) {
+  // Each rounded alone, so that 5% and 5% of enwik8's 100,000,000 bytes leave 90,000,000.
+  test_size_ = std::llround(static_cast<double>(size_) * options.test_fraction);
+  train_size_ = static_cast<int64_t>(static_cast<double>(size_) * (1.0 - options.validation_fraction)) - test_size_;
+  for (Split split : {Split::kTrain, Split::kValidation, Split::kTest}) {
     if (split == Split::kValidation && options.validation_fraction == 0) continue;
+    if (split == Split::kTest && options.test_fraction == 0) continue;
     if (size(split) <= options.context) {
       throw formats::FormatError(path, "the text is too short: " + too_short(split, size(split), options.context));
     }
@@ -114,13 +139,21 @@ TokenBatch TextCorpus::batch_at(Split split, std::span<const int64_t> offsets, i
   TokenBatch result = {at::empty({batch, time}, at::kLong), at::empty({batch, time}, at::kLong)};
   auto* x = result.x.mutable_data_ptr<int64_t>();
   auto* y = result.y.mutable_data_ptr<int64_t>();
-  const int64_t begin = split == Split::kTrain ? 0 : train_size_;
+  const int64_t begin = split == Split::kTrain ? 0 : split == Split::kTest ? size_ - test_size_ : train_size_;
   std::visit(
       [&](const auto& tokens) {
         for (int64_t offset : offsets) {
-          const auto* source = tokens.data() + begin + offset;
-          x = std::copy_n(source, time, x);
-          y = std::copy_n(source + 1, time, y);
+          if constexpr (requires { tokens.vocabulary(); }) {
+            std::vector<int64_t> read(static_cast<size_t>(time + 1));
+            tokens.copy(begin + offset, time + 1, read.data());
+            x = std::copy_n(read.begin(), time, x);
+            y = std::copy_n(read.begin() + 1, time, y);
+            continue;
+          } else {
+            const auto* source = tokens.data() + begin + offset;
+            x = std::copy_n(source, time, x);
+            y = std::copy_n(source + 1, time, y);
+          }
         }
       },
       tokens_);

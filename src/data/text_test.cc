@@ -173,5 +173,45 @@ TEST_F(TextCorpusTest, RefusesArgumentsOutOfRange) {
   EXPECT_NO_THROW(corpus.batch_at(Split::kTrain, {&last, 1}, 9));
 }
 
+TEST(TextCorpus, AThirdPartIsForTesting) {
+  const formats::TestFolder folder;
+  std::string text;
+  for (int i = 0; i < 1000; ++i) text += static_cast<char>('a' + i / 100);
+  formats::write_bytes(folder / "text", text);
+  const TextCorpus corpus(
+      folder / "text",
+      {.kind = Vocabulary::Kind::kBytes, .vocabulary = {}, .validation_fraction = 0.1, .test_fraction = 0.2, .context = 10});
+  EXPECT_EQ(corpus.size(Split::kTrain), 700);
+  EXPECT_EQ(corpus.size(Split::kValidation), 100);
+  EXPECT_EQ(corpus.size(Split::kTest), 200);
+  const auto first = [&](Split split) { return corpus.batch_at(split, std::vector<int64_t>{0}, 10).x[0][0].item<int64_t>(); };
+  EXPECT_EQ(first(Split::kTrain), 'a');
+  EXPECT_EQ(first(Split::kValidation), 'h');
+  EXPECT_EQ(first(Split::kTest), 'i');
+  EXPECT_EQ(corpus.windows(Split::kTest, 10).size(), 19U);
+  EXPECT_THROW(TextCorpus(folder / "text", {.validation_fraction = 0.5, .test_fraction = 0.5}), std::invalid_argument);
+}
+
+TEST(TextCorpus, TokensOfATokeniserStayInTheirFile) {
+  const formats::TestFolder folder;
+  const std::string id(32, '1');
+  std::vector<int64_t> tokens;
+  for (int64_t i = 0; i < 100; ++i) tokens.push_back(1000 + i);
+  formats::write_token_corpus(folder / "corpus", tokens, 50000, id);
+  TextCorpusOptions options{.kind = Vocabulary::Kind::kTokens, .vocabulary = {}, .validation_fraction = 0.2, .context = 5};
+  const TextCorpus corpus(folder / "corpus", options);
+  EXPECT_EQ(corpus.vocabulary().size(), 50000);
+  const TokenBatch batch = corpus.batch_at(Split::kValidation, std::vector<int64_t>{0, 3}, 4);
+  EXPECT_EQ(batch.x[0][0].item<int64_t>(), 1080);
+  EXPECT_EQ(batch.y[0][3].item<int64_t>(), 1084);
+  EXPECT_EQ(batch.x[1][0].item<int64_t>(), 1083);
+  options.vocabulary = Vocabulary::tokens(50000, std::string(32, '2'));
+  EXPECT_CONTAINS(formats::error_text<formats::FormatError>([&] { TextCorpus(folder / "corpus", options); }),
+                  "expected the model's");
+  formats::write_bytes(folder / "text", "no tokens at all");
+  options.vocabulary.reset();
+  EXPECT_THROW(TextCorpus(folder / "text", options), formats::FormatError);
+}
+
 }  // namespace
 }  // namespace latte

@@ -33,12 +33,6 @@ class FormatError : public std::runtime_error {
   std::string path_;
 };
 
-// An option that can't be: one line that names it, what it holds and what it may.
-class OptionError : public std::invalid_argument {
- public:
-  using std::invalid_argument::invalid_argument;
-};
-
 // `text` on one line between double quotes: control characters and invalid UTF-8 as \xNN, cut after 64 characters.
 std::string quote(std::string_view text);
 

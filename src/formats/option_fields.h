@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "formats/error.h"
+#include "formats/option_error.h"
 
 namespace latte::formats::fields {
 

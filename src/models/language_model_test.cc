@@ -43,15 +43,25 @@ struct Case {
 void PrintTo(const Case& one, std::ostream* out) { *out << one.name; }
 
 std::vector<Case> cases() {
-  std::vector<Case> all{
-      {"SoftmaxNone", small_config("softmax", "none")},       {"SoftmaxLearned", small_config("softmax", "learned")},
-      {"SoftmaxRotary", small_config("softmax", "rotary")},   {"WindowLearned", small_config("window", "learned")},
-      {"WindowRotary", small_config("window", "rotary")},     {"LatteNone", small_config("latte", "none")},
-      {"LatteLearned", small_config("latte", "learned")},     {"LatteVapor", small_config("latte", "vapor")},
-      {"LatteConv", small_config("latte", "conv")},           {"LatteRgLru", small_config("latte", "rg_lru")},
-      {"MacchiatoNone", small_config("macchiato", "none")},   {"MacchiatoRotary", small_config("macchiato", "rotary")},
-      {"MacchiatoVapor", small_config("macchiato", "vapor")}, {"MacchiatoConv", small_config("macchiato", "conv")},
-      {"MacchiatoRgLru", small_config("macchiato", "rg_lru")}};
+  std::vector<Case> all{{"SoftmaxNone", small_config("softmax", "none")},
+                        {"SoftmaxLearned", small_config("softmax", "learned")},
+                        {"SoftmaxRotary", small_config("softmax", "rotary")},
+                        {"WindowLearned", small_config("window", "learned")},
+                        {"WindowRotary", small_config("window", "rotary")},
+                        {"LatteNone", small_config("latte", "none")},
+                        {"LatteLearned", small_config("latte", "learned")},
+                        {"LatteVapor", small_config("latte", "vapor")},
+                        {"LatteConv", small_config("latte", "conv")},
+                        {"LatteRgLru", small_config("latte", "rg_lru")},
+                        {"MacchiatoNone", small_config("macchiato", "none")},
+                        {"MacchiatoRotary", small_config("macchiato", "rotary")},
+                        {"MacchiatoVapor", small_config("macchiato", "vapor")},
+                        {"MacchiatoConv", small_config("macchiato", "conv")},
+                        {"MacchiatoRgLru", small_config("macchiato", "rg_lru")},
+                        {"LatteSinusoidal", small_config("latte", "sinusoidal")},
+                        {"LinearNone", small_config("linear", "none")},
+                        {"LinearSinusoidal", small_config("linear", "sinusoidal")},
+                        {"GatedLinear", small_config("gated_linear", "none")}};
   for (const std::string attention : {"latte", "macchiato"}) {
     auto keeping = small_config(attention, "conv");
     keeping.forget = false;
@@ -68,6 +78,9 @@ std::vector<Case> cases() {
   rich.bias = true;
   rich.tie_embeddings = false;
   all.push_back({"MacchiatoOfEverything", rich});
+  auto shared = small_config("latte", "conv");
+  shared.shared_latents = true;
+  all.push_back({"LatteShared", shared});
   auto grouped = small_config("softmax", "rotary");
   grouped.num_heads = 4;
   grouped.num_kv_heads = 1;
@@ -309,10 +322,15 @@ TEST(LanguageModelConfigJson, WhatCannotBeIsRefused) {
   refuses({{"num_kv_heads", 4}}, "num_kv_heads is 4", "divisor of num_heads (6)");
   refuses({{"num_kv_heads", 0}}, "num_kv_heads is 0", "1 … ");
   refuses({{"num_kv_heads", nullptr}}, "num_kv_heads is null", "an integer");
-  refuses({{"attention", "linear"}}, "attention is \"linear\"", "softmax, window, latte or macchiato");
+  refuses({{"attention", "linformer"}}, "attention is \"linformer\"",
+          "softmax, window, latte, macchiato, linear or gated_linear");
   refuses({{"attention", "latte"}, {"position", "rotary"}}, "position is \"rotary\"",
-          "none, learned, vapor, conv or rg_lru with");
-  refuses({{"position", "vapor"}}, "position is \"vapor\"", "none, learned or rotary with attention softmax");
+          "none, learned, sinusoidal, vapor, conv or rg_lru with");
+  refuses({{"position", "vapor"}}, "position is \"vapor\"", "none, learned, sinusoidal or rotary with attention softmax");
+  refuses({{"attention", "linear"}, {"position", "rotary"}}, "position is \"rotary\"",
+          "none, learned or sinusoidal with attention linear");
+  refuses({{"shared_latents", true}}, "shared_latents is true", "no latents");
+  refuses({{"projected", 0}}, "projected is 0", "1 … ");
   refuses({{"embed_dim", 18}, {"num_heads", 6}}, "num_heads is 6", "even size");
   refuses({{"attention", "latte"}, {"num_latents", 0}}, "num_latents is 0", "1 … ");
   refuses({{"num_latents", 64}}, "num_latents is 64", "no latents");

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdio>
 
+#include "formats/error.h"
 #include "formats/option_fields.h"
 #include "models/encoder.h"
 #include "models/language_model_config.h"
@@ -175,6 +176,10 @@ json compare(const json& config, const CompareOptions& options, const CompareRun
       if (!latents) model.erase(field);
     }
     if (attention != "window" && attention != "macchiato") model.erase("sinks");
+    const std::string position = model.value("position", "");
+    const bool of_latents = position == "conv" || position == "vapor" || position == "rg_lru";
+    const bool rotates = attention == "softmax" || attention == "window" || attention == "macchiato";
+    if ((of_latents && !latents) || (position == "rotary" && !rotates)) model.erase("position");  // its default
     for (const auto& [field, value] : entry.model.items()) model[field] = value;
     return model;
   };

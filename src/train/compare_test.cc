@@ -58,6 +58,23 @@ TEST(Compare, SweepsRatesOnOneSeedAndRunsTheOthersAtTheBest) {
   EXPECT_CONTAINS(table, "| softmax | 100 | 0.01 | 60.00 ± 10.00 | 50.00 … 70.00 | 1.0000 | 2 | 2500 | 3 |");
 }
 
+TEST(Compare, WhatAnAttentionHasNoUseForIsLeftOut) {
+  json config = task_config();
+  config["model"].update({{"position", "conv"}, {"sinks", 2}, {"causal", true}});
+  CompareOptions options;
+  for (const char* name : {"macchiato", "latte", "softmax", "linear"})
+    options.entries.push_back(CompareOptions::parse_entry(name));
+  options.seeds = 1;
+  compare(config, options, [](const CompareRun& asked) {
+    const json& model = asked.config.at("model");
+    const bool latents = model.at("attention") == "macchiato" || model.at("attention") == "latte";
+    EXPECT_EQ(model.contains("position"), latents);
+    EXPECT_EQ(model.contains("num_latents"), latents);
+    EXPECT_EQ(model.contains("sinks"), model.at("attention") == "macchiato");
+    return report(0.5, 0.5);
+  });
+}
+
 TEST(Compare, AnInterruptedRunEndsIt) {
   CompareOptions options;
   options.entries = {CompareOptions::parse_entry("softmax")};

@@ -26,6 +26,7 @@ void for_each_field(Options& options, const Visit& visit) {
   visit("text", options.text);
   visit("tokens", options.tokens);
   visit("validation_fraction", options.validation_fraction);
+  visit("test_fraction", options.test_fraction);
   visit("context", options.context);
   visit("batch", options.batch);
   visit("accumulate", options.accumulate);
@@ -47,16 +48,20 @@ void for_each_field(Options& options, const Visit& visit) {
 }  // namespace
 
 formats::Vocabulary::Kind TrainerOptions::vocabulary_kind() const {
+  if (tokens == "corpus") return formats::Vocabulary::Kind::kTokens;
   return tokens == "bytes" ? formats::Vocabulary::Kind::kBytes : formats::Vocabulary::Kind::kCharacters;
 }
 
 void TrainerOptions::validate() const {
-  if (tokens != "chars" && tokens != "bytes") fail("tokens", formats::quote(tokens), "chars or bytes");
+  if (tokens != "chars" && tokens != "bytes" && tokens != "corpus")
+    fail("tokens", formats::quote(tokens), "chars, bytes or corpus");
   if (dtype != "auto" && dtype != "float32" && dtype != "bfloat16") {
     fail("dtype", formats::quote(dtype), "auto, float32 or bfloat16");
   }
   check_that(validation_fraction >= 0 && validation_fraction < 1, "validation_fraction", validation_fraction,
              "a number in [0, 1)");
+  check_that(test_fraction >= 0 && test_fraction + validation_fraction < 1, "test_fraction", test_fraction,
+             "a number >= 0, less than 1 with validation_fraction");
   check_range("context", context, 1, kLargestSize);
   check_range("batch", batch, 1, kLargestSize);
   check_range("accumulate", accumulate, 1, kLargestSize);

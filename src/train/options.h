@@ -6,7 +6,7 @@
 #include <nlohmann/json_fwd.hpp>
 #include <string>
 
-#include "formats/error.h"
+#include "formats/option_error.h"
 #include "formats/vocabulary.h"
 
 namespace latte::train {
@@ -16,8 +16,9 @@ using formats::OptionError;
 // The defaults train a small character model in a few minutes on two cores.
 struct TrainerOptions {
   std::string text;                  // a file
-  std::string tokens = "chars";      // chars | bytes
+  std::string tokens = "chars";      // chars | bytes | corpus: a file of latte tokenize
   double validation_fraction = 0.1;  // of the text, its end; 0: no validation
+  double test_fraction = 0.0;        // of the text, what comes behind that; tested on at the end
 
   int64_t context = 256;   // tokens a sequence
   int64_t batch = 16;      // sequences at once
@@ -51,7 +52,7 @@ struct TrainerOptions {
 };
 
 // The fields that say how a text is read: none of a task's.
-inline constexpr std::array kTextFields = {"text", "tokens", "validation_fraction", "context"};
+inline constexpr std::array kTextFields = {"text", "tokens", "validation_fraction", "test_fraction", "context"};
 
 // The learning rate of the step that follows `step` finished ones: a linear warm-up from lr / warmup to lr, then half a cosine to
 // min_lr at the last step.

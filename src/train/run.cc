@@ -17,7 +17,11 @@ namespace latte::train {
 namespace {
 
 TextCorpusOptions corpus_options(const TrainerOptions& options) {
-  return {.kind = options.vocabulary_kind(), .validation_fraction = options.validation_fraction, .context = options.context};
+  return {.kind = options.vocabulary_kind(),
+          .vocabulary = {},
+          .validation_fraction = options.validation_fraction,
+          .test_fraction = options.test_fraction,
+          .context = options.context};
 }
 
 // `before` on this machine, with this text.

@@ -24,7 +24,8 @@ struct RunResult {
   bool interrupted = false;  // by Ctrl-C or SIGTERM; everything is saved
   int64_t step = 0;
   int64_t parameters = 0;
-  double loss = 0.0;  // of the last step
+  double loss = 0.0;                // of the last step
+  std::optional<double> test_loss;  // of a text with a test_fraction, at the end
   Progress progress;
   std::string checkpoint;
 };

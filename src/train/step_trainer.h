@@ -45,6 +45,8 @@ class StepTrainer {
   // On the validation examples. Draws no random number.
   virtual Evaluation validate() = 0;
   virtual bool has_validation() const = 0;
+  // Nats a token on what no validation saw; none where there is no such part.
+  virtual std::optional<double> test() { return {}; }
 
   // Writes a checkpoint atomically; `progress` says how far this and earlier sessions got.
   void save(const std::string& path, const Progress& progress,

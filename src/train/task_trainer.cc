@@ -13,6 +13,8 @@ namespace {
 
 using nlohmann::json;
 
+constexpr uint64_t kMaskStride = 0x9E3779B97F4A7C15;  // a batch's masks have nothing to do with the next one's
+
 models::EncoderConfig checked_config(const formats::CheckpointFile& checkpoint) {
   const auto config = TaskRecord::from(checkpoint).model;
   check_parameter_count(checkpoint.file(), config.parameter_count());
@@ -96,7 +98,8 @@ TaskTrainer::Answers TaskTrainer::answer(const TaskBatch& batch, bool count_righ
 
 StepTrainer::Loss TaskTrainer::loss_of_batch(uint64_t index) {
   const auto examples = order_.take(static_cast<int64_t>(index) * options().batch, options().batch);
-  const TaskBatch batch = data_.batch(data_.splits.at("train"), examples);
+  const TaskBatch batch =
+      data_.batch(data_.splits.at("train"), examples, static_cast<uint64_t>(options().seed) + (index + 1) * kMaskStride);
   return {answer(batch, /*count_right=*/false).loss, batch.real_tokens};
 }
 

@@ -26,6 +26,9 @@ void check_ranks(const Ranks& ranks, const models::LanguageModelConfig& model, c
         "attention is softmax, which reads every earlier token: --sequence-parallel is for attentions whose past has "
         "a fixed size, latte, macchiato and window");
   }
+  if (model.attention == "linear" || model.attention == "gated_linear") {
+    throw OptionError("attention is " + model.attention + ", which --sequence-parallel doesn't carry from rank to rank");
+  }
   int64_t reach = 1;
   if (model.attention != "latte") reach = std::max({reach, model.window, model.sinks});
   if (model.position_name() == "conv") reach = std::max(reach, model.conv_width - 1);
@@ -75,10 +78,17 @@ StepTrainer::Loss Trainer::loss_of_batch(uint64_t index) {
   return {loss_of(batch), options().batch * options().context};
 }
 
-double Trainer::evaluate() {
+double Trainer::evaluate() { return evaluate(Split::kValidation, validation_windows_); }
+
+std::optional<double> Trainer::test() {
+  if (corpus_.size(Split::kTest) == 0) return {};
+  return evaluate(Split::kTest, corpus_.windows(Split::kTest, options().context));
+}
+
+double Trainer::evaluate(Split split, std::span<const int64_t> windows) {
   const torch::NoGradGuard no_grad;
   model_->eval();
-  std::span<const int64_t> windows = validation_windows_;
+  const auto all = static_cast<double>(windows.size());
   auto at_once = static_cast<size_t>(options().batch);
   if (ranks()) {
     const auto [first, end] = ranks()->share(static_cast<int64_t>(windows.size()));
@@ -88,12 +98,12 @@ double Trainer::evaluate() {
   double total = 0.0;
   for (size_t begin = 0; begin < windows.size(); begin += at_once) {
     const std::span offsets = windows.subspan(begin, std::min(windows.size() - begin, at_once));
-    TokenBatch batch = corpus_.batch_at(Split::kValidation, offsets, options().context);
+    TokenBatch batch = corpus_.batch_at(split, offsets, options().context);
     if (ranks()) batch = ranks()->stretch(batch);
     total += loss_of(batch).item<double>() * static_cast<double>(offsets.size());
   }
   model_->train();
-  const double mean = total / static_cast<double>(validation_windows_.size());
+  const double mean = total / all;
   return ranks() ? ranks()->sum({mean})[0] / static_cast<double>(ranks()->sequence_parallel()) : mean;
 }
 

@@ -82,6 +82,7 @@ TrainingRecord TrainingRecord::from_json(const std::string& path, const std::str
   TrainingRecord record;
   try {
     const json object = json::parse(text);
+    if (object.contains("task")) throw std::invalid_argument("holds an encoder of latte train --task, expected a language model");
     record.model = models::LanguageModelConfig::from_json(object.at("model"));
     record.options = TrainerOptions::from_json(object.at("training"));
     record.vocabulary = formats::Vocabulary::from_description(object.at("vocabulary").get<std::string>());

