@@ -7,8 +7,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python=${PYTHON:-python3}
-packages=(cmake ninja-build ccache libcli11-dev nlohmann-json3-dev libgtest-dev gnuplot-nox libxxhash-dev clang-format clang-tidy
-  clang-19 libclang-rt-19-dev libgloo-dev)
+packages=(cmake ninja-build ccache libcli11-dev nlohmann-json3-dev libgtest-dev gnuplot-nox libxxhash-dev libedit-dev clang-format
+  clang-tidy clang-19 libclang-rt-19-dev libgloo-dev)
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }

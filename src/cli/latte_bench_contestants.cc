@@ -50,6 +50,12 @@ void LatteContestant::GoBack() {
   }
 }
 
+bool LatteContestant::GoToFirst() {
+  if (!first_ || first_->position() == depth_) return false;
+  *session_ = *first_;
+  return true;
+}
+
 void LatteContestant::Write(int32_t token) {
   if (batch == 1) {
     engine_.decode(*session_, token);
@@ -63,6 +69,8 @@ void LatteContestant::Write(int32_t token) {
 
 void LatteContestant::Rest() {
   GoBack();
+  constexpr int64_t kFull = 1000;  // tokens after which the usual windows are full
+  if (marked_ && !first_ && depth_ >= kFull) first_ = std::move(marked_);
   marked_.reset();
 }
 

@@ -24,6 +24,9 @@ class Contestant {
   virtual void Write(int32_t token) = 0;  // one token, logits and all, in every session
   virtual void Rest() = 0;                // lets go of what one depth took and the next doesn't need
   virtual double StateMegabytes() const { return 0.0; }
+  // Goes to the first depth that was reached with all of the state in use, if its state was kept: for comparing two depths in
+  // turns.
+  virtual bool GoToFirst() { return false; }
 
   std::string engine, attention;
   bool flash = false;  // llama.cpp's flash attention
@@ -43,6 +46,7 @@ class LatteContestant final : public Contestant {
   void Write(int32_t token) override;
   void Rest() override;
   double StateMegabytes() const override { return static_cast<double>(session_->bytes_in_use()) / 1e6; }
+  bool GoToFirst() override;
 
   const runtime::Model& model() const { return *model_; }
   // Makes `count` sessions that have read `text`, steps each of them once with the others, and returns the megabytes that each
@@ -53,7 +57,7 @@ class LatteContestant final : public Contestant {
   std::shared_ptr<const runtime::Model> model_;
   runtime::Engine engine_;
   runtime::SessionOptions session_options_;
-  std::optional<runtime::Session> session_, marked_;  // marked_: of what can't be taken back
+  std::optional<runtime::Session> session_, marked_, first_;  // marked_ and first_: of what can't be taken back
   int64_t depth_ = 0;
   std::vector<runtime::Session> others_;
 };

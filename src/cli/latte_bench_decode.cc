@@ -196,7 +196,7 @@ class Bench {
 
   struct Runner {
     Contestant* contestant;
-    std::vector<double> reads, writes;
+    std::vector<double> reads, writes, first_writes;
     double spent = 0.0;
   };
 
@@ -217,7 +217,7 @@ class Bench {
         contestant->out = true;
         continue;
       }
-      runners.push_back({contestant.get(), {}, {}, 0.0});
+      runners.push_back({contestant.get(), {}, {}, {}, 0.0});
     }
     for (const int64_t batch : options_.batches) {
       for (Runner& runner : runners) {
@@ -253,10 +253,14 @@ class Bench {
           read = SecondsOf([&] { contestant.Read(prompt_); });
           contestant.GoBack();
         }
-        contestant.Write(prompt_[0]);  // buffers are made anew after a prompt
-        const double written = SecondsOf([&] {
-          for (int64_t i = 0; i < options_.tokens; ++i) contestant.Write(prompt_[static_cast<size_t>(i) % prompt_.size()]);
-        });
+        const auto write = [&] {
+          contestant.Write(prompt_[0]);  // buffers are made anew after a prompt
+          return SecondsOf([&] {
+            for (int64_t i = 0; i < options_.tokens; ++i) contestant.Write(prompt_[static_cast<size_t>(i) % prompt_.size()]);
+          });
+        };
+        const double written = write();
+        if (batch == 1 && contestant.GoToFirst()) runner.first_writes.push_back(write());
         runner.spent += read + written;
         if (round == 0 && runner.spent < options_.budget) return;
         if (batch == 1) runner.reads.push_back(read);
@@ -283,6 +287,9 @@ class Bench {
       if (runner.writes.empty()) continue;
       if (runner.contestant->engine == "latte") {
         Report(*runner.contestant, depth, PrefillOf(runner), DecodeOf(runner));
+        if (!runner.first_writes.empty()) {
+          rows_.back()["decode_over_first_depth"] = Median(runner.first_writes) / Median(runner.writes);
+        }
       } else if (other == nullptr && runner.contestant->flash) {
         other = &runner;
       } else {
@@ -400,7 +407,9 @@ void AddBenchDecode(CLI::App& bench, int& exit_code) {
   command->footer(
       "llama.cpp runs with and without flash attention, and its row has the better of both. Beyond 2048 tokens its cache is "
       "filled\n"
-      "with copies of what it read, which costs it the same as a text of its own.\n\n"
+      "with copies of what it read, which costs it the same as a text of its own. decode_over_first_depth in JSON is latte's "
+      "rate\n"
+      "over that at the first depth of 1000 tokens or more, taken in turns.\n\n"
       "Examples:\n"
       "  latte bench decode --model SmolLM2-135M-Instruct.Q4_1.gguf --depths 0,2048,8192,32768\n"
       "  latte bench decode --model model.gguf --adapter adapter.gguf --types Q4_1,BF16 --plot figures/decode --json\n"

@@ -25,28 +25,6 @@ struct Options {
 
 double SecondsSince(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
-// A line on a terminal that shows how much of a long prompt is read.
-class PromptProgress {
- public:
-  explicit PromptProgress(int64_t total) : total_(total), shown_(::isatty(STDERR_FILENO) != 0 && total > 2048) {}
-  bool operator()(int64_t read) const {
-    if (shown_) {
-      const double seconds = SecondsSince(start_);
-      const int filled = static_cast<int>(30 * read / total_);
-      std::fprintf(stderr, "\r[%-30.*s] %lld of %lld tokens, %.0f tokens/s ", filled, "##############################",
-                   static_cast<long long>(read), static_cast<long long>(total_), static_cast<double>(read) / seconds);
-      if (read == total_) std::fprintf(stderr, "\r%70s\r", "");
-      std::fflush(stderr);
-    }
-    return !Interrupt::Seen();
-  }
-
- private:
-  int64_t total_;
-  bool shown_;
-  Clock::time_point start_ = Clock::now();
-};
-
 int Generate(const Options& options) {
   const auto loading = Clock::now();
   Loaded loaded(options.model);
@@ -67,8 +45,13 @@ int Generate(const Options& options) {
   }
   const Interrupt interrupt;
   const auto reading = Clock::now();
-  const PromptProgress progress(static_cast<int64_t>(tokens.size()));
-  std::span<const float> logits = loaded.engine.prefill(session, tokens, [&](int64_t read) { return progress(read); });
+  const int64_t before = session.position();
+  std::span<const float> logits;
+  {
+    PromptProgress progress(static_cast<int64_t>(tokens.size()));
+    logits = loaded.engine.prefill(session, tokens, [&](int64_t read) { return progress(read); });
+  }
+  const int64_t read = session.position() - before;  // fewer than there are after Ctrl-C
   const double read_seconds = SecondsSince(reading);
 
   nlohmann::json written = nlohmann::json::array();
@@ -111,9 +94,9 @@ int Generate(const Options& options) {
   show(filter.Rest());
   if (!options.save.empty()) session.save(options.save);
   const double write_rate = static_cast<double>(count) / std::max(write_seconds, 1e-9);
-  const double read_rate = static_cast<double>(tokens.size()) / std::max(read_seconds, 1e-9);
+  const double read_rate = static_cast<double>(read) / std::max(read_seconds, 1e-9);
   if (options.json) {
-    nlohmann::json out = {{"text", text}, {"finish_reason", reason}, {"prompt_tokens", tokens.size()}, {"tokens", count}};
+    nlohmann::json out = {{"text", text}, {"finish_reason", reason}, {"prompt_tokens", read}, {"tokens", count}};
     if (options.logprobs) out["logprobs"] = written;
     if (options.stats) {
       out["stats"] = {{"load_seconds", load_seconds},
@@ -129,8 +112,8 @@ int Generate(const Options& options) {
     if (options.stats) {
       std::fprintf(
           stderr,
-          "load %.2f s; read %zu tokens at %.0f tokens/s; wrote %lld at %.1f tokens/s (%s); state %.1f MB, process %.0f MB\n",
-          load_seconds, tokens.size(), read_rate, static_cast<long long>(count), write_rate, reason.c_str(),
+          "load %.2f s; read %lld tokens at %.0f tokens/s; wrote %lld at %.1f tokens/s (%s); state %.1f MB, process %.0f MB\n",
+          load_seconds, static_cast<long long>(read), read_rate, static_cast<long long>(count), write_rate, reason.c_str(),
           static_cast<double>(session.bytes_in_use()) / 1e6, ResidentMegabytes());
     }
   }
@@ -152,6 +135,14 @@ void AddGenerateModel(CLI::App& app, int& exit_code) {
   command->add_flag("--stats", options->stats, "Tokens a second, memory");
   command->add_flag("--logprobs", options->logprobs, "ln p of each token");
   command->add_flag("--json", options->json, "One JSON object instead of the text");
+  command->footer(
+      "Ctrl-C ends the text, or the reading of a long prompt, and exits with 130; --save then keeps what was reached.\n\n"
+      "Examples:\n"
+      "  latte generate SmolLM2-135M-Instruct.Q4_1.gguf --prompt 'The lighthouse keeper' --tokens 100 --stats\n"
+      "  latte generate model.gguf --adapter adapter.gguf --prompt-file book.txt --save book.state\n"
+      "  latte generate model.gguf --adapter adapter.gguf --load book.state --prompt 'In short,' --temperature 0\n"
+      "  latte generate model.gguf --prompt 'Anna is 31. As JSON: ' \\\n"
+      "    --json-schema '{\"properties\": {\"name\": {\"type\": \"string\"}, \"age\": {\"type\": \"integer\"}}}'");
   command->callback([options, &exit_code] { exit_code = Generate(*options); });
 }
 

@@ -4,10 +4,12 @@
 
 #include <algorithm>
 #include <csignal>
+#include <cstdio>
 #include <fstream>
 #include <random>
 
 #include "formats/mapped_file.h"
+#include "runtime/json_schema.h"
 
 namespace latte::cli {
 namespace {
@@ -52,7 +54,9 @@ void AddSamplingOptions(CLI::App& command, SamplingChoice& choice) {
   command.add_option("--presence-penalty", sampling.presence_penalty, "Likewise, once")->check(CLI::Range(-10.0, 10.0));
   command.add_option("--penalty-tokens", sampling.penalty_tokens, "How many the last ones are")->check(CLI::Range(0, 1 << 20));
   command.add_option("--seed", choice.seed, "Same seed, same text");
-  command.add_option("--grammar", choice.grammar_file, "GBNF file that the text keeps to");
+  auto* grammar = command.add_option("--grammar", choice.grammar_file, "GBNF file that the text keeps to");
+  command.add_option("--json-schema", choice.json_schema, "The text is JSON of this schema: a file, or the schema itself ({…})")
+      ->excludes(grammar);
   command.add_option("--stop", choice.stop, "End before this text (may be given again)")->allow_extra_args(false);
 }
 
@@ -66,6 +70,12 @@ Loaded::Loaded(const ModelChoice& choice)
 runtime::Sampler MakeSampler(const Loaded& loaded, SamplingChoice choice) {
   choice.sampling.seed = choice.seed ? *choice.seed : std::random_device()();
   if (!choice.grammar_file.empty()) choice.sampling.grammar = std::string(formats::MappedFile(choice.grammar_file).text());
+  if (!choice.json_schema.empty()) {
+    const bool itself = choice.json_schema.find_first_not_of(" \t\n") != std::string::npos &&
+                        choice.json_schema[choice.json_schema.find_first_not_of(" \t\n")] == '{';
+    choice.sampling.grammar =
+        runtime::grammar_of_schema(itself ? choice.json_schema : std::string(formats::MappedFile(choice.json_schema).text()));
+  }
   return runtime::Sampler(loaded.tokenizer, choice.sampling);
 }
 
@@ -110,6 +120,24 @@ Interrupt::Interrupt() { std::signal(SIGINT, OnInterrupt); }
 Interrupt::~Interrupt() { std::signal(SIGINT, SIG_DFL); }
 bool Interrupt::Seen() { return interrupts > 0; }
 void Interrupt::Clear() { interrupts = 0; }
+
+PromptProgress::PromptProgress(int64_t total) : total_(total), shown_(::isatty(STDERR_FILENO) != 0 && total > 2048) {}
+
+PromptProgress::~PromptProgress() {
+  if (drawn_) std::fprintf(stderr, "\r%79s\r", "");
+}
+
+bool PromptProgress::operator()(int64_t read) {
+  if (shown_) {
+    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+    const int filled = static_cast<int>(30 * read / total_);
+    std::fprintf(stderr, "\r[%-30.*s] %lld of %lld tokens, %.0f tokens/s ", filled, "##############################",
+                 static_cast<long long>(read), static_cast<long long>(total_), static_cast<double>(read) / seconds);
+    std::fflush(stderr);
+    drawn_ = true;
+  }
+  return !Interrupt::Seen();
+}
 
 std::vector<int32_t> Narrow(const std::vector<int64_t>& tokens) { return {tokens.begin(), tokens.end()}; }
 

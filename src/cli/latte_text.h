@@ -2,6 +2,7 @@
 #pragma once
 
 #include <CLI/CLI.hpp>
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -29,6 +30,7 @@ struct SamplingChoice {
   runtime::SamplingOptions sampling;
   std::optional<uint32_t> seed;
   std::string grammar_file;
+  std::string json_schema;  // a file, or the schema itself
   std::vector<std::string> stop;
 };
 void AddSamplingOptions(CLI::App& command, SamplingChoice& choice);
@@ -69,6 +71,20 @@ class Interrupt {
   ~Interrupt();
   static bool Seen();
   static void Clear();
+};
+
+// A line on a terminal that shows how much of a long prompt is read; Ctrl-C ends the reading.
+class PromptProgress {
+ public:
+  explicit PromptProgress(int64_t total);
+  ~PromptProgress();
+  bool operator()(int64_t read);  // for Engine::prefill()
+
+ private:
+  int64_t total_;
+  bool shown_;
+  bool drawn_ = false;
+  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
 };
 
 std::vector<int32_t> Narrow(const std::vector<int64_t>& tokens);

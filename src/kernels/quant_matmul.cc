@@ -288,7 +288,9 @@ void Quantize(const float* x, int64_t token, int64_t first, int64_t last, const 
     const VF inverse = hn::Set(df, largest > 0.0f ? 127.0f / largest : 0.0f);
     VI sum = hn::Zero(di);
     for (int64_t i = 0; i < kQuantBlock; i += lanes) {
-      const VI q = hn::NearestInt(hn::Mul(hn::LoadU(df, x + i), inverse));
+      // What isn't a number becomes one: a sum of 8-bit numbers fits into 32 bits.
+      const VI nearest = hn::NearestInt(hn::Mul(hn::LoadU(df, x + i), inverse));
+      const VI q = hn::Min(hn::Max(nearest, hn::Set(di, -127)), hn::Set(di, 127));
       sum = hn::Add(sum, q);
       hn::StoreU(hn::DemoteTo(d8, q), d8, out.quants + place * kQuantBlock + i);
     }

@@ -307,10 +307,19 @@ TEST_F(EngineTest, RefusesDamagedStates) {
     return error_text<StateError>([&] { Session::load(tiny_ / "changed", model); });
   };
   EXPECT_CONTAINS(error_text<StateError>([&] { Session::load(path, plain); }), "of another model");
-  for (size_t size : {size_t{0}, size_t{10}, size_t{71}, size_t{100}, bytes.size() - 1}) {
+  for (size_t size : {size_t{0}, size_t{10}, size_t{79}, size_t{111}, bytes.size() - 1}) {
     EXPECT_FALSE(text(bytes.substr(0, size)).empty()) << size;
   }
   EXPECT_CONTAINS(text(bytes + "x"), "cut short or damaged");
+  session.save(tiny_ / "noted", "what was said");
+  std::string note = "before";
+  EXPECT_EQ(Session::load(tiny_ / "noted", model, &note).position(), 20);
+  EXPECT_EQ(note, "what was said");
+  EXPECT_EQ(Session::load(path, model, &note).position(), 20);
+  EXPECT_EQ(note, "");
+  std::string reworded = formats::read_bytes(tiny_ / "noted");
+  reworded.replace(reworded.find("what was"), 8, "who were");
+  EXPECT_CONTAINS(text(reworded), "checksum");
   std::string version = bytes;
   version[8] = 9;
   EXPECT_CONTAINS(text(version), "version 9");

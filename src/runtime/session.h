@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "kernels/cached_attention.h"
@@ -48,10 +49,11 @@ class Session {
   bool can_truncate(int64_t position) const;
   void truncate(int64_t position);  // throws SessionError
 
-  // Atomic, versioned, checksummed; bound to the model's files and attention. Throws FileError.
-  void save(const std::string& path) const;
+  // Atomic, versioned, checksummed; bound to the model's files and attention. `note` is the caller's, for what belongs to the
+  // state and isn't in it, such as a conversation's text. Throws FileError.
+  void save(const std::string& path, std::string_view note = {}) const;
   // Throws FileError; StateError for a file that is damaged, or of another version or model.
-  static Session load(const std::string& path, std::shared_ptr<const Model> model);
+  static Session load(const std::string& path, std::shared_ptr<const Model> model, std::string* note = nullptr);
 
   // For the engine: the parts of one layer and key-value head.
   kernels::KeyValueCache ring(int64_t layer, int64_t kv_head) const;

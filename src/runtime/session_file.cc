@@ -1,5 +1,5 @@
-// A session's file: magic, version, what it was made with, the stretches of its memory that hold something, and a checksum of all
-// that; numbers are little-endian, as the machines are that this runs on.
+// A session's file: magic, version, what it was made with, the stretches of its memory that hold something, the caller's note,
+// and a checksum of all that; numbers are little-endian, as the machines are that this runs on.
 #include <algorithm>
 #include <array>
 #include <cstring>
@@ -14,7 +14,7 @@
 namespace latte::runtime {
 namespace {
 
-constexpr uint32_t kVersion = 1;
+constexpr uint32_t kVersion = 2;
 constexpr size_t kDigits = 32;
 
 struct Header {
@@ -24,20 +24,22 @@ struct Header {
   int64_t position = 0;
   int64_t context = 0;
   uint64_t payload = 0;  // bytes
+  uint64_t note = 0;     // bytes
   std::array<char, kDigits> model = {};
 };
-static_assert(sizeof(Header) == 72, "no padding: the bytes are written as they are");
+static_assert(sizeof(Header) == 80, "no padding: the bytes are written as they are");
 
 std::span<const std::byte> bytes_of(const Header& header) { return std::as_bytes(std::span(&header, 1)); }
 
 }  // namespace
 
-void Session::save(const std::string& path) const {
+void Session::save(const std::string& path, std::string_view note) const {
   Header header;
   header.dtype = static_cast<uint32_t>(options_.dtype);
   header.position = position_;
   header.context = options_.context;
   header.payload = bytes_in_use();
+  header.note = note.size();
   std::copy_n(model_->state_hash().begin(), kDigits, header.model.begin());
   formats::AtomicFile file(path);
   formats::Hash hash;
@@ -47,11 +49,12 @@ void Session::save(const std::string& path) const {
   };
   write(bytes_of(header));
   for (const Stretch& stretch : stretches(position_)) write({memory_.data() + stretch.begin, stretch.size});
+  write(std::as_bytes(std::span(note)));
   file.write(hash.digits());
   file.commit();
 }
 
-Session Session::load(const std::string& path, std::shared_ptr<const Model> model) {
+Session Session::load(const std::string& path, std::shared_ptr<const Model> model, std::string* note) {
   const formats::MappedFile file(path);
   const auto refuse = [&](const std::string& reason) { throw StateError(path + ": " + reason); };
   const std::span<const std::byte> bytes = file.bytes();
@@ -63,9 +66,9 @@ Session Session::load(const std::string& path, std::shared_ptr<const Model> mode
     refuse("a saved state of version " + std::to_string(header.version) + ", version " + std::to_string(kVersion) +
            " is read here");
   }
-  if (bytes.size() - sizeof(Header) - kDigits != header.payload) {
-    refuse("cut short or damaged: " + std::to_string(bytes.size()) + " bytes, " +
-           std::to_string(sizeof(Header) + kDigits + header.payload) + " expected");
+  const uint64_t content = bytes.size() - sizeof(Header) - kDigits;
+  if (header.payload > content || header.note != content - header.payload) {
+    refuse("cut short or damaged: " + std::to_string(bytes.size()) + " bytes aren't what its header says");
   }
   if (!std::equal(header.model.begin(), header.model.end(), model->state_hash().begin(), model->state_hash().end())) {
     refuse("of another model, adapter or attention than " + model->path());
@@ -93,8 +96,11 @@ Session Session::load(const std::string& path, std::shared_ptr<const Model> mode
     std::memcpy(session.memory_.data() + stretch.begin, next, stretch.size);
     add(stretch.size);
   }
+  const std::byte* text = next;
+  add(static_cast<size_t>(header.note));
   const std::string digits = hash.digits();
   if (std::memcmp(digits.data(), next, kDigits) != 0) refuse("damaged: its checksum doesn't fit");
+  if (note != nullptr) note->assign(reinterpret_cast<const char*>(text), static_cast<size_t>(header.note));
   return session;
 }
 

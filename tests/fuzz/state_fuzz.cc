@@ -1,5 +1,6 @@
 // Saved states: whatever a file holds, it is refused with an error, or is a state that can be read on, copied and saved. Model
 // and checksum, which a fuzzer wouldn't hit, are put right in a second try.
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -18,7 +19,9 @@ namespace {
 void try_state(const std::string& bytes, const std::shared_ptr<const runtime::Model>& model, runtime::Engine& engine) {
   const std::string& path = fuzz::input_file(reinterpret_cast<const uint8_t*>(bytes.data()), bytes.size());
   try {
-    runtime::Session session = runtime::Session::load(path, model);
+    std::string note;
+    runtime::Session session = runtime::Session::load(path, model, &note);
+    if (note.size() > bytes.size()) std::abort();
     const int64_t position = session.position();
     runtime::Session copy = session;
     if (session.room() > 0) {
@@ -38,16 +41,19 @@ void try_state(const std::string& bytes, const std::shared_ptr<const runtime::Mo
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   static const auto models = fuzz::state_models();
-  static runtime::Engine engines[] = {{models[0], {1, {}, 16}}, {models[1], {1, {}, 16}}};
+  static runtime::Engine engines[] = {runtime::Engine(models[0], {1, {}, 16}), runtime::Engine(models[1], {1, {}, 16})};
   const std::string bytes(reinterpret_cast<const char*>(data), size);
-  constexpr size_t kDigits = 32, kHeader = 72;  // the model's hash ends the header, the checksum the file
+  constexpr size_t kDigits = 32, kHeader = 80;  // the model's hash ends the header, the checksum the file
   for (size_t i = 0; i < models.size(); ++i) {
     try_state(bytes, models[i], engines[i]);
     if (size < kHeader + kDigits) continue;
     std::string right = bytes;
     std::memcpy(right.data() + kHeader - kDigits, models[i]->state_hash().data(), kDigits);
-    const uint64_t payload = size - kHeader - kDigits;
+    const uint64_t content = size - kHeader - kDigits;
+    const uint64_t note = std::min<uint64_t>(content, data[40] & 15);
+    const uint64_t payload = content - note;
     std::memcpy(right.data() + 32, &payload, sizeof(payload));
+    std::memcpy(right.data() + 40, &note, sizeof(note));
     formats::Hash hash;
     hash.add(std::as_bytes(std::span(right).first(size - kDigits)));
     const std::string digits = hash.digits();
