@@ -49,8 +49,8 @@ class LatteContestant final : public Contestant {
   bool GoToFirst() override;
 
   const runtime::Model& model() const { return *model_; }
-  // Makes `count` sessions that have read `text`, steps each of them once with the others, and returns the megabytes that each
-  // took of the process. Throws MemoryError.
+  // Makes `count` sessions, copies of one that has read `text`, steps each of them once with the others, and returns the
+  // megabytes that each took of the process. Throws MemoryError.
   double MegabytesOfSessions(int64_t count, std::span<const int32_t> text);
 
  private:
