@@ -28,7 +28,7 @@ class CheckpointTest : public ::testing::Test {
   }
 
   std::string refusal() {
-    const std::string text = error_text<FormatError>([&] { CheckpointFile file(path_); });
+    std::string text = error_text<FormatError>([&] { CheckpointFile file(path_); });
     EXPECT_EQ(text.find(path_ + ": "), 0u) << text;
     return text;
   }

@@ -94,7 +94,7 @@ std::vector<float> ramp(size_t count) {
 }
 
 TEST_F(GgufTest, WhatIsWrittenIsReadBack) {
-  const std::vector<float> weights = ramp(6 * 64);
+  const std::vector<float> weights = ramp(384);
   const auto q8 = quantize(TensorType::kQ8_0, weights, 64);
   const float scalar = 3;
   std::vector<GgufTensor> tensors(3);
@@ -190,7 +190,7 @@ TEST_F(GgufTest, KeysAreReplacedAndRemoved) {
 }
 
 TEST_F(GgufTest, EveryPrefixOfAFileIsRefused) {
-  const std::vector<float> weights = ramp(2 * 32);
+  const std::vector<float> weights = ramp(64);
   const std::vector<GgufTensor> tensors = {{{"x", TensorType::kF32, {2, 32}}, bytes_of(weights)}};
   write_gguf(path_, every_type(), tensors);
   const std::string whole = read_bytes(path_);
@@ -277,7 +277,7 @@ TEST_F(GgufTest, WriterRefusesWhatMakesNoFileAndLeavesTheOldOne) {
   const std::vector<float> data(8);
   const GgufTensor good{{"x", TensorType::kF32, {8}}, bytes_of(data)};
   const auto refuse_write = [&](const std::vector<GgufTensor>& tensors, const GgufMetadata& metadata = {}) {
-    const std::string text = error_text<std::invalid_argument>([&] { write_gguf(path_, metadata, tensors); });
+    std::string text = error_text<std::invalid_argument>([&] { write_gguf(path_, metadata, tensors); });
     EXPECT_EQ(read_bytes(path_), "old");
     EXPECT_EQ(folder_.names(), std::set<std::string>{"model.gguf"});
     return text;
