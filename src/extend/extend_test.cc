@@ -181,6 +181,9 @@ TEST_F(ExtendTest, ARunIsStoppedAndResumed) {
   EXPECT_EQ(first.step, 3);
   EXPECT_EQ(first.layers.size(), 2U);
   EXPECT_TRUE(first.latents_off.has_value());
+  const std::string recipe = formats::AdapterFile(run().out).spec().recipe;
+  EXPECT_CONTAINS(recipe, "\"base.gguf\"");
+  EXPECT_EQ(recipe.find(folder_ / ""), std::string::npos) << recipe;
   EXPECT_THROW(run_extend(options_, run()), OptionError);  // it is there already
   ExtendOptions more = options_of_run(run().out);
   EXPECT_EQ(more, options_);

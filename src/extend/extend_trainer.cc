@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <nlohmann/json.hpp>
 #include <random>
 
 #include "extend/kl_loss.h"
@@ -51,7 +50,6 @@ formats::AdapterSpec spec_of(const ExtendOptions& options, const formats::Decode
     spec.latents.push_back(stays ? -1 : options.attention == "macchiato" ? static_cast<int32_t>(options.latents) : 0);
   }
   spec.base_hash = formats::hash_of_file(options.model);
-  spec.recipe = options.to_json().dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
   return spec;
 }
 

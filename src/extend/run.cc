@@ -173,7 +173,11 @@ class Run {
   void write_adapter() {
     const StoredTensors stored = trainer_.adapter_tensors();
     formats::AdapterSpec spec = trainer_.spec();
-    json recipe = options_.to_json();
+    // An adapter is passed on: of files it tells the names, not where they lay.
+    ExtendOptions named = options_;
+    for (std::string* path : {&named.model, &named.from}) *path = std::filesystem::path(*path).filename().string();
+    for (std::string& path : named.text) path = std::filesystem::path(path).filename().string();
+    json recipe = named.to_json();
     recipe["steps_done"] = trainer_.steps_done();
     recipe["tokens_done"] = trainer_.steps_done() * options_.context * options_.batch;
     spec.recipe = recipe.dump(-1, ' ', false, json::error_handler_t::replace);

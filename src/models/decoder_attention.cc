@@ -44,17 +44,36 @@ Rotated rotated_heads(const at::Tensor& x, const AttentionWeights& weights, cons
   return {rope.rotate(heads.query, positions), rope.rotate(heads.key, positions), heads.value};
 }
 
+// A window's state that holds `past` tokens and has room for `time` more.
+MacchiatoState window_of(const Rotated& heads, int64_t past) {
+  const int64_t batch = heads.query.size(0), time = heads.key.size(1) - past;
+  const auto rows = [&](const at::Tensor& x) {
+    return torch::cat({torch::zeros({batch, time, x.size(2), x.size(3)}, x.options()), x.slice(1, 0, past)}, 1);
+  };
+  const auto none = [&](const at::Tensor& x) { return torch::empty({batch, 0, x.size(2), x.size(3)}, x.options()); };
+  MacchiatoState state;
+  state.keys = rows(heads.key);
+  state.values = rows(heads.value);
+  state.mask = (nn::positions_from(0, time + past, heads.key.device()) >= time).expand({batch, -1}).contiguous();
+  state.sink_keys = none(heads.key);
+  state.sink_values = none(heads.value);
+  state.sink_mask = torch::empty({batch, 0}, heads.key.options().dtype(torch::kBool));
+  state.position = torch::full({batch}, past, heads.key.options().dtype(torch::kLong));
+  return state;
+}
+
 // Keys and values begin with what was read before. Our window kernel, with a window that holds everything, takes half the time of
-// torch's operator; a few queries over a long past, and gradients, are torch's.
+// torch's operator; single tokens and gradients are torch's.
 at::Tensor full_attention(const Rotated& heads, const formats::DecoderConfig& config) {
   const int64_t time = heads.query.size(1), past = heads.key.size(1) - time;
   const bool grad =
       at::GradMode::is_enabled() && (heads.query.requires_grad() || heads.key.requires_grad() || heads.value.requires_grad());
-  if (past == 0 && time > 1 && !grad) {
+  if (time > 1 && !grad) {
     latte::MacchiatoAttentionOptions all;
-    all.window = time;
+    all.window = past + time;
     all.scale = config.attention_scale;
-    return std::get<0>(window_attention(heads.query, heads.key, heads.value, all));
+    if (past > 0) all.initial_state = window_of(heads, past);
+    return std::get<0>(window_attention(heads.query, heads.key.slice(1, past), heads.value.slice(1, past), all));
   }
   // One new token reads everything; a first stretch is what is_causal means to torch; a later one needs its mask spelled out.
   OptionalTensor mask;
