@@ -231,9 +231,13 @@ Validation ExtendTrainer::validate(bool latents_off) {
 train::AdamW::NamedTensors ExtendTrainer::state() const {
   train::AdamW::NamedTensors tensors;
   for (const Master& master : masters_) {
-    if (!master.down.defined()) tensors.emplace_back("attention." + master.name, master.master.detach());
-    if (master.down.defined()) tensors.emplace_back("attention." + master.name + ".lora_a", master.down.detach());
-    if (master.down.defined()) tensors.emplace_back("attention." + master.name + ".lora_b", master.up.detach());
+    const std::string name = "attention." + master.name;
+    if (master.down.defined()) {
+      tensors.emplace_back(name + ".lora_a", master.down.detach());
+      tensors.emplace_back(name + ".lora_b", master.up.detach());
+    } else {
+      tensors.emplace_back(name, master.master.detach());
+    }
   }
   for (const auto& [name, tensor] : latent_tensors(student_.converted)) tensors.emplace_back("latents." + name, tensor.detach());
   for (const Group& group : groups_) {

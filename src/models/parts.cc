@@ -12,18 +12,25 @@ namespace {
 
 constexpr double kInitialDeviation = 0.02;
 
+// With what every kind of attention is told.
+template <typename Options>
+Options attention_options(const LanguageModelConfig& config) {
+  Options options;
+  options.embed_dim = config.embed_dim;
+  options.num_heads = config.num_heads;
+  options.dropout = config.dropout;
+  options.bias = config.bias;
+  options.batch_first = true;
+  return options;
+}
+
 }  // namespace
 
 std::shared_ptr<nn::AttentionImpl> make_attention(const LanguageModelConfig& config) {
   const std::string position = config.position_name();
   const bool absolute = position == "none" || position == "learned" || position == "sinusoidal";
   if (config.attention == "latte" || config.attention == "macchiato") {
-    nn::MacchiatoAttentionOptions options;
-    options.embed_dim = config.embed_dim;
-    options.num_heads = config.num_heads;
-    options.dropout = config.dropout;
-    options.bias = config.bias;
-    options.batch_first = true;
+    auto options = attention_options<nn::MacchiatoAttentionOptions>(config);
     options.num_latents = config.num_latents;
     options.num_kv_heads = config.kv_heads();
     if (!absolute && position != "rotary") options.position = nn::parse_latent_position(position);
@@ -37,33 +44,18 @@ std::shared_ptr<nn::AttentionImpl> make_attention(const LanguageModelConfig& con
     return std::make_shared<nn::MacchiatoAttentionImpl>(options);
   }
   if (config.attention == "linear" || config.attention == "gated_linear") {
-    nn::LinearAttentionOptions options;
-    options.embed_dim = config.embed_dim;
-    options.num_heads = config.num_heads;
-    options.dropout = config.dropout;
-    options.bias = config.bias;
-    options.batch_first = true;
+    auto options = attention_options<nn::LinearAttentionOptions>(config);
     options.num_kv_heads = config.num_kv_heads;
     options.kind = config.attention == "linear" ? nn::LinearKind::kNormalised : nn::LinearKind::kGated;
     return std::make_shared<nn::LinearAttentionImpl>(options);
   }
   if (config.attention == "linformer") {
-    nn::LinformerAttentionOptions options;
-    options.embed_dim = config.embed_dim;
-    options.num_heads = config.num_heads;
-    options.dropout = config.dropout;
-    options.bias = config.bias;
-    options.batch_first = true;
+    auto options = attention_options<nn::LinformerAttentionOptions>(config);
     options.max_positions = config.max_positions;
     options.projected = config.projected;
     return std::make_shared<nn::LinformerAttentionImpl>(options);
   }
-  nn::SoftmaxAttentionOptions options;
-  options.embed_dim = config.embed_dim;
-  options.num_heads = config.num_heads;
-  options.dropout = config.dropout;
-  options.bias = config.bias;
-  options.batch_first = true;
+  auto options = attention_options<nn::SoftmaxAttentionOptions>(config);
   options.num_kv_heads = config.num_kv_heads;
   options.rope = !absolute;
   options.rope_base = config.rope_base;
