@@ -52,13 +52,6 @@ def wait_for(condition, process: subprocess.Popen) -> None:
 
 
 @pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text("To be, or not to be: that is the question.\n" * 40)
-    return path
-
-
-@pytest.fixture
 def run(tmp_path: Path, text: Path) -> Path:
     """A finished run."""
     folder = tmp_path / "run"

@@ -92,13 +92,6 @@ def wait_for(condition, job: Job) -> None:
         time.sleep(0.02)
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text("To be, or not to be: that is the question.\n" * 40)
-    return path
-
-
 @pytest.mark.parametrize(
     ("ranks", "options"),
     [

@@ -9,7 +9,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
-#include <map>
 #include <set>
 #include <string>
 #include <vector>
@@ -18,6 +17,7 @@
 #include "formats/test_files.h"
 #include "train/metrics.h"
 #include "train/run.h"
+#include "train/test_checkpoint.h"
 
 namespace latte::train {
 namespace {
@@ -28,16 +28,6 @@ std::string pattern_text(int length) {
   std::string text;
   for (int i = 0; i < length; ++i) text += "abcacb"[i * i % 7 % 6];
   return text;
-}
-
-// Every bit of the weights, the moments and the generator.
-std::map<std::string, std::string> tensors_of(const std::string& path) {
-  const formats::CheckpointFile checkpoint(path);  // verifies its checksum
-  std::map<std::string, std::string> tensors;
-  for (const auto& tensor : checkpoint.file().tensors()) {
-    tensors[tensor.name] = {reinterpret_cast<const char*>(tensor.data.data()), tensor.data.size()};
-  }
-  return tensors;
 }
 
 // The system's calls, of which one fails, or, as on a disk that is full, all from there on that would take room.

@@ -4,7 +4,6 @@
 
 #include <filesystem>
 #include <fstream>
-#include <map>
 #include <string>
 
 #include "data/tasks.h"
@@ -12,21 +11,13 @@
 #include "formats/test_files.h"
 #include "train/metrics.h"
 #include "train/task_run.h"
+#include "train/test_checkpoint.h"
 
 namespace latte::train {
 namespace {
 
 using formats::TestFolder;
 using nlohmann::json;
-
-std::map<std::string, std::string> tensors_of(const std::string& path) {
-  const formats::CheckpointFile checkpoint(path);
-  std::map<std::string, std::string> tensors;
-  for (const auto& tensor : checkpoint.file().tensors()) {
-    tensors[tensor.name] = {reinterpret_cast<const char*>(tensor.data.data()), tensor.data.size()};
-  }
-  return tensors;
-}
 
 class TaskTrainerTest : public ::testing::Test {
  protected:

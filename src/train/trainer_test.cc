@@ -6,7 +6,6 @@
 #include <filesystem>
 #include <fstream>
 #include <limits>
-#include <map>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <string>
@@ -16,6 +15,7 @@
 #include "formats/test_files.h"
 #include "train/metrics.h"
 #include "train/run.h"
+#include "train/test_checkpoint.h"
 
 namespace latte::train {
 namespace {
@@ -56,16 +56,6 @@ class TrainerTest : public ::testing::Test {
   TrainerOptions options_;
   models::LanguageModelConfig model_;
 };
-
-// Every bit of the weights, the moments and the generator.
-std::map<std::string, std::string> tensors_of(const std::string& path) {
-  const formats::CheckpointFile checkpoint(path);
-  std::map<std::string, std::string> tensors;
-  for (const auto& tensor : checkpoint.file().tensors()) {
-    tensors[tensor.name] = {reinterpret_cast<const char*>(tensor.data.data()), tensor.data.size()};
-  }
-  return tensors;
-}
 
 TEST_F(TrainerTest, ResumesBitForBitWithDropoutAndAccumulation) {
   model_.dropout = 0.2;
