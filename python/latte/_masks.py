@@ -6,6 +6,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+def _has_values(mask: Tensor) -> bool:
+    """Whether what the mask holds can be looked at now."""
+    return not (torch.compiler.is_compiling() or mask.is_meta or isinstance(mask, FakeTensor))
 
 
 def key_mask_from_padding(padding: Tensor | None, batch: int, tokens: int, batched: bool) -> Tensor | None:
@@ -22,7 +28,8 @@ def key_mask_from_padding(padding: Tensor | None, batch: int, tokens: int, batch
 
     Raises:
         TypeError: another dtype.
-        ValueError: another shape, or a float other than 0 and -inf (not looked at while torch.compile traces).
+        ValueError: another shape, or a float other than 0 and -inf (not looked at on the meta device or while torch.compile
+            traces).
     """
     if padding is None:
         return None
@@ -33,7 +40,7 @@ def key_mask_from_padding(padding: Tensor | None, batch: int, tokens: int, batch
         real = padding.logical_not()
     elif padding.is_floating_point():
         real = padding != -torch.inf
-        if not torch.compiler.is_compiling() and bool((padding.masked_fill(~real, 0) != 0).any()):
+        if _has_values(padding) and bool((padding.masked_fill(~real, 0) != 0).any()):
             raise ValueError(
                 "key_padding_mask has floats other than 0 and -inf: a token is read or ignored, its logits take no additive mask"
             )
@@ -66,8 +73,10 @@ def is_causal_request(attn_mask: Tensor | None, is_causal: bool, tokens: int, ro
         raise ValueError(f"attn_mask has shape {tuple(attn_mask.shape)}, expected {shapes[0]} or {shapes[1]}")
     if is_causal:
         return True
-    if torch.compiler.is_compiling():
-        raise ValueError("a compiled model can't look into attn_mask: pass is_causal=True beside the causal mask")
+    if not _has_values(attn_mask):
+        raise ValueError(
+            "attn_mask can't be looked into on the meta device or in a compiled model: pass is_causal=True beside the causal mask"
+        )
     future = torch.ones(tokens, tokens, dtype=torch.bool, device=attn_mask.device).triu(1)
     if attn_mask.dtype != torch.bool:
         future = torch.zeros(tokens, tokens, dtype=attn_mask.dtype, device=attn_mask.device).masked_fill(future, -torch.inf)

@@ -49,7 +49,7 @@ def latent_probabilities(
     if key_mask is not None:
         readable = readable & key_mask[:, None, None, :]
     if log_decay is not None:
-        decay = log_decay.double()
+        decay = log_decay.double().clamp_min(-1e6)  # sums of -inf couldn't be subtracted
         if key_mask is not None:
             decay = decay.masked_fill(~key_mask[:, :, None, None], 0)
         keys = keys - decay.cumsum(1)  # forgetting is the paper's attention with these keys

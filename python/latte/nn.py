@@ -258,17 +258,33 @@ class _LatentAttention(nn.Module):
         self, x: Tensor, key_mask: Tensor | None, state: AttentionState | None, output_state: bool
     ) -> tuple[Tensor, Tensor, AttentionState]:
         """query_logits [B, T, H, L or L + 1], key_logits [B, T, Hkv, L], and the next state's position, conv and rg_lru."""
-        state = AttentionState() if state is None else state
-        after = AttentionState(position=state.position + x.shape[1])
+        after = AttentionState(position=(0 if state is None else state.position) + x.shape[1])
         if self.position == "conv":
-            x, memory = self.conv(x, key_mask, state.conv, output_state)
+            x, memory = self.conv(x, key_mask, self._part(state, "conv"), output_state)
             after = after._replace(conv=memory)
         elif self.position == "rg_lru":
-            x, memory = self.rg_lru(x, key_mask, state.rg_lru, output_state)
+            x, memory = self.rg_lru(x, key_mask, self._part(state, "rg_lru"), output_state)
             after = after._replace(rg_lru=memory)
         query_logits = self.query_logits_proj(x).unflatten(-1, (self.num_heads, -1))
         key_logits = self.key_logits_proj(x).unflatten(-1, (self.num_kv_heads, -1))
         return query_logits, key_logits, after
+
+    def _part(self, state: AttentionState | None, name: str) -> Tensor | MacchiatoState | None:
+        """The state's field that this module reads; None without a state.
+
+        Raises:
+            ValueError: the state has no such field.
+        """
+        if state is None:
+            return None
+        part = getattr(state, name)
+        if part is None:
+            held = [field for field in ("latents", "macchiato", "conv", "rg_lru") if getattr(state, field) is not None]
+            raise ValueError(
+                f"{type(self).__name__}: the state comes from a module of another kind: it holds {', '.join(held) or 'nothing'}, "
+                f"but {name} is read here"
+            )
+        return part
 
     def _log_decay(self, x: Tensor) -> Tensor | None:
         """[B, T, Hkv, L], or None where nothing is forgotten."""
@@ -407,7 +423,7 @@ class LatteAttention(_LatentAttention):
             causal=causal,
             key_mask=key_mask,
             log_decay=log_decay,
-            initial_state=None if state is None else state.latents,
+            initial_state=self._part(state, "latents"),
             output_state=output_state,
         )
         weights = None
@@ -521,7 +537,7 @@ class MacchiatoAttention(_LatentAttention):
         positions = self._positions(x, state)
         query, key, sink_query = self._window_inputs(x, positions)
         log_decay = self._log_decay(x)
-        before = None if state is None else state.macchiato
+        before = self._part(state, "macchiato")
         window = {"window": self.window, "sinks": self.sinks, "sink_query": sink_query, "causal": causal, "key_mask": key_mask}
         if self.position == "vapor":
             # The window reads plain values and the latents rotated ones, so they are two calls, mixed here by the softmax over L

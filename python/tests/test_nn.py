@@ -328,6 +328,16 @@ def test_constructor_errors(options, text):
         MacchiatoAttention(**arguments)
 
 
+@pytest.mark.parametrize("kind", [LatteAttention, MacchiatoAttention])
+def test_shapes_on_the_meta_device(kind):
+    module = kind(EMBED_DIM, NUM_HEADS, batch_first=True, device="meta")
+    x = torch.empty(2, 11, EMBED_DIM, device="meta")
+    for ignored in (torch.empty(2, 11, dtype=torch.bool, device="meta"), torch.empty(2, 11, device="meta")):
+        assert module(x, key_padding_mask=ignored)[0].shape == x.shape
+    with pytest.raises(ValueError, match="is_causal=True beside the causal mask"):
+        module(x, attn_mask=torch.empty(11, 11, device="meta"))
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("name", ["latte", "macchiato"])
 def test_forward_errors(name):
@@ -359,6 +369,14 @@ def test_forward_errors(name):
     state = module(x, is_causal=True, output_state=True)[2]
     with pytest.raises(ValueError, match="causal"):
         module(x, state=state)
+    for other in VARIANTS:
+        after = make(other)(x, is_causal=True, output_state=True)[2]
+        if other.split("-")[0] != name:
+            with pytest.raises(ValueError, match="state comes from a module of another kind"):
+                module(x, is_causal=True, state=after)
+    for position in ("conv", "rg_lru"):
+        with pytest.raises(ValueError, match=f"but {position} is read"):
+            make(f"{name}-{position}")(x, is_causal=True, state=state)
     with pytest.raises(ValueError, match="whole sequence"):
         module(x, is_causal=True, state=state, need_weights=True)
     with pytest.raises(ValueError, match="causal"):

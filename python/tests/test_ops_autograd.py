@@ -50,6 +50,59 @@ def test_merge_states_gradcheck() -> None:
     assert gradgradcheck(function, (left, right))
 
 
+MASKED = [name for name in CASES if "key_mask" in CASES[name]().rest]
+# What a masked token holds of keys and values; its query may be anything to itself.
+SILENCED = ("key_logits", "values", "key", "x", "recurrence_logits", "input_logits", "log_decay")
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", MASKED)
+def test_masked_tokens_add_nothing_whatever_they_hold(name: str, dtype: torch.dtype, create_graph: bool) -> None:
+    case = CASES[name]()
+    masked = ~case.rest["key_mask"]
+    results = []
+    for held in (0.0, torch.nan):
+        tensors = case.tensors(dtype)
+        for key in SILENCED:
+            if key in tensors:
+                tensors[key] = torch.where(masked.reshape(*masked.shape, *[1] * (tensors[key].dim() - 2)), held, tensors[key])
+        tensors = {key: x.requires_grad_() for key, x in tensors.items()}
+        # Without the tokens that a window's state remembers as they came.
+        outputs = [x for x in case.readable(tensors)[:3] if x.requires_grad]
+        rows = [x[~masked] if x.shape[:2] == masked.shape else x for x in outputs]
+        grads = torch.autograd.grad(
+            sum(x.sum() for x in rows), list(tensors.values()), create_graph=create_graph, materialize_grads=True
+        )
+        results.append([*rows, *grads])
+    for i, (a, b) in enumerate(zip(*results, strict=True)):
+        assert_close(b, a, 1e-6, f"{name}, {i}")
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("name", ["causal-decay", "causal-packed", "macchiato-state"])
+def test_a_decay_of_minus_infinity_forgets_everything(name: str, create_graph: bool) -> None:
+    """Also where a latent then reads nothing more (its key logits are -inf)."""
+    case = CASES[name]()
+    case.inputs["log_decay"][:, 10] = -torch.inf
+    case.inputs["log_decay"][:, 25, 0] = -torch.inf
+    case.inputs["key_logits"][:, 25:, 0, 1] = -torch.inf
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        tensors = case.tensors(dtype, requires_grad=True)
+        outputs = case.readable(tensors)
+        finite = sum(torch.where(x.isfinite(), x, 0).sum() for x in outputs)
+        grads = torch.autograd.grad(finite, list(tensors.values()), create_graph=create_graph)
+        results.append([*outputs, *grads])
+    for i, (a, b) in enumerate(zip(*results, strict=True)):
+        assert_close(a, b, 1e-5, f"{name}, {i}")
+    # Nothing from before token 10 is read from there on.
+    out = case({key: x.double() for key, x in case.tensors(torch.float64).items()})[0]
+    if name == "causal-decay":
+        case.inputs["values"][:, :10] += 1.0
+        assert_close(case(case.tensors(torch.float64))[0][:, 10:], out[:, 10:], 1e-12)
+
+
 @pytest.mark.parametrize("name", ["causal-mask-state", "macchiato-state", "recurrence-state"])
 def test_double_backward_in_float32(name: str) -> None:
     """The fused kernels' second derivative is the composed path's."""

@@ -104,6 +104,7 @@ def test_cu_seqlens(ends: list, dtype: torch.dtype) -> None:
         ("sink_query: got shape", {"sink_query": lambda x: x[:, :, :2]}),
         ("query_logits: got shape", {"query_logits": lambda x: x[..., 1:]}),
         ("scale", {"scale": float("nan")}),
+        ("scale", {"scale": 1e300}),
         ("position", {"initial_state": lambda s: [*s[:7], torch.tensor([-1, 3])]}),
         ("position", {"initial_state": lambda s: [*s[:7], torch.tensor([2**63 - 1, 3])]}),
         ("past_values: got shape", {"initial_state": lambda s: [*s[:2], s[2][:, :-1], *s[3:]]}),

@@ -148,6 +148,36 @@ def test_training_learns_to_copy(kind):
     assert first > 1.6 and last < 0.7 * first, f"loss went from {first:.3f} to {last:.3f}"
 
 
+@pytest.mark.parametrize("kind", [LatteAttention, MacchiatoAttention])
+def test_training_with_padding_learns_to_count(kind):
+    """Which of two symbols a sequence has more of, in rows padded to one length; eval mode agrees."""
+    torch.manual_seed(0)
+    width, length = 32, 12
+    layer = torch.nn.TransformerEncoderLayer(width, 4, 64, dropout=0.0, batch_first=True)
+    layer.self_attn = kind(width, 4, batch_first=True)
+    encoder = torch.nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+    embed, head = torch.nn.Embedding(2, width), torch.nn.Linear(width, 2)
+    model = torch.nn.ModuleList([embed, encoder, head])
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+
+    def run():
+        text, lengths = torch.randint(2, (32, length)), torch.randint(1, length + 1, (32, 1))
+        ignored = torch.arange(length) >= lengths
+        logits = head(encoder(embed(text), src_key_padding_mask=ignored)[:, 0])  # the first token has to look
+        more = ((2 * text - 1).masked_fill(ignored, 0).sum(1) > 0).long()
+        return torch.nn.functional.cross_entropy(logits, more), (logits.argmax(-1) == more).float().mean().item()
+
+    for _ in range(200):
+        loss, _ = run()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval()
+    with torch.no_grad():
+        accuracy = sum(run()[1] for _ in range(10)) / 10
+    assert accuracy > 0.75, f"{accuracy:.3f} of the answers are right; guessing gives half"
+
+
 def test_copies_of_an_encoder_are_apart():
     encoder = make_encoder("latte")
     other = copy.deepcopy(encoder)

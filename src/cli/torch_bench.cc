@@ -29,7 +29,7 @@ struct Options {
   std::vector<std::string> dtypes = {"float32", "bfloat16"};
   int64_t batch = 1, heads = 8, kv_heads = 0, head_dim = 64, latents = 64, window = 128;
   int threads = 0;
-  double rival_seconds = 60.0;
+  double rival_seconds = 40.0;
   double repeat_seconds = 0.5;
   bool json = false;
 };
@@ -187,7 +187,9 @@ struct Row {
   int64_t peak_bytes = 0;
 };
 
-// Floating-point operations of the chunked form with chunks of 32, and the bytes it must read and write, for a forward pass.
+// Floating-point operations of the chunked form with chunks of 32, and the bytes it must read and write. A backward pass counts
+// as two and a half forward passes of arithmetic, as in FlashAttention's benchmarks (Dao 2023, arXiv 2307.08691, section 4.1); it
+// reads what went in and the gradient of what came out, and writes a gradient of each input.
 void CountWork(const Options& options, Row& row, size_t element) {
   const double l = static_cast<double>(options.latents), d = static_cast<double>(options.head_dim);
   const double places = static_cast<double>(options.batch * row.tokens);
@@ -195,10 +197,12 @@ void CountWork(const Options& options, Row& row, size_t element) {
   if (row.attention != "bidirectional") flops += 32 * (l + d);
   if (row.attention == "macchiato")
     flops += 2 * std::min<double>(static_cast<double>(options.window), static_cast<double>(row.tokens)) * 2 * d;
-  row.flops = places * static_cast<double>(options.heads) * flops;
-  double bytes = places * (static_cast<double>(options.heads) * (l + d) + static_cast<double>(options.kv_heads) * (l + d));
-  if (row.attention == "macchiato") bytes += places * static_cast<double>(options.heads + options.kv_heads) * d;
-  row.bytes = bytes * static_cast<double>(element);
+  const bool backward = row.pass != "forward";
+  row.flops = places * static_cast<double>(options.heads) * flops * (backward ? 3.5 : 1.0);
+  double inputs = static_cast<double>(options.heads) * l + static_cast<double>(options.kv_heads) * (l + d);
+  if (row.attention == "macchiato") inputs += static_cast<double>(options.heads + options.kv_heads) * d;
+  const double outputs = static_cast<double>(options.heads) * d;
+  row.bytes = places * static_cast<double>(element) * (backward ? 3 * inputs + 2 * outputs : inputs + outputs);
 }
 
 nlohmann::json ToJson(const Row& row, const Limits& limits) {
@@ -211,11 +215,9 @@ nlohmann::json ToJson(const Row& row, const Limits& limits) {
   json["sdpa_milliseconds"] = row.sdpa_seconds ? nlohmann::json(*row.sdpa_seconds * 1e3) : nlohmann::json(nullptr);
   json["speedup"] = row.sdpa_seconds ? nlohmann::json(*row.sdpa_seconds / row.seconds) : nlohmann::json(nullptr);
   if (!row.sdpa_note.empty()) json["sdpa_note"] = row.sdpa_note;
-  if (row.pass == "forward") {
-    json["gflops"] = row.flops / row.seconds / 1e9;
-    json["fma_fraction"] = row.flops / row.seconds / limits.flops;
-    json["bandwidth_fraction"] = row.bytes / row.seconds / limits.bandwidth;
-  }
+  json["gflops"] = row.flops / row.seconds / 1e9;
+  json["fma_fraction"] = row.flops / row.seconds / limits.flops;
+  json["bandwidth_fraction"] = row.bytes / row.seconds / limits.bandwidth;
   return json;
 }
 
@@ -224,8 +226,11 @@ void PrintHeader(const Options& options, const Limits& limits) {
               TORCH_VERSION, at::get_num_threads(), static_cast<long>(options.batch), static_cast<long>(options.heads),
               static_cast<long>(options.kv_heads), static_cast<long>(options.head_dim), static_cast<long>(options.latents),
               static_cast<long>(options.window));
-  std::printf("limits measured here: %.0f GFLOP/s of float32 multiply-adds, %.1f GB/s reading\n\n", limits.flops / 1e9,
+  std::printf("limits measured here: %.0f GFLOP/s of float32 multiply-adds, %.1f GB/s reading\n", limits.flops / 1e9,
               limits.bandwidth / 1e9);
+  std::printf(
+      "memory is the peak of torch's allocator above the inputs: outputs, gradients and what backward needs; a kernel's own "
+      "scratch (4 MB a thread at most) comes on top\n\n");
   std::printf("%-14s %-9s %-18s %7s %11s %11s %9s %6s %6s %10s\n", "attention", "dtype", "pass", "tokens", "latte ms", "sdpa ms",
               "faster", "fma", "read", "memory MB");
 }
@@ -236,10 +241,8 @@ void Print(const Row& row, const Limits& limits) {
     std::snprintf(sdpa, sizeof sdpa, "%.2f", *row.sdpa_seconds * 1e3);
     std::snprintf(faster, sizeof faster, "%.1fx", *row.sdpa_seconds / row.seconds);
   }
-  if (row.pass == "forward") {
-    std::snprintf(fma, sizeof fma, "%.0f%%", 100 * row.flops / row.seconds / limits.flops);
-    std::snprintf(read, sizeof read, "%.0f%%", 100 * row.bytes / row.seconds / limits.bandwidth);
-  }
+  std::snprintf(fma, sizeof fma, "%.0f%%", 100 * row.flops / row.seconds / limits.flops);
+  std::snprintf(read, sizeof read, "%.0f%%", 100 * row.bytes / row.seconds / limits.bandwidth);
   std::printf("%-14s %-9s %-18s %7ld %11.3f %11s %9s %6s %6s %10.1f  %s\n", row.attention.c_str(), row.dtype.c_str(),
               row.pass.c_str(), static_cast<long>(row.tokens), row.seconds * 1e3, sdpa, faster, fma, read,
               static_cast<double>(row.peak_bytes) / 1e6, row.sdpa_note.c_str());

@@ -13,12 +13,14 @@ HWY_BEFORE_NAMESPACE();
 namespace latte::kernels::HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
-// Two units of a latency of four or five: ten independent sums keep them busy.
+// Two units of a latency of four or five: ten independent sums keep them busy. They start apart: the compiler makes one of sums
+// that are always equal.
 int64_t MultiplyAdds(int64_t iterations) {
   const hn::ScalableTag<float> d;
   const auto factor = hn::Set(d, 0.999f);
   const auto term = hn::Set(d, 0.001f);
-  auto s0 = hn::Set(d, 1.0f), s1 = s0, s2 = s0, s3 = s0, s4 = s0, s5 = s0, s6 = s0, s7 = s0, s8 = s0, s9 = s0;
+  auto s0 = hn::Zero(d), s1 = hn::Set(d, 0.1f), s2 = hn::Set(d, 0.2f), s3 = hn::Set(d, 0.3f), s4 = hn::Set(d, 0.4f);
+  auto s5 = hn::Set(d, 0.5f), s6 = hn::Set(d, 0.6f), s7 = hn::Set(d, 0.7f), s8 = hn::Set(d, 0.8f), s9 = hn::Set(d, 0.9f);
   for (int64_t i = 0; i < iterations; ++i) {
     s0 = hn::MulAdd(s0, factor, term);
     s1 = hn::MulAdd(s1, factor, term);

@@ -133,7 +133,7 @@ LatentAttentionImpl::Latents LatentAttentionImpl::project(const at::Tensor& x, c
   }
 
   Latents latents;
-  latents.query_logits = query_logits_proj(mixed).view({batch, time, latte_.num_heads, -1});
+  latents.query_logits = query_logits_proj(mixed).unflatten(-1, {latte_.num_heads, -1});
   latents.key_logits = key_logits_proj(mixed).view({batch, time, num_kv_heads_, num_latents_});
   latents.values = value_proj(x).view({batch, time, num_kv_heads_, head_dim_});
   if (decay_proj) {

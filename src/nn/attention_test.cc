@@ -132,6 +132,18 @@ TEST_P(Attention, TakesEveryLayout) {
   }
 }
 
+TEST_P(Attention, NothingInIsNothingOut) {
+  for (const bool causal : directions()) {
+    for (const auto& [batch, time] : {std::pair<int64_t, int64_t>{0, 5}, {2, 0}, {0, 0}}) {
+      const auto x = torch::zeros({batch, time, kDim}).requires_grad_();
+      const auto out = module_->forward(x, {.is_causal = causal}).out;
+      ASSERT_EQ(out.sizes(), x.sizes());
+      out.sum().backward();
+      EXPECT_EQ(x.grad().sizes(), x.sizes());
+    }
+  }
+}
+
 TEST_P(Attention, NeverReadsTheFuture) {
   const auto expected = module_->forward(x_, {.is_causal = true}).out;
   for (const int64_t t : {int64_t{1}, kTime / 2, kTime - 1}) {

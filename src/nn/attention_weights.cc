@@ -7,6 +7,7 @@ namespace latte::nn {
 namespace {
 
 constexpr double kMinusInfinity = -std::numeric_limits<double>::infinity();
+constexpr double kStrongestDecay = -1e6;  // stands for -inf, whose sums couldn't be subtracted
 
 // [B, T, Hkv, X] -> [B, H, T, X] in float64, each key-value head repeated for the query heads that read it.
 at::Tensor per_query_head(const at::Tensor& x, int64_t heads) {
@@ -28,6 +29,7 @@ at::Tensor latent_attention_weights(const at::Tensor& log_shares, const at::Tens
   if (options.log_decay) {
     auto decay = options.log_decay->to(torch::kFloat64);
     if (options.key_mask) decay = decay.masked_fill(options.key_mask->logical_not().unsqueeze(-1).unsqueeze(-1), 0.0);
+    decay = decay.clamp_min(kStrongestDecay);
     keys = keys - decay.cumsum(1);  // forgetting is the paper's attention with these keys (DESIGN, "Forgetting")
   }
   if (options.key_mask) keys = keys.masked_fill(options.key_mask->logical_not().unsqueeze(-1).unsqueeze(-1), kMinusInfinity);

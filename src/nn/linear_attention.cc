@@ -20,7 +20,7 @@ at::Tensor wide(const at::Tensor& x) { return x.scalar_type() == torch::kFloat64
 
 // [B, T, n · D] -> [B, H, T, D], a key-value head for each query head.
 at::Tensor heads_of(const at::Tensor& x, int64_t heads, int64_t repeat) {
-  auto split = x.view({x.size(0), x.size(1), heads, -1}).transpose(1, 2);
+  auto split = x.unflatten(-1, {heads, -1}).transpose(1, 2);
   return repeat == 1 ? split : split.repeat_interleave(repeat, 1);
 }
 
@@ -31,6 +31,7 @@ at::Tensor decayed_linear_attention(const at::Tensor& query, const at::Tensor& k
   const int64_t time = query.size(2);
   if (!state.defined()) state = torch::zeros({query.size(0), query.size(1), query.size(3), values.size(3)}, values.options());
   std::vector<at::Tensor> outs;
+  if (time == 0) return torch::zeros({query.size(0), query.size(1), 0, values.size(3)}, values.options());
   for (int64_t begin = 0; begin < time; begin += kChunk) {
     const int64_t end = std::min(begin + kChunk, time);
     const auto q = query.slice(2, begin, end), k = key.slice(2, begin, end), v = values.slice(2, begin, end);

@@ -70,6 +70,16 @@ TEST(LinearAttention, NormalisedIsAWeightedMeanOverWhatIsThere) {
   }
 }
 
+TEST(LinearAttention, NothingInIsNothingOut) {
+  for (const auto kind : {LinearKind::kNormalised, LinearKind::kGated}) {
+    LinearAttention attention(LinearAttentionOptions{.embed_dim = 8, .num_heads = 2, .batch_first = true, .kind = kind});
+    for (const auto& [batch, time] : {std::pair<int64_t, int64_t>{0, 5}, {2, 0}}) {
+      const auto x = torch::zeros({batch, time, 8});
+      EXPECT_EQ(attention->forward(x, {.is_causal = true}).out.sizes(), x.sizes());
+    }
+  }
+}
+
 TEST(LinearAttention, PiecesGiveTheWhole) {
   torch::manual_seed(3);
   for (const auto kind : {LinearKind::kNormalised, LinearKind::kGated}) {

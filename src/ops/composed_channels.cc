@@ -55,9 +55,10 @@ ChannelOutputs RgLru(const RgLruInputs& in) {
       const int64_t length = std::min(kChunk, piece.length - begin);
       const auto cut = [&](const at::Tensor& x) { return x.narrow(1, piece.begin + begin, length); };
       const auto mask = Present(in.key_mask) ? OptionalTensor(cut(*in.key_mask)) : OptionalTensor();
-      // A masked token keeps everything and adds nothing.
-      const auto log_keep = MaskedOut(-rate * cut(in.recurrence_logits).to(dtype).sigmoid(), mask);
-      const auto gated = MaskedOut(cut(in.input_logits).to(dtype).sigmoid() * cut(in.x).to(dtype), mask);
+      // A masked token keeps everything and adds nothing, whatever it holds: NaN would show in gradients of what it is times 0.
+      const auto read = [&](const at::Tensor& x) { return MaskedOut(cut(x).to(dtype), mask); };
+      const auto log_keep = MaskedOut(-rate * read(in.recurrence_logits).sigmoid(), mask);
+      const auto gated = read(in.input_logits).sigmoid() * read(in.x);
       const auto share_squared = -(2.0 * log_keep).expm1();
       // Where the share is 0 its slope is infinite, but all that moves it is 0 there too.
       const auto shut = share_squared == 0;

@@ -10,6 +10,8 @@ namespace {
 
 constexpr int64_t kChunk = 32;
 constexpr double kNever = -std::numeric_limits<double>::infinity();
+// Stands for a log decay of -inf in sums over a chunk: beyond any two logits' distance, and far from what a double rounds away.
+constexpr double kStrongestDecay = -1e6;
 
 // What a chunk reads, in AccumulateType; the optional ones undefined where absent.
 struct Chunk {
@@ -65,7 +67,8 @@ std::vector<at::Tensor> CausalChunk(const Chunk& chunk, const at::Tensor& state)
   const auto before = state.select(-1, head_dim + 1).unsqueeze(2), decayed = state.select(-1, head_dim + 2);
 
   auto keys = MaskedKeys(chunk);  // [b, Hkv, C, L]
-  at::Tensor total_decay;
+  at::Tensor total_decay, whole_decay;
+  at::Tensor resets;  // decays of -inf up to and with each token, int64 [b, Hkv, C, L]
   if (chunk.log_decay.defined()) {
     auto log_decay = chunk.log_decay.transpose(1, 2);
     if (chunk.key_mask.defined()) {
@@ -73,15 +76,22 @@ std::vector<at::Tensor> CausalChunk(const Chunk& chunk, const at::Tensor& state)
     }
     // In float64: after one strong decay the later, weak ones would be lost in rounding.
     log_decay = log_decay.to(at::kDouble);
+    whole_decay = log_decay.sum(2);
+    resets = log_decay.isneginf().cumsum(2);
+    log_decay = log_decay.clamp_min(kStrongestDecay);
     keys = keys - log_decay.cumsum(2);
     total_decay = log_decay.sum(2);
   }
   const auto maximum = at::maximum(std::get<0>(at::cummax(keys.detach(), 2)), before.detach());  // [b, Hkv, C, L]
   const auto finite = FiniteOrZero(maximum);
-  const auto future = at::ones({time, time}, keys.options().dtype(at::kBool)).triu(1).unsqueeze(1);  // [t, 1, s]: true for s > t
-  const auto distance = keys.transpose(2, 3).unsqueeze(2) - finite.unsqueeze(-1);                    // [b, Hkv, t, L, s]
-  const auto weights = distance.masked_fill(future, kNever).exp().to(dtype);
-  const auto carry = (before - finite).exp().to(dtype);  // [b, Hkv, t, L]
+  auto unread = at::ones({time, time}, keys.options().dtype(at::kBool)).triu(1).unsqueeze(1);  // [t, 1, s]: true for s > t
+  const auto distance = keys.transpose(2, 3).unsqueeze(2) - finite.unsqueeze(-1);              // [b, Hkv, t, L, s]
+  auto carry = (before - finite).exp().to(dtype);                                              // [b, Hkv, t, L]
+  if (resets.defined()) {  // nothing from before a reset is read after it
+    unread = unread.logical_or(resets.transpose(2, 3).unsqueeze(2) != resets.unsqueeze(-1));
+    carry = carry.masked_fill(resets > 0, 0.0);
+  }
+  const auto weights = distance.masked_fill(unread, kNever).exp().to(dtype);
   const auto norm = weights.sum(-1) + carry * normaliser.unsqueeze(2);
   const auto reading = shares.latents / norm.masked_fill(norm == 0, 1.0).unsqueeze(3);  // [b, Hkv, t, R, L]
   const auto own = at::matmul(at::matmul(reading, weights).flatten(2, 3), values);
@@ -99,8 +109,8 @@ std::vector<at::Tensor> CausalChunk(const Chunk& chunk, const at::Tensor& state)
     const auto one = (total_decay - total_decay.detach()).exp().to(dtype);
     sums_after = sums_after * one.unsqueeze(-1);
     normaliser_after = normaliser_after * one;
-    maximum_after = maximum_after + total_decay.detach();
-    decayed_after = decayed + total_decay.to(dtype);
+    maximum_after = (maximum_after + total_decay.detach()).masked_fill(normaliser_after == 0, kNever);
+    decayed_after = decayed + whole_decay.to(dtype);
   }
   const auto state_after = at::cat(
       {sums_after, normaliser_after.unsqueeze(-1), maximum_after.to(dtype).unsqueeze(-1), decayed_after.unsqueeze(-1)}, -1);
@@ -135,8 +145,12 @@ Chunk ChunkAt(const LatentInputs& in, const Piece& piece, int64_t begin, int64_t
   const auto cut = [&](const at::Tensor& x) { return x.narrow(1, piece.begin + begin, length); };
   const auto cut_optional = [&](const OptionalTensor& x) { return Present(x) ? cut(*x) : at::Tensor(); };
   const auto cast = [&](const at::Tensor& x) { return x.defined() ? x.to(dtype) : x; };
-  return {cast(cut(in.query_logits)),  cast(cut(in.key_logits)),         cast(cut(in.values)),
-          cut_optional(in.window_out), cast(cut_optional(in.log_decay)), cut_optional(in.key_mask)};
+  const auto key_mask = cut_optional(in.key_mask);
+  auto values = cast(cut(in.values));
+  // A weight of 0 doesn't silence NaN.
+  if (key_mask.defined()) values = values.masked_fill(key_mask.logical_not().unsqueeze(-1).unsqueeze(-1), 0.0);
+  return {cast(cut(in.query_logits)),  cast(cut(in.key_logits)),         values,
+          cut_optional(in.window_out), cast(cut_optional(in.log_decay)), key_mask};
 }
 
 at::Tensor StateOf(const LatentInputs& in, const Piece& piece) {

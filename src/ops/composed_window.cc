@@ -65,6 +65,15 @@ Context ContextOf(const WindowInputs& in, const Piece& piece, const Inputs& x) {
   context.sink_key = gather(old_sink_key, x.key);
   context.sink_values = gather(old_sink_values, x.values);
   context.sink_mask = at::cat({old_sink_mask.logical_and(known), mask}, 1).gather(1, index);
+  if (Present(in.key_mask) || Present(in.position)) {  // a weight of 0 doesn't silence NaN
+    const auto silence = [](at::Tensor& rows_of, const at::Tensor& kept) {
+      rows_of = rows_of.masked_fill(kept.logical_not().unsqueeze(-1).unsqueeze(-1), 0.0);
+    };
+    silence(context.key, context.mask);
+    silence(context.values, context.mask);
+    silence(context.sink_key, context.sink_mask);
+    silence(context.sink_values, context.sink_mask);
+  }
   return context;
 }
 

@@ -48,7 +48,9 @@ WindowInputs MakeWindowInputs(const char* op, const at::Tensor& query, const at:
   check.AtLeast("window", in.window, 1);
   check.AtLeast("sinks", in.sinks, 0);
   in.scale = options.scale.has_value() ? *options.scale : DefaultScale(query);
-  TORCH_CHECK_VALUE(std::isfinite(in.scale), "[latte.", op, "] scale: got ", in.scale, ", expected a finite number");
+  const bool wide = query.scalar_type() == at::kDouble;  // kernels take a float
+  TORCH_CHECK_VALUE(std::isfinite(wide ? in.scale : static_cast<float>(in.scale)), "[latte.", op, "] scale: got ", in.scale,
+                    ", expected a finite number", wide ? "" : " of float32");
   check.Absent("output_final_state", options.output_final_state && !options.causal, "when causal is false");
   check.Absent("initial_state", options.initial_state.has_value() && !options.causal, "when causal is false");
   if (options.initial_state.has_value()) {
