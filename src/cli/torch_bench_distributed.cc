@@ -38,7 +38,7 @@ struct Sizes {
   double token;  // keys and values of a token in bfloat16: what ring attention passes on
 };
 
-Sizes SizesOf(const models::LanguageModelConfig& config) {
+Sizes SizesOf(const formats::LanguageModelConfig& config) {
   const auto head_dim = static_cast<double>(config.embed_dim / config.num_heads);
   const auto kv_heads = static_cast<double>(config.num_kv_heads.value_or(config.num_heads));
   const double latents = static_cast<double>(config.num_latents.value_or(config.embed_dim / config.num_heads));
@@ -82,7 +82,7 @@ std::string Bytes(double bytes) {
   return text;
 }
 
-json Measure(const Options& options, const models::LanguageModelConfig& config, train::Ranks& ranks) {
+json Measure(const Options& options, const formats::LanguageModelConfig& config, train::Ranks& ranks) {
   using Clock = std::chrono::steady_clock;
   torch::manual_seed(1);
   models::LanguageModel model(config);
@@ -184,8 +184,8 @@ void Print(const json& report) {
   }
 }
 
-models::LanguageModelConfig ConfigOf(const Options& options) {
-  models::LanguageModelConfig config;
+formats::LanguageModelConfig ConfigOf(const Options& options) {
+  formats::LanguageModelConfig config;
   config.vocab_size = options.vocabulary;
   config.num_layers = options.layers;
   config.embed_dim = options.embed_dim;
@@ -201,7 +201,7 @@ models::LanguageModelConfig ConfigOf(const Options& options) {
 int BenchDistributed(const Options& options) {
   if (options.threads > 0) at::set_num_threads(options.threads);
   std::unique_ptr<train::Ranks> ranks;
-  models::LanguageModelConfig config;
+  formats::LanguageModelConfig config;
   json report;
   try {
     config = ConfigOf(options);
@@ -225,7 +225,7 @@ int BenchDistributed(const Options& options) {
     for (const int64_t count : options.ranks) report["model"].push_back(Model(sizes, count, options.tokens));
   } catch (const train::OptionError& error) {
     throw CLI::ValidationError("bench distributed", error.what());
-  } catch (const models::ConfigError& error) {
+  } catch (const formats::ConfigError& error) {
     throw CLI::ValidationError("bench distributed", error.what());
   }
   if (ranks) {

@@ -103,7 +103,7 @@ class Runs {
     std::vector<std::string> arguments = {"latte", "train", "--config", config_path, "--out", folder, "--json"};
     if (options_.threads > 0) arguments.insert(arguments.end(), {"--threads", std::to_string(options_.threads)});
     if (options_.quiet) arguments.emplace_back("--quiet");
-    if (const std::string checkpoint = train::checkpoint_path(folder); std::filesystem::exists(checkpoint)) {
+    if (const std::string checkpoint = formats::checkpoint_path(folder); std::filesystem::exists(checkpoint)) {
       // A run that ended before its report was written has nothing left to go on with.
       const auto steps = run.config.at("training").value("steps", train::TrainerOptions().steps);
       const bool done = !run.config.contains("task") || std::filesystem::exists(folder + "/" + train::kResultsName);

@@ -13,7 +13,7 @@
 #include "cli/torch_train.h"
 #include "data/task_options.h"
 #include "formats/error.h"
-#include "models/language_model_config.h"
+#include "formats/language_model_config.h"
 #include "train/interrupt.h"
 #include "train/ranks.h"
 #include "train/run.h"
@@ -58,7 +58,7 @@ CLI::Option* Add(CLI::App& command, json& object, const std::string& flag, const
 
 void AddModelOptions(CLI::App& command, json& model) {
   const json shown = [] {
-    models::LanguageModelConfig config;
+    formats::LanguageModelConfig config;
     config.vocab_size = 1;
     json object = config.to_json();
     object.merge_patch(kDefaultModel);
@@ -192,7 +192,7 @@ TrainerOptions TrainingOptions(json fields) {
   return options;
 }
 
-void CheckSameModel(const models::LanguageModelConfig& asked, const models::LanguageModelConfig& found) {
+void CheckSameModel(const formats::LanguageModelConfig& asked, const formats::LanguageModelConfig& found) {
   const json ours = asked.to_json(), theirs = found.to_json();
   for (const auto& [field, value] : ours.items()) {
     if (!theirs.contains(field) || theirs.at(field) != value) {
@@ -210,14 +210,14 @@ train::RunResult Resume(const json& model, const json& training, const train::Ru
   json wanted = record.model.to_json();
   MergeFields(wanted, model);
   wanted["vocab_size"] = record.model.vocab_size;
-  CheckSameModel(models::LanguageModelConfig::from_json(wanted), record.model);
+  CheckSameModel(formats::LanguageModelConfig::from_json(wanted), record.model);
   return train::resume_run(TrainingOptions(all), run);
 }
 
 // Whether torchrun has started this job again, and it had saved something before: it goes on from there.
 bool Restarted(const train::RunOptions& run) {
   if (!run.ranks || run.ranks->restarts() == 0) return false;
-  const bool saved = run.ranks->leads() && std::filesystem::exists(train::checkpoint_path(run.out));
+  const bool saved = run.ranks->leads() && std::filesystem::exists(formats::checkpoint_path(run.out));
   return run.ranks->any(saved);
 }
 
@@ -228,7 +228,7 @@ train::RunResult Start(const json& model, const json& training, train::RunOption
   fields["vocab_size"] = 1;  // the run takes the text's
   if (fields.value("position", json()) == "learned" && !fields.contains("max_positions"))
     fields["max_positions"] = options.context;
-  const auto config = models::LanguageModelConfig::from_json(fields);
+  const auto config = formats::LanguageModelConfig::from_json(fields);
   if (run.out.empty()) run.out = "runs/" + std::filesystem::path(options.text).stem().string() + "-" + config.attention;
   if (Restarted(run)) return Resume(model, training, run);
   return train::start_run(config, options, run);

@@ -100,7 +100,7 @@ std::string LocatedMessage(const std::string& path, const std::string& message) 
 }
 
 bool IsTaskRun(const std::string& out) {
-  const std::string path = train::checkpoint_path(out);
+  const std::string path = formats::checkpoint_path(out);
   if (!std::filesystem::is_regular_file(path)) return false;
   const json config = json::parse(formats::CheckpointFile(path).config(), nullptr, /*allow_exceptions=*/false);
   return config.is_object() && config.contains("task");
@@ -112,7 +112,7 @@ json TrainTask(const TrainRequest& request, train::RunResult& result) {
   train::RunOptions run = request.run;
   RefuseTextFields(training);
   if (request.resume) {
-    const formats::CheckpointFile checkpoint(train::checkpoint_path(run.out));
+    const formats::CheckpointFile checkpoint(formats::checkpoint_path(run.out));
     const auto record = train::TaskRecord::from(checkpoint);
     json all = record.options.to_json();
     if (training.contains("lr")) all.erase("min_lr");

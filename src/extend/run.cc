@@ -28,7 +28,7 @@ double seconds_since(Clock::time_point start) { return std::chrono::duration<dou
 
 std::string folder_of(const std::string& out) { return out + ".run"; }
 std::string checkpoint_of(const std::string& out) {
-  return (std::filesystem::path(folder_of(out)) / train::kCheckpointName).string();
+  return (std::filesystem::path(folder_of(out)) / formats::kCheckpointName).string();
 }
 
 // What a checkpoint says beside its tensors.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <charconv>
+#include <filesystem>
 #include <nlohmann/json.hpp>
 #include <stdexcept>
 #include <vector>
@@ -39,6 +40,12 @@ bool is_json_object(const std::string& text) {
 }
 
 }  // namespace
+
+std::string checkpoint_path(const std::string& path) {
+  std::error_code ignored;
+  if (!std::filesystem::is_directory(path, ignored)) return path;
+  return (std::filesystem::path(path) / kCheckpointName).string();
+}
 
 void write_checkpoint(const std::string& path, const CheckpointHeader& header, std::span<const TensorView> tensors,
                       FileOperations& operations) {

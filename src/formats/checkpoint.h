@@ -23,6 +23,10 @@ namespace latte::formats {
 
 constexpr std::string_view kCheckpointFormat = "latte.checkpoint";
 constexpr std::string_view kCheckpointVersion = "1";
+constexpr std::string_view kCheckpointName = "checkpoint.safetensors";  // in a run's folder
+
+// `path`, or the checkpoint in it if it is a folder.
+std::string checkpoint_path(const std::string& path);
 
 struct CheckpointHeader {
   std::string config;  // a JSON object

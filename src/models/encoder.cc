@@ -10,7 +10,7 @@ namespace {
 using nlohmann::json;
 
 [[noreturn]] void fail(const std::string& field, const std::string& got, const std::string& expected) {
-  throw ConfigError("model config: " + field + " is " + got + ", expected " + expected);
+  throw formats::ConfigError("model config: " + field + " is " + got + ", expected " + expected);
 }
 
 std::string shown(const json& value) { return value.dump(-1, ' ', /*ensure_ascii=*/true, json::error_handler_t::replace); }
@@ -32,7 +32,7 @@ EncoderConfig::EncoderConfig() {
 }
 
 int64_t EncoderConfig::parameter_count() const {
-  LanguageModelConfig body = *this;
+  formats::LanguageModelConfig body = *this;
   body.tie_embeddings = true;
   if (!causal && !forget) body.forget = false;
   const int64_t bias_size = bias ? 1 : 0;
@@ -42,7 +42,7 @@ int64_t EncoderConfig::parameter_count() const {
 }
 
 void EncoderConfig::validate() const {
-  LanguageModelConfig body = *this;
+  formats::LanguageModelConfig body = *this;
   if (!causal && !forget) body.forget = false;
   body.validate(Role::kEncoder);
   check_name("head", head, {"classify", "pairs", "tokens"});
@@ -58,7 +58,7 @@ void EncoderConfig::validate() const {
 }
 
 json EncoderConfig::to_json() const {
-  LanguageModelConfig body = *this;
+  formats::LanguageModelConfig body = *this;
   if (!causal && !forget) body.forget = false;
   json object = body.to_json();
   object["head"] = head;
@@ -69,7 +69,7 @@ json EncoderConfig::to_json() const {
 }
 
 EncoderConfig EncoderConfig::from_json(const json& object) {
-  if (!object.is_object()) throw ConfigError("model config: expected a JSON object, got " + shown(object));
+  if (!object.is_object()) throw formats::ConfigError("model config: expected a JSON object, got " + shown(object));
   EncoderConfig config;
   json body = object;
   const auto take = [&]<typename T>(const char* field, T& into, bool right, const char* expected) {
@@ -86,7 +86,7 @@ EncoderConfig EncoderConfig::from_json(const json& object) {
   if (!config.causal && !body.contains("forget")) body["forget"] = false;
   if (!body.contains("position")) body["position"] = "sinusoidal";
   if (!body.contains("bias")) body["bias"] = true;
-  static_cast<LanguageModelConfig&>(config) = LanguageModelConfig::from_json(body, Role::kEncoder);
+  static_cast<formats::LanguageModelConfig&>(config) = formats::LanguageModelConfig::from_json(body, Role::kEncoder);
   config.validate();
   return config;
 }

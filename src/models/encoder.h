@@ -8,14 +8,14 @@
 #include <nlohmann/json_fwd.hpp>
 #include <string>
 
-#include "models/language_model_config.h"
+#include "formats/language_model_config.h"
 #include "nn/blocks.h"
 #include "nn/module_utils.h"
 
 namespace latte::models {
 
 // vocab_size is of the tokens that come in. position: sinusoidal unless given. tie_embeddings has no meaning here.
-struct EncoderConfig : LanguageModelConfig {
+struct EncoderConfig : formats::LanguageModelConfig {
   std::string head = "classify";  // classify | pairs | tokens
   std::string pooling = "mean";   // mean | first | last: what a classifier reads; last is the last real token
   bool causal = false;
@@ -23,7 +23,7 @@ struct EncoderConfig : LanguageModelConfig {
 
   EncoderConfig();
   int64_t parameter_count() const;
-  void validate() const;  // throws ConfigError
+  void validate() const;  // throws formats::ConfigError
   nlohmann::json to_json() const;
   // Takes an object of these fields and LanguageModelConfig's, of which vocab_size and num_outputs must be there. Throws
   // ConfigError.

@@ -111,7 +111,7 @@ TEST(Encoder, PairsAreReadByOneEncoder) {
 
 TEST(Encoder, ImpossibleConfigurationsNameTheField) {
   const auto error = [](const std::string& attention, const json& fields) {
-    return formats::error_text<ConfigError>([&] { small(attention, fields); });
+    return formats::error_text<formats::ConfigError>([&] { small(attention, fields); });
   };
   EXPECT_CONTAINS(error("latte", {{"forget", true}}), "forget is true");
   EXPECT_CONTAINS(error("gated_linear", {}), "attention is gated_linear");
@@ -126,8 +126,8 @@ TEST(Encoder, ImpossibleConfigurationsNameTheField) {
   Encoder model(small("softmax", {{"position", "learned"}}));
   EXPECT_THROW(model(torch::zeros({1, 13}, torch::kInt64)), c10::ValueError);
   // A language model takes none of what needs a whole sequence.
-  EXPECT_THROW(LanguageModelConfig::from_json({{"vocab_size", 3}, {"attention", "linformer"}}), ConfigError);
-  EXPECT_THROW(LanguageModelConfig::from_json({{"vocab_size", 3}, {"norm", "batch"}}), ConfigError);
+  EXPECT_THROW(formats::LanguageModelConfig::from_json({{"vocab_size", 3}, {"attention", "linformer"}}), formats::ConfigError);
+  EXPECT_THROW(formats::LanguageModelConfig::from_json({{"vocab_size", 3}, {"norm", "batch"}}), formats::ConfigError);
 }
 
 }  // namespace

@@ -5,7 +5,7 @@
 #include "models/parts.h"
 
 namespace latte::models {
-LanguageModelImpl::LanguageModelImpl(const LanguageModelConfig& config) : config_(config) {
+LanguageModelImpl::LanguageModelImpl(const formats::LanguageModelConfig& config) : config_(config) {
   config.validate();
   const nn::BlockOptions block = block_options(config);
   token_embedding = register_module("token_embedding", torch::nn::Embedding(config.vocab_size, config.embed_dim));

@@ -8,7 +8,7 @@
 #include <tuple>
 #include <vector>
 
-#include "models/language_model_config.h"
+#include "formats/language_model_config.h"
 #include "nn/blocks.h"
 #include "nn/module_utils.h"
 
@@ -27,7 +27,7 @@ struct LanguageModelState {
 class LanguageModelImpl : public torch::nn::Module {
  public:
   // Throws ConfigError.
-  explicit LanguageModelImpl(const LanguageModelConfig& config);
+  explicit LanguageModelImpl(const formats::LanguageModelConfig& config);
   void reset_parameters();
 
   // tokens int64 [B, T], each in 0 … vocab_size - 1, of sequences that start here -> logits [B, T, vocab_size].
@@ -38,7 +38,7 @@ class LanguageModelImpl : public torch::nn::Module {
                                                                 const std::optional<LanguageModelState>& state = {},
                                                                 bool last_only = false);
 
-  const LanguageModelConfig& config() const { return config_; }
+  const formats::LanguageModelConfig& config() const { return config_; }
 
   // Where `tokens` are one rank's stretch of sequences that others share; null: whole sequences. Outlives the model's use of it.
   nn::SequencePeers* sequence_peers = nullptr;
@@ -52,7 +52,7 @@ class LanguageModelImpl : public torch::nn::Module {
  private:
   at::Tensor run(const at::Tensor& tokens, const LanguageModelState* before, LanguageModelState* after, bool last_only);
 
-  LanguageModelConfig config_;
+  formats::LanguageModelConfig config_;
 };
 TORCH_MODULE(LanguageModel);
 

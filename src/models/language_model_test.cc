@@ -22,8 +22,8 @@ using nn::close;
 
 constexpr int64_t kBatch = 2, kTime = 29, kVocab = 23;
 
-LanguageModelConfig small_config(const std::string& attention, const std::string& position) {
-  LanguageModelConfig config;
+formats::LanguageModelConfig small_config(const std::string& attention, const std::string& position) {
+  formats::LanguageModelConfig config;
   config.vocab_size = kVocab;
   config.num_layers = 2;
   config.embed_dim = 24;
@@ -37,7 +37,7 @@ LanguageModelConfig small_config(const std::string& attention, const std::string
 
 struct Case {
   std::string name;
-  LanguageModelConfig config;
+  formats::LanguageModelConfig config;
 };
 
 void PrintTo(const Case& one, std::ostream* out) { *out << one.name; }
@@ -208,7 +208,7 @@ TEST_P(Models, AutocastIsNearFloat32) {
 TEST_P(Models, ConfigSurvivesJson) {
   const auto& config = GetParam().config;
   const auto text = config.to_json().dump();
-  const auto read = LanguageModelConfig::from_json(json::parse(text));
+  const auto read = formats::LanguageModelConfig::from_json(json::parse(text));
   EXPECT_EQ(read.to_json().dump(), text);
   EXPECT_EQ(read.parameter_count(), config.parameter_count());
   EXPECT_EQ(read.position_name(), config.position_name());
@@ -254,7 +254,7 @@ TEST(NanoGpt, SameFunction) {
 }
 
 TEST(NanoGpt, SameSizeAndStart) {
-  LanguageModelConfig config;  // its character-level Shakespeare model
+  formats::LanguageModelConfig config;  // its character-level Shakespeare model
   config.vocab_size = 65;
   config.position = "learned";
   config.max_positions = 256;
@@ -288,10 +288,10 @@ TEST(LanguageModelErrors, InputsAreChecked) {
 }
 
 TEST(LanguageModelConfigJson, DefaultsAreFilledIn) {
-  const auto config = LanguageModelConfig::from_json(json{{"vocab_size", 65}});
+  const auto config = formats::LanguageModelConfig::from_json(json{{"vocab_size", 65}});
   EXPECT_EQ(config.position_name(), "rotary");
   EXPECT_EQ(config.to_json().at("num_kv_heads"), 6);
-  const auto latte = LanguageModelConfig::from_json(json{{"vocab_size", 65}, {"attention", "latte"}});
+  const auto latte = formats::LanguageModelConfig::from_json(json{{"vocab_size", 65}, {"attention", "latte"}});
   EXPECT_EQ(latte.position_name(), "conv");
   EXPECT_EQ(latte.to_json().at("num_latents"), 64);
 }
@@ -302,9 +302,9 @@ TEST(LanguageModelConfigJson, WhatCannotBeIsRefused) {
     json object{{"vocab_size", 65}};
     object.update(change);
     try {
-      LanguageModelConfig::from_json(object);
+      formats::LanguageModelConfig::from_json(object);
       ADD_FAILURE() << change << " was taken";
-    } catch (const ConfigError& error) {
+    } catch (const formats::ConfigError& error) {
       const std::string text = error.what();
       EXPECT_NE(text.find(field), std::string::npos) << text;
       EXPECT_NE(text.find(says), std::string::npos) << text;
@@ -349,7 +349,7 @@ TEST(LanguageModelConfigJson, WhatCannotBeIsRefused) {
   refuses({{std::string(10000, 'x') + "\n", 1}}, "unknown field", "…");
   refuses({{"\x1b[31m\n\xff", 1}}, "unknown field \"\\u001b[31m\\n", "expected");
   for (const auto& object : {json::array(), json("text"), json(nullptr), json::object()}) {
-    EXPECT_THROW(LanguageModelConfig::from_json(object), ConfigError);
+    EXPECT_THROW(formats::LanguageModelConfig::from_json(object), formats::ConfigError);
   }
 }
 

@@ -14,7 +14,7 @@ constexpr double kInitialDeviation = 0.02;
 
 // With what every kind of attention is told.
 template <typename Options>
-Options attention_options(const LanguageModelConfig& config) {
+Options attention_options(const formats::LanguageModelConfig& config) {
   Options options;
   options.embed_dim = config.embed_dim;
   options.num_heads = config.num_heads;
@@ -26,7 +26,7 @@ Options attention_options(const LanguageModelConfig& config) {
 
 }  // namespace
 
-std::shared_ptr<nn::AttentionImpl> make_attention(const LanguageModelConfig& config) {
+std::shared_ptr<nn::AttentionImpl> make_attention(const formats::LanguageModelConfig& config) {
   const std::string position = config.position_name();
   const bool absolute = position == "none" || position == "learned" || position == "sinusoidal";
   if (config.attention == "latte" || config.attention == "macchiato") {
@@ -66,7 +66,7 @@ std::shared_ptr<nn::AttentionImpl> make_attention(const LanguageModelConfig& con
   return std::make_shared<nn::SoftmaxAttentionImpl>(options);
 }
 
-nn::BlockOptions block_options(const LanguageModelConfig& config) {
+nn::BlockOptions block_options(const formats::LanguageModelConfig& config) {
   nn::BlockOptions block;
   block.embed_dim = config.embed_dim;
   block.hidden_dim = config.hidden_dim();

@@ -6,14 +6,14 @@
 #include <cstdint>
 #include <memory>
 
-#include "models/language_model_config.h"
+#include "formats/language_model_config.h"
 #include "nn/blocks.h"
 
 namespace latte::models {
 
-std::shared_ptr<nn::AttentionImpl> make_attention(const LanguageModelConfig& config);
+std::shared_ptr<nn::AttentionImpl> make_attention(const formats::LanguageModelConfig& config);
 
-nn::BlockOptions block_options(const LanguageModelConfig& config);
+nn::BlockOptions block_options(const formats::LanguageModelConfig& config);
 
 // Linear maps and embeddings normal with deviation 0.02, what writes to the residual stream (out_proj and down_proj)
 // 0.02 / sqrt(2 num_layers), biases zero. Everything else keeps its own rule.

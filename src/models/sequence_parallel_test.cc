@@ -27,8 +27,8 @@ void PrintTo(const Case& one, std::ostream* out) { *out << one.name; }
 
 class SequenceParallel : public testing::TestWithParam<std::tuple<Case, int64_t>> {};
 
-LanguageModelConfig config_of(const Case& one) {
-  LanguageModelConfig config;
+formats::LanguageModelConfig config_of(const Case& one) {
+  formats::LanguageModelConfig config;
   config.vocab_size = kVocabulary;
   config.num_layers = 2;
   config.embed_dim = 16;
@@ -112,7 +112,7 @@ INSTANTIATE_TEST_SUITE_P(Models, SequenceParallel, testing::Combine(testing::Val
                          });
 
 TEST(SequenceParallel, SoftmaxRefuses) {
-  LanguageModelConfig config = config_of({"softmax", "softmax", "rotary", std::nullopt});
+  formats::LanguageModelConfig config = config_of({"softmax", "softmax", "rotary", std::nullopt});
   LanguageModel model(config);
   nn::ThreadPeers peers(1);
   peers.run([&](nn::SequencePeers& peer) {

@@ -5,9 +5,9 @@
 #include <cstdio>
 
 #include "formats/error.h"
+#include "formats/language_model_config.h"
 #include "formats/option_fields.h"
 #include "models/encoder.h"
-#include "models/language_model_config.h"
 #include "train/options.h"
 
 namespace latte::train {
@@ -136,7 +136,7 @@ void CompareOptions::validate() const {
 int64_t parameters_of(const json& fields, bool task) {
   json model = fields;
   model["vocab_size"] = 1;
-  if (!task) return models::LanguageModelConfig::from_json(model).parameter_count();
+  if (!task) return formats::LanguageModelConfig::from_json(model).parameter_count();
   model["num_outputs"] = 1;
   return models::EncoderConfig::from_json(model).parameter_count();
 }

@@ -94,7 +94,7 @@ class RecoveryTest : public ::testing::Test {
 
   TestFolder folder_;
   TrainerOptions options_;
-  models::LanguageModelConfig model_;
+  formats::LanguageModelConfig model_;
 };
 
 TEST_F(RecoveryTest, EveryWriteMayFailAndNothingIsLost) {

@@ -35,10 +35,10 @@ Progress progress_of(const Trainer& trainer, const TextCorpus& corpus, Progress 
 
 bool leads(const RunOptions& run) { return !run.ranks || run.ranks->leads(); }
 
-std::string checkpoint_of(const RunOptions& run) { return (std::filesystem::path(run.out) / kCheckpointName).string(); }
+std::string checkpoint_of(const RunOptions& run) { return (std::filesystem::path(run.out) / formats::kCheckpointName).string(); }
 
 // What `latte train --config` takes, to do the same again.
-void write_config(const RunFolder& folder, models::LanguageModelConfig model, const TrainerOptions& options,
+void write_config(const RunFolder& folder, formats::LanguageModelConfig model, const TrainerOptions& options,
                   formats::FileOperations& files) {
   nlohmann::json object = {{"model", model.to_json()}, {"training", options.to_json()}};
   object["model"].erase("vocab_size");
@@ -49,7 +49,7 @@ void write_config(const RunFolder& folder, models::LanguageModelConfig model, co
 
 }  // namespace
 
-RunResult start_run(const models::LanguageModelConfig& model, const TrainerOptions& options, const RunOptions& run) {
+RunResult start_run(const formats::LanguageModelConfig& model, const TrainerOptions& options, const RunOptions& run) {
   options.validate();
   const std::string existing = checkpoint_of(run);
   if (leads(run) && !run.overwrite && std::filesystem::exists(existing)) {
@@ -57,7 +57,7 @@ RunResult start_run(const models::LanguageModelConfig& model, const TrainerOptio
                       " is there already: --resume goes on with it, --overwrite starts again, --out names another folder");
   }
   const TextCorpus corpus(options.text, corpus_options(options));
-  models::LanguageModelConfig sized = model;
+  formats::LanguageModelConfig sized = model;
   sized.vocab_size = corpus.vocabulary().size();
   Trainer trainer(sized, options, corpus, run.ranks);
   const Progress progress = progress_of(trainer, corpus, {});

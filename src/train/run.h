@@ -5,7 +5,7 @@
 #include <optional>
 #include <string>
 
-#include "models/language_model_config.h"
+#include "formats/language_model_config.h"
 #include "train/ranks.h"
 #include "train/training_checkpoint.h"
 
@@ -33,7 +33,7 @@ struct RunResult {
 // Trains a model from the start; its vocab_size becomes the text's.
 // Throws formats::FileError and formats::FormatError (text, checkpoint, disk), ConfigError, OptionError, and std::runtime_error
 // where the loss stops being finite or another process trains in the folder. The checkpoint is then the one of before.
-RunResult start_run(const models::LanguageModelConfig& model, const TrainerOptions& options, const RunOptions& run);
+RunResult start_run(const formats::LanguageModelConfig& model, const TrainerOptions& options, const RunOptions& run);
 
 // What a run's checkpoint says, on all of run.ranks. Throws as resume_run does.
 TrainingRecord read_record(const RunOptions& run);

@@ -28,7 +28,7 @@ RunFolder::RunFolder(const std::string& path) : path_(path) {
 
 RunFolder::~RunFolder() { ::close(lock_); }
 
-std::string RunFolder::checkpoint() const { return *this / kCheckpointName; }
+std::string RunFolder::checkpoint() const { return *this / formats::kCheckpointName; }
 
 void RunFolder::remove_remnants() const {
   std::error_code ignored;

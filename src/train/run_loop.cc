@@ -28,7 +28,7 @@ RunResult run_loop(StepTrainer& trainer, const RunFolder* folder, Progress progr
   const TrainerOptions& options = trainer.options();
   RunResult result;
   result.parameters = trainer.parameter_count();
-  result.checkpoint = (std::filesystem::path(run.out) / kCheckpointName).string();
+  result.checkpoint = (std::filesystem::path(run.out) / formats::kCheckpointName).string();
   const InterruptGuard interrupt;
   std::optional<MetricsLog> log;
   if (folder) log.emplace(*folder / "metrics.jsonl", trainer.steps_done(), *run.files);

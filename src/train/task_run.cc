@@ -65,7 +65,7 @@ TaskRunResult start_task_run(const models::EncoderConfig& model, bool max_positi
                              const TaskOptions& task, const RunOptions& run_options) {
   options.validate();
   check_alone(run_options);
-  const std::string existing = (std::filesystem::path(run_options.out) / kCheckpointName).string();
+  const std::string existing = (std::filesystem::path(run_options.out) / formats::kCheckpointName).string();
   if (!run_options.overwrite && std::filesystem::exists(existing)) {
     throw OptionError(existing +
                       " is there already: --resume goes on with it, --overwrite starts again, --out names another folder");
@@ -85,7 +85,7 @@ TaskRunResult start_task_run(const models::EncoderConfig& model, bool max_positi
 TaskRunResult resume_task_run(const TrainerOptions& options, const RunOptions& run_options) {
   options.validate();
   check_alone(run_options);
-  const std::string path = (std::filesystem::path(run_options.out) / kCheckpointName).string();
+  const std::string path = (std::filesystem::path(run_options.out) / formats::kCheckpointName).string();
   if (!std::filesystem::exists(path)) throw formats::FileError("resume from", path, ENOENT);
   const RunFolder folder(run_options.out);
   const formats::CheckpointFile checkpoint(path);

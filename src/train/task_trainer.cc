@@ -55,8 +55,8 @@ models::EncoderConfig fit_to(models::EncoderConfig model, const TaskData& data, 
   if (!max_positions_given) model.max_positions = std::max<int64_t>(longest, 1);
   const bool bounded = model.position_name() == "learned" || model.attention == "linformer";
   if (bounded && longest > model.max_positions) {
-    throw models::ConfigError("model config: max_positions is " + std::to_string(model.max_positions) + ", expected at least " +
-                              std::to_string(longest) + ", the tokens of task " + data.name + "'s longest sequence");
+    throw formats::ConfigError("model config: max_positions is " + std::to_string(model.max_positions) + ", expected at least " +
+                               std::to_string(longest) + ", the tokens of task " + data.name + "'s longest sequence");
   }
   model.validate();
   return model;
@@ -69,7 +69,7 @@ TaskTrainer::TaskTrainer(const models::EncoderConfig& model, const TrainerOption
       task_(task),
       order_(data.examples(data.splits.at("train")), static_cast<uint64_t>(options.seed)) {
   if (model.vocab_size != data.vocab_size || model.num_outputs != data.num_classes || model.head != to_string(data.kind)) {
-    throw models::ConfigError("model config: made for another task than " + data.name);
+    throw formats::ConfigError("model config: made for another task than " + data.name);
   }
   model_ = models::Encoder(model);
   train_module(*model_);

@@ -135,7 +135,7 @@ TEST_F(TaskTrainerTest, SequencesBeyondThePositionsAreAnError) {
   const TaskData data = load_task(task_);
   model_.position = "learned";
   model_.max_positions = 8;
-  EXPECT_CONTAINS(formats::error_text<models::ConfigError>([&] { fit_to(model_, data, true); }),
+  EXPECT_CONTAINS(formats::error_text<formats::ConfigError>([&] { fit_to(model_, data, true); }),
                   "max_positions is 8, expected at least ");
   EXPECT_EQ(fit_to(model_, data, false).max_positions, data.longest());
 }

@@ -11,14 +11,14 @@ namespace latte::train {
 namespace {
 
 // Checked before a model is built from it, so that a damaged one allocates nothing.
-models::LanguageModelConfig checked_config(const formats::CheckpointFile& checkpoint) {
+formats::LanguageModelConfig checked_config(const formats::CheckpointFile& checkpoint) {
   const auto config = TrainingRecord::from(checkpoint).model;
   check_parameter_count(checkpoint.file(), config.parameter_count());
   return config;
 }
 
 // What cannot be shared among these ranks.
-void check_ranks(const Ranks& ranks, const models::LanguageModelConfig& model, const TrainerOptions& options) {
+void check_ranks(const Ranks& ranks, const formats::LanguageModelConfig& model, const TrainerOptions& options) {
   ranks.check_divides(options.batch, options.context);
   if (ranks.sequence_parallel() == 1) return;
   if (model.attention == "softmax") {
@@ -41,12 +41,12 @@ void check_ranks(const Ranks& ranks, const models::LanguageModelConfig& model, c
 
 }  // namespace
 
-Trainer::Trainer(const models::LanguageModelConfig& model, const TrainerOptions& options, const TextCorpus& corpus, Ranks* ranks)
+Trainer::Trainer(const formats::LanguageModelConfig& model, const TrainerOptions& options, const TextCorpus& corpus, Ranks* ranks)
     : StepTrainer(options, ranks), corpus_(corpus) {
   if (ranks) check_ranks(*ranks, model, options);
   if (model.vocab_size != corpus.vocabulary().size()) {
-    throw models::ConfigError("model config: vocab_size is " + std::to_string(model.vocab_size) + ", expected " +
-                              std::to_string(corpus.vocabulary().size()) + ", the text's");
+    throw formats::ConfigError("model config: vocab_size is " + std::to_string(model.vocab_size) + ", expected " +
+                               std::to_string(corpus.vocabulary().size()) + ", the text's");
   }
   if (model.position_name() == "learned" && options.context > model.max_positions) {
     throw OptionError("context is " + std::to_string(options.context) + ", expected at most max_positions, " +

@@ -20,7 +20,7 @@ class Trainer : public StepTrainer {
  public:
   // A fresh model. `corpus` outlives the trainer, and so do `ranks`, with which it trains its share of each batch: all that is
   // said of losses is the mean over them. Throws ConfigError and OptionError.
-  Trainer(const models::LanguageModelConfig& model, const TrainerOptions& options, const TextCorpus& corpus,
+  Trainer(const formats::LanguageModelConfig& model, const TrainerOptions& options, const TextCorpus& corpus,
           Ranks* ranks = nullptr);
   // Goes on from a checkpoint of such a model; options may differ. Throws formats::FormatError.
   Trainer(const formats::CheckpointFile& checkpoint, const TrainerOptions& options, const TextCorpus& corpus,

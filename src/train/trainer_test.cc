@@ -54,7 +54,7 @@ class TrainerTest : public ::testing::Test {
 
   TestFolder folder_;
   TrainerOptions options_;
-  models::LanguageModelConfig model_;
+  formats::LanguageModelConfig model_;
 };
 
 TEST_F(TrainerTest, ResumesBitForBitWithDropoutAndAccumulation) {

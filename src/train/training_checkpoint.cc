@@ -3,11 +3,11 @@
 #include <torch/torch.h>
 
 #include <cstring>
-#include <filesystem>
 #include <nlohmann/json.hpp>
 #include <utility>
 
 #include "formats/error.h"
+#include "formats/trained_model.h"
 
 namespace latte::train {
 namespace {
@@ -82,27 +82,17 @@ TrainingRecord TrainingRecord::from_json(const std::string& path, const std::str
   TrainingRecord record;
   try {
     const json object = json::parse(text);
-    if (object.contains("task")) throw std::invalid_argument("holds an encoder of latte train --task, expected a language model");
-    record.model = models::LanguageModelConfig::from_json(object.at("model"));
+    formats::TrainedModel trained = formats::trained_model(path, object);
+    record.model = std::move(trained.config);
+    record.vocabulary = std::move(trained.vocabulary);
     record.options = TrainerOptions::from_json(object.at("training"));
-    record.vocabulary = formats::Vocabulary::from_description(object.at("vocabulary").get<std::string>());
     record.progress = Progress::from_json(object.at("progress"));
   } catch (const json::exception&) {
     throw formats::FormatError(path, "config isn't one of latte train: " + formats::quote(text));
   } catch (const std::invalid_argument& error) {
     throw formats::FormatError(path, error.what());
   }
-  if (record.vocabulary.size() != record.model.vocab_size) {
-    throw formats::FormatError(path, "a vocabulary of " + std::to_string(record.vocabulary.size()) +
-                                         " tokens, expected vocab_size, " + std::to_string(record.model.vocab_size));
-  }
   return record;
-}
-
-std::string checkpoint_path(const std::string& path) {
-  std::error_code ignored;
-  if (!std::filesystem::is_directory(path, ignored)) return path;
-  return (std::filesystem::path(path) / kCheckpointName).string();
 }
 
 formats::TensorView view_of(const std::string& name, const at::Tensor& tensor) {
@@ -142,7 +132,7 @@ void check_parameter_count(const formats::SafetensorsFile& file, int64_t expecte
 }
 
 LoadedModel load_model(const std::string& path) {
-  const formats::CheckpointFile checkpoint(checkpoint_path(path));
+  const formats::CheckpointFile checkpoint(formats::checkpoint_path(path));
   LoadedModel loaded;
   loaded.record = TrainingRecord::from(checkpoint);
   loaded.step = checkpoint.step();

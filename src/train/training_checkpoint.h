@@ -14,13 +14,12 @@
 #include <string_view>
 
 #include "formats/checkpoint.h"
+#include "formats/language_model_config.h"
 #include "formats/vocabulary.h"
 #include "models/language_model.h"
 #include "train/options.h"
 
 namespace latte::train {
-
-constexpr std::string_view kCheckpointName = "checkpoint.safetensors";
 
 struct Progress {
   double seconds = 0.0;      // of training, over all sessions
@@ -39,7 +38,7 @@ struct Progress {
 };
 
 struct TrainingRecord {
-  models::LanguageModelConfig model;
+  formats::LanguageModelConfig model;
   TrainerOptions options;
   formats::Vocabulary vocabulary;
   Progress progress;
@@ -50,9 +49,6 @@ struct TrainingRecord {
   // The same of to_json()'s text; `path` is where it comes from.
   static TrainingRecord from_json(const std::string& path, const std::string& text);
 };
-
-// `path`, or the checkpoint in it if it is a folder.
-std::string checkpoint_path(const std::string& path);
 
 // The checkpoint's view of a contiguous tensor on the CPU; it borrows the tensor's memory.
 formats::TensorView view_of(const std::string& name, const at::Tensor& tensor);

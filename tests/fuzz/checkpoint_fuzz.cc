@@ -7,9 +7,9 @@
 
 #include "formats/checkpoint.h"
 #include "formats/error.h"
+#include "formats/language_model_config.h"
 #include "formats/vocabulary.h"
 #include "input_file.h"
-#include "models/language_model_config.h"
 
 using namespace latte;
 
@@ -33,10 +33,10 @@ int try_config(const std::string& text) {
   try {
     const auto json = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
     if (json.is_discarded()) return 0;
-    const auto config = models::LanguageModelConfig::from_json(json);
+    const auto config = formats::LanguageModelConfig::from_json(json);
     const auto written = config.to_json();
-    if (models::LanguageModelConfig::from_json(written).to_json() != written || config.parameter_count() < 1) std::abort();
-  } catch (const models::ConfigError&) {
+    if (formats::LanguageModelConfig::from_json(written).to_json() != written || config.parameter_count() < 1) std::abort();
+  } catch (const formats::ConfigError&) {
   }
   return 0;
 }

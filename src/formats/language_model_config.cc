@@ -1,4 +1,4 @@
-#include "models/language_model_config.h"
+#include "formats/language_model_config.h"
 
 #include <algorithm>
 #include <array>
@@ -9,7 +9,7 @@
 #include <string_view>
 #include <vector>
 
-namespace latte::models {
+namespace latte::formats {
 namespace {
 
 using nlohmann::json;
@@ -255,4 +255,4 @@ LanguageModelConfig LanguageModelConfig::from_json(const json& object, Role role
   return config;
 }
 
-}  // namespace latte::models
+}  // namespace latte::formats

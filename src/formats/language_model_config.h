@@ -7,7 +7,7 @@
 #include <stdexcept>
 #include <string>
 
-namespace latte::models {
+namespace latte::formats {
 
 // A configuration that can't be: one line that names the field, what it holds and what it may.
 class ConfigError : public std::invalid_argument {
@@ -80,4 +80,4 @@ struct LanguageModelConfig {
   bool operator==(const LanguageModelConfig&) const = default;
 };
 
-}  // namespace latte::models
+}  // namespace latte::formats
