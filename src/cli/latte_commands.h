@@ -8,7 +8,7 @@ namespace latte::cli {
 
 void AddInspect(CLI::App& app, int& exit_code);
 void AddBenchDecode(CLI::App& bench, int& exit_code);
-void AddGenerateModel(CLI::App& app, int& exit_code);
+void AddGenerate(CLI::App& app, int& exit_code);
 void AddChat(CLI::App& app, int& exit_code);
 void AddPerplexity(CLI::App& app, int& exit_code);
 void AddTokenize(CLI::App& app, int& exit_code);

@@ -1,10 +1,11 @@
-// latte generate MODEL.gguf: a text that continues a prompt, written as it comes.
-#include <unistd.h>
-
+// latte generate: a text that continues a prompt, written as it comes.
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
+#include <vector>
 
 #include "cli/latte_commands.h"
 #include "cli/latte_text.h"
@@ -14,35 +15,132 @@ namespace latte::cli {
 namespace {
 
 using Clock = std::chrono::steady_clock;
+using nlohmann::json;
 
 struct Options {
   ModelChoice model;
   SamplingChoice sampling;
-  std::string prompt, prompt_file, save, load;
+  std::optional<std::string> prompt;
+  std::string prompt_file, save, load;
   int64_t tokens = 200;
-  bool stats = false, logprobs = false, json = false;
+  bool echo = false, stats = false, logprobs = false, json = false;
 };
 
 double SecondsSince(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
-int Generate(const Options& options) {
+// The cost of a token and the size of the state, near positions a decade apart.
+class CostMeter {
+ public:
+  struct Row {
+    int64_t position = 0;
+    int64_t tokens = 0;         // measured, the last before `position`
+    double milliseconds = 0.0;  // a token, the median
+    uint64_t state_bytes = 0;
+  };
+
+  explicit CostMeter(const runtime::Session& session) : session_(session) { Skip(); }
+
+  void Add(double seconds) {
+    recent_[static_cast<size_t>(count_++) % recent_.size()] = 1e3 * seconds;
+    if (session_.position() < next_) return;
+    rows_.push_back(Measure());
+    Skip();
+  }
+
+  // At the end, unless a decade was reached just before.
+  void Finish() {
+    if (count_ == 0 || (!rows_.empty() && rows_.back().position > session_.position() * 9 / 10)) return;
+    rows_.push_back(Measure());
+  }
+
+  const std::vector<Row>& rows() const { return rows_; }
+
+ private:
+  void Skip() {
+    while (next_ <= session_.position()) next_ *= 10;
+  }
+
+  Row Measure() const {
+    const auto size = std::min(static_cast<size_t>(count_), recent_.size());
+    std::vector<double> times(recent_.begin(), recent_.begin() + static_cast<std::ptrdiff_t>(size));
+    const auto middle = times.begin() + static_cast<std::ptrdiff_t>(size / 2);
+    std::nth_element(times.begin(), middle, times.end());
+    return {session_.position(), static_cast<int64_t>(size), *middle, session_.bytes_in_use()};
+  }
+
+  const runtime::Session& session_;
+  std::vector<double> recent_ = std::vector<double>(100);
+  std::vector<Row> rows_;
+  int64_t count_ = 0;
+  int64_t next_ = 100;
+};
+
+struct Figures {
+  double load_seconds = 0.0, read_rate = 0.0, write_rate = 0.0;
+  int64_t read = 0, written = 0;
+};
+
+json ToJson(const Figures& figures, const std::vector<CostMeter::Row>& rows) {
+  json positions = json::array();
+  for (const CostMeter::Row& row : rows) {
+    positions.push_back({{"position", row.position},
+                         {"tokens", row.tokens},
+                         {"milliseconds_per_token", row.milliseconds},
+                         {"state_mb", static_cast<double>(row.state_bytes) / 1e6}});
+  }
+  return {{"load_seconds", figures.load_seconds},
+          {"prefill_tokens_per_second", figures.read_rate},
+          {"decode_tokens_per_second", figures.write_rate},
+          {"resident_mb", ResidentMegabytes()},
+          {"positions", positions}};
+}
+
+void Print(const Figures& figures, const std::vector<CostMeter::Row>& rows, const std::string& reason, uint32_t seed) {
+  std::fprintf(stderr, "\n%12s %14s %14s\n", "position", "ms a token", "state");
+  for (const CostMeter::Row& row : rows) {
+    std::fprintf(stderr, "%12lld %14.3f %11.3f MB\n", static_cast<long long>(row.position), row.milliseconds,
+                 static_cast<double>(row.state_bytes) / 1e6);
+  }
+  std::fprintf(stderr,
+               "load %.2f s; read %lld tokens at %.0f tokens/s; wrote %lld at %.1f tokens/s (%s); process %.0f MB; seed %u\n",
+               figures.load_seconds, static_cast<long long>(figures.read), figures.read_rate,
+               static_cast<long long>(figures.written), figures.write_rate, reason.c_str(), ResidentMegabytes(), seed);
+}
+
+// What is read first. A model without a token for the beginning of a text begins with a new line.
+std::vector<int32_t> ReadPrompt(const Options& options, const TokenText& text, std::string& prompt) {
+  const bool continues = !options.load.empty();
+  const bool given = options.prompt || !options.prompt_file.empty();
+  if (continues && !given) throw std::runtime_error("--load goes on with a text: --prompt or --prompt-file gives it");
+  if (!options.prompt_file.empty()) prompt = std::string(formats::MappedFile(options.prompt_file).text());
+  if (options.prompt) prompt = *options.prompt;
+  try {
+    std::vector<int32_t> tokens = text.Encode(prompt, !continues);
+    if (tokens.empty() && !given) {
+      const auto bos = text.tokenizer() == nullptr ? std::nullopt : text.tokenizer()->bos();
+      tokens = bos ? std::vector<int32_t>{static_cast<int32_t>(*bos)} : text.Encode("\n", false);
+    }
+    if (tokens.empty()) throw std::runtime_error("the prompt is empty");
+    return tokens;
+  } catch (const formats::TokenError& error) {
+    throw std::runtime_error("the prompt: " + std::string(error.what()));
+  }
+}
+
+int Generate(Options& options) {
   const auto loading = Clock::now();
   Loaded loaded(options.model);
   runtime::Sampler sampler = MakeSampler(loaded, options.sampling);
-  const double load_seconds = SecondsSince(loading);
-  std::string prompt = options.prompt;
-  if (!options.prompt_file.empty()) prompt = std::string(formats::MappedFile(options.prompt_file).text());
-  const bool first = options.load.empty();
-  std::vector<int32_t> tokens = Narrow(loaded.tokenizer.encode(prompt, first));
-  runtime::Session session =
-      first ? runtime::Session(loaded.model, loaded.session_options) : runtime::Session::load(options.load, loaded.model);
-  if (tokens.empty()) {
-    if (loaded.tokenizer.bos()) {
-      tokens.push_back(static_cast<int32_t>(*loaded.tokenizer.bos()));
-    } else {
-      throw std::runtime_error("an empty prompt: --prompt or --prompt-file gives the text to continue");
-    }
+  Figures figures;
+  figures.load_seconds = SecondsSince(loading);
+  std::string prompt;
+  const std::vector<int32_t> tokens = ReadPrompt(options, loaded.text, prompt);
+  if (options.model.context == 0 && loaded.model->vocabulary() != nullptr) {
+    // These models say nothing of how far their attention carries: there is room for what is asked.
+    loaded.session_options.context = static_cast<int64_t>(tokens.size()) + options.tokens + 1;
   }
+  runtime::Session session = options.load.empty() ? runtime::Session(loaded.model, loaded.session_options)
+                                                  : runtime::Session::load(options.load, loaded.model);
   const Interrupt interrupt;
   const auto reading = Clock::now();
   const int64_t before = session.position();
@@ -51,93 +149,96 @@ int Generate(const Options& options) {
     PromptProgress progress(static_cast<int64_t>(tokens.size()));
     logits = loaded.engine.prefill(session, tokens, [&](int64_t read) { return progress(read); });
   }
-  const int64_t read = session.position() - before;  // fewer than there are after Ctrl-C
-  const double read_seconds = SecondsSince(reading);
+  figures.read = session.position() - before;  // fewer than there are after Ctrl-C
+  figures.read_rate = static_cast<double>(figures.read) / std::max(SecondsSince(reading), 1e-9);
 
-  nlohmann::json written = nlohmann::json::array();
+  json logprobs = json::array();
   StopFilter filter(options.sampling.stop);
   std::string text;
   const auto show = [&](const std::string& piece) {
     text += piece;
-    if (options.json) return;
-    std::fwrite(piece.data(), 1, piece.size(), stdout);
-    std::fflush(stdout);
+    if (!options.json) Write(piece);
   };
+  if (options.echo) show(prompt);
+  CostMeter meter(session);
   const auto writing = Clock::now();
-  int64_t count = 0;
   std::string reason = "length";
-  while (count < options.tokens && !Interrupt::Seen()) {
-    if (session.room() < 1) {
-      reason = "full";
-      break;
-    }
+  while (figures.written < options.tokens && !Interrupt::Seen()) {
+    const auto begin = Clock::now();
     const int32_t token = sampler.choose(logits);
-    ++count;
-    const std::string piece = loaded.tokenizer.piece(token);
+    ++figures.written;
     if (options.logprobs) {
-      written.push_back({{"token", token}, {"logprob", runtime::log_probability(logits, token)}});
-      if (!options.json) std::fprintf(stderr, "%d\t%.4f\n", token, written.back()["logprob"].get<double>());
+      logprobs.push_back({{"token", token}, {"logprob", runtime::log_probability(logits, token)}});
+      if (!options.json) std::fprintf(stderr, "%d\t%.4f\n", token, logprobs.back()["logprob"].get<double>());
     }
-    if (loaded.tokenizer.ends_generation(token)) {
+    if (loaded.text.EndsGeneration(token)) {
       reason = "end";
       break;
     }
-    show(filter.Add(piece));
+    show(filter.Add(loaded.text.Piece(token)));
     if (filter.stopped()) {
       reason = "stop";
       break;
     }
+    if (session.room() < 1) {
+      reason = "full";
+      break;
+    }
     logits = loaded.engine.decode(session, token);
+    meter.Add(SecondsSince(begin));
   }
   if (Interrupt::Seen()) reason = "interrupted";
-  const double write_seconds = SecondsSince(writing);
+  figures.write_rate = static_cast<double>(figures.written) / std::max(SecondsSince(writing), 1e-9);
+  meter.Finish();
   show(filter.Rest());
   if (!options.save.empty()) session.save(options.save);
-  const double write_rate = static_cast<double>(count) / std::max(write_seconds, 1e-9);
-  const double read_rate = static_cast<double>(read) / std::max(read_seconds, 1e-9);
   if (options.json) {
-    nlohmann::json out = {{"text", text}, {"finish_reason", reason}, {"prompt_tokens", read}, {"tokens", count}};
-    if (options.logprobs) out["logprobs"] = written;
-    if (options.stats) {
-      out["stats"] = {{"load_seconds", load_seconds},
-                      {"prefill_tokens_per_second", read_rate},
-                      {"decode_tokens_per_second", write_rate},
-                      {"state_mb", static_cast<double>(session.bytes_in_use()) / 1e6},
-                      {"resident_mb", ResidentMegabytes()}};
-    }
-    std::printf("%s\n", out.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace).c_str());
+    json out = {{"text", text},
+                {"finish_reason", reason},
+                {"prompt_tokens", figures.read},
+                {"tokens", figures.written},
+                {"seed", *options.sampling.seed}};
+    if (options.logprobs) out["logprobs"] = logprobs;
+    if (options.stats) out["stats"] = ToJson(figures, meter.rows());
+    Write(out.dump(-1, ' ', false, json::error_handler_t::replace) + "\n");
   } else {
-    std::printf("\n");
-    std::fflush(stdout);  // before what goes to standard error
-    if (options.stats) {
-      std::fprintf(
-          stderr,
-          "load %.2f s; read %lld tokens at %.0f tokens/s; wrote %lld at %.1f tokens/s (%s); state %.1f MB, process %.0f MB\n",
-          load_seconds, static_cast<long long>(read), read_rate, static_cast<long long>(count), write_rate, reason.c_str(),
-          static_cast<double>(session.bytes_in_use()) / 1e6, ResidentMegabytes());
-    }
+    Write("\n");
+    if (options.stats) Print(figures, meter.rows(), reason, *options.sampling.seed);
+  }
+  if (reason == "full" && figures.written < options.tokens) {
+    const std::string where = "the text ended at token " + std::to_string(session.position()) + ": ";
+    throw std::runtime_error(where + (loaded.model->shape().learned_positions > 0
+                                          ? "the model has learned positions and no more of them"
+                                          : "the session is full, --context gives it more room"));
   }
   return reason == "interrupted" ? 130 : 0;
 }
 
 }  // namespace
 
-void AddGenerateModel(CLI::App& app, int& exit_code) {
+void AddGenerate(CLI::App& app, int& exit_code) {
   auto options = std::make_shared<Options>();
   CLI::App* command = app.add_subcommand("generate", "Write text with a model");
   AddModelOptions(*command, options->model);
   AddSamplingOptions(*command, options->sampling);
-  auto* prompt = command->add_option("--prompt,-p", options->prompt, "Text to continue");
+  auto* prompt = command->add_option("--prompt,-p", options->prompt, "Text to continue; without it the model begins one");
   command->add_option("--prompt-file", options->prompt_file, "File with the text to continue, of any length")->excludes(prompt);
-  command->add_option("--tokens,-n", options->tokens, "Tokens to write")->check(CLI::Range(int64_t{0}, int64_t{1} << 40));
+  command->add_option("--tokens,-n", options->tokens, "Tokens to write")
+      ->check(CLI::Range(int64_t{0}, int64_t{1} << 40))
+      ->capture_default_str();
   command->add_option("--save", options->save, "Write the state that was reached to this file");
   command->add_option("--load", options->load, "Go on from a state that --save wrote");
-  command->add_flag("--stats", options->stats, "Tokens a second, memory");
+  command->add_flag("--echo", options->echo, "Write the prompt, too");
+  command->add_flag(
+      "--stats", options->stats,
+      "Tokens a second and memory; what a token costs near positions 100, 1,000, 10,000 … and the state's size there");
   command->add_flag("--logprobs", options->logprobs, "ln p of each token");
   command->add_flag("--json", options->json, "One JSON object instead of the text");
   command->footer(
       "Ctrl-C ends the text, or the reading of a long prompt, and exits with 130; --save then keeps what was reached.\n\n"
       "Examples:\n"
+      "  latte generate runs/demo --prompt ROMEO: --echo --temperature 0.8 --seed 1\n"
+      "  latte generate runs/demo --tokens 100000 --stats > long.txt\n"
       "  latte generate SmolLM2-135M-Instruct.Q4_1.gguf --prompt 'The lighthouse keeper' --tokens 100 --stats\n"
       "  latte generate model.gguf --adapter adapter.gguf --prompt-file book.txt --save book.state\n"
       "  latte generate model.gguf --adapter adapter.gguf --load book.state --prompt 'In short,' --temperature 0\n"

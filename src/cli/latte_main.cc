@@ -17,10 +17,12 @@
 #include <utility>
 #include <vector>
 
+#include "cli/fail.h"
 #include "cli/latte_commands.h"
-#include "formats/gguf.h"
 
 namespace {
+
+using latte::cli::Fail;
 
 constexpr int kUsageError = 2;
 
@@ -33,7 +35,7 @@ struct Command {
 constexpr std::array kCommands = {
     Command{"train", "Train a language model on a text, or an encoder on a task"},
     Command{"compare", "Train several attentions alike and compare them"},
-    Command{"generate", "Write text with a trained model"},
+    Command{"generate", "Write text with a model"},
     Command{"chat", "Talk with a pretrained model"},
     Command{"inspect", "Show what a model's file holds"},
     Command{"extend", "Turn a pretrained model into a linear-time one"},
@@ -110,16 +112,6 @@ int RunTorch(std::string_view name, char** argv) {
   return 1;
 }
 
-// One line, whatever a message holds.
-int Fail(std::string message, int exit_code) {
-  const size_t end = message.find_last_not_of(" \n");
-  message.erase(end == std::string::npos ? 0 : end + 1);
-  std::replace(message.begin(), message.end(), '\n', ' ');
-  std::fflush(stdout);
-  std::fprintf(stderr, "latte: error: %s\n", message.c_str());
-  return exit_code;
-}
-
 // The commands that live in this program.
 int RunHere(int argc, char** argv) {
   std::signal(SIGXFSZ, SIG_IGN);  // a limit on file sizes becomes an error that is reported, as a full disk is
@@ -133,7 +125,7 @@ int RunHere(int argc, char** argv) {
   bench->add_subcommand("attention", "Latent attention beside torch's scaled_dot_product_attention");
   bench->add_subcommand("distributed", "What training on several ranks sends and waits for, and how that scales");
   latte::cli::AddBenchDecode(*bench, exit_code);
-  latte::cli::AddGenerateModel(app, exit_code);
+  latte::cli::AddGenerate(app, exit_code);
   latte::cli::AddChat(app, exit_code);
   latte::cli::AddPerplexity(app, exit_code);
   latte::cli::AddQuantize(app, exit_code);
@@ -153,27 +145,13 @@ int RunHere(int argc, char** argv) {
   return lost && exit_code == 0 ? Fail("cannot write standard output", 1) : exit_code;
 }
 
-// Text is generated here for a GGUF file, in latte-torch for a folder that latte train wrote.
-bool NamesGguf(int argc, char** argv) {
-  for (int i = 2; i < argc; ++i) {
-    std::error_code error;
-    if (argv[i][0] == '-' || !std::filesystem::is_regular_file(argv[i], error)) continue;
-    try {
-      if (latte::formats::is_gguf(argv[i])) return true;
-    } catch (const std::exception&) {  // whoever opens it says why it can't
-    }
-  }
-  return false;
-}
-
 bool LivesHere(int argc, char** argv) {
   const std::string_view name = argv[1];
   if (name == "bench") {
     const std::string_view which = argc > 2 ? argv[2] : "--help";
     return which == "decode" || which == "--help" || which == "-h";
   }
-  if (name == "generate") return NamesGguf(argc, argv);
-  constexpr std::string_view kHere[] = {"inspect", "chat", "perplexity", "quantize", "tokenize"};
+  constexpr std::string_view kHere[] = {"inspect", "generate", "chat", "perplexity", "quantize", "tokenize"};
   return std::find(std::begin(kHere), std::end(kHere), name) != std::end(kHere);
 }
 

@@ -3,12 +3,15 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <csignal>
 #include <cstdio>
 #include <fstream>
 #include <random>
 
+#include "formats/error.h"
 #include "formats/mapped_file.h"
+#include "formats/token_corpus.h"
 #include "runtime/json_schema.h"
 
 namespace latte::cli {
@@ -32,13 +35,18 @@ void OnInterrupt(int) {
 }  // namespace
 
 void AddModelOptions(CLI::App& command, ModelChoice& choice) {
-  command.add_option("model", choice.model, "GGUF file")->required();
+  command.add_option("model,--model", choice.model, "GGUF file, or a run's folder of latte train (or its checkpoint)")
+      ->required();
   command.add_option("--adapter", choice.adapter, "Adapter that converts it");
   command.add_option("--window", choice.window, "Unconverted models: read the last tokens and the sinks alone")
       ->check(CLI::Range(1, 1 << 24));
   command.add_option("--sinks", choice.sinks, "With --window: first tokens that stay readable")->check(CLI::Range(0, 4096));
   command.add_option("--context", choice.context, "Room for so many tokens, where attention reads all; 0: as trained")
       ->check(CLI::Range(0, 1 << 24));
+  command
+      .add_option("--tokenizer", choice.tokenizer,
+                  "Checkpoints trained on latte tokenize's tokens: the GGUF file it took them from")
+      ->check(CLI::ExistingFile);
   command.add_option("--threads", choice.threads, "0: one a CPU")->check(CLI::Range(0, 1024));
 }
 
@@ -60,15 +68,46 @@ void AddSamplingOptions(CLI::App& command, SamplingChoice& choice) {
   command.add_option("--stop", choice.stop, "End before this text (may be given again)")->allow_extra_args(false);
 }
 
+TokenText::TokenText(const runtime::Model& model, const std::string& tokenizer) {
+  if (const formats::GgufMetadata* metadata = model.metadata()) {
+    tokenizer_.emplace(*metadata);
+    return;
+  }
+  vocabulary_ = *model.vocabulary();
+  if (vocabulary_.kind() != formats::Vocabulary::Kind::kTokens) return;
+  if (tokenizer.empty()) {
+    throw std::runtime_error(model.path() + ": trained on the tokens of a pretrained model: --tokenizer names its GGUF file");
+  }
+  const formats::GgufFile file(tokenizer);
+  const auto expected =
+      formats::Vocabulary::tokens(vocabulary_.size(), formats::tokenizer_id(formats::Tokenizer(file.metadata())));
+  if (!(expected == vocabulary_))
+    throw std::runtime_error(tokenizer + ": not the tokeniser that " + model.path() + " was trained with");
+  tokenizer_.emplace(file.metadata());
+}
+
+std::vector<int32_t> TokenText::Encode(std::string_view text, bool add_special, bool parse_special) const {
+  const std::vector<int64_t> tokens =
+      tokenizer_ ? tokenizer_->encode(text, add_special, parse_special) : vocabulary_.encode(text);
+  return {tokens.begin(), tokens.end()};
+}
+
+std::string TokenText::Piece(int32_t token) const {
+  if (tokenizer_) return tokenizer_->piece(token);
+  const int64_t wide = token;
+  return vocabulary_.decode({&wide, 1});
+}
+
 Loaded::Loaded(const ModelChoice& choice)
     : model(runtime::Model::open(choice.model, ModelOptionsOf(choice))),
-      tokenizer(model->file().metadata()),
+      text(*model, choice.tokenizer),
       engine(model, {choice.threads, {}, 512}) {
   session_options.context = choice.context;
 }
 
-runtime::Sampler MakeSampler(const Loaded& loaded, SamplingChoice choice) {
-  choice.sampling.seed = choice.seed ? *choice.seed : std::random_device()();
+runtime::Sampler MakeSampler(const Loaded& loaded, SamplingChoice& choice) {
+  if (!choice.seed) choice.seed = std::random_device()();
+  choice.sampling.seed = *choice.seed;
   if (!choice.grammar_file.empty()) choice.sampling.grammar = std::string(formats::MappedFile(choice.grammar_file).text());
   if (!choice.json_schema.empty()) {
     const bool itself = choice.json_schema.find_first_not_of(" \t\n") != std::string::npos &&
@@ -76,7 +115,7 @@ runtime::Sampler MakeSampler(const Loaded& loaded, SamplingChoice choice) {
     choice.sampling.grammar =
         runtime::grammar_of_schema(itself ? choice.json_schema : std::string(formats::MappedFile(choice.json_schema).text()));
   }
-  return runtime::Sampler(loaded.tokenizer, choice.sampling);
+  return runtime::Sampler(loaded.model->shape().vocab_size, loaded.text.tokenizer(), choice.sampling);
 }
 
 std::string StopFilter::Add(std::string_view piece) {
@@ -139,7 +178,20 @@ bool PromptProgress::operator()(int64_t read) {
   return !Interrupt::Seen();
 }
 
-std::vector<int32_t> Narrow(const std::vector<int64_t>& tokens) { return {tokens.begin(), tokens.end()}; }
+std::string NameOfAttention(const runtime::ModelShape& shape) {
+  const auto any = [&](const auto& is) { return std::any_of(shape.layers.begin(), shape.layers.end(), is); };
+  if (any([](const auto& layer) { return layer.linear == runtime::Linear::kNormalised; })) return "linear";
+  if (any([](const auto& layer) { return layer.linear == runtime::Linear::kGated; })) return "gated_linear";
+  if (any([](const auto& layer) { return !layer.tokens; })) return "latte";
+  if (any([](const auto& layer) { return layer.latents > 0; })) return "macchiato";
+  return shape.constant_state() ? "window-sinks" : "full";
+}
+
+void Write(std::string_view text) {
+  if (std::fwrite(text.data(), 1, text.size(), stdout) != text.size() || std::fflush(stdout) != 0) {
+    throw formats::FileError("write", "standard output", errno);
+  }
+}
 
 double ResidentMegabytes() {
   std::ifstream statm("/proc/self/statm");

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "formats/tokenizer.h"
+#include "formats/vocabulary.h"
 #include "runtime/engine.h"
 #include "runtime/sampler.h"
 
@@ -19,6 +20,7 @@ namespace latte::cli {
 
 struct ModelChoice {
   std::string model;
+  std::string tokenizer;  // of a checkpoint whose corpus latte tokenize made
   std::string adapter;
   int64_t window = 0, sinks = 4;  // of an unconverted model
   int64_t context = 0;
@@ -35,18 +37,42 @@ struct SamplingChoice {
 };
 void AddSamplingOptions(CLI::App& command, SamplingChoice& choice);
 
-// Throws what Model, Tokenizer and Engine throw.
+// A model's tokens as text: libllama's tokeniser, or the bytes or characters of a checkpoint of latte train.
+class TokenText {
+ public:
+  // `tokenizer`: GGUF file, for a checkpoint that learned from its tokens; else empty. Throws what Tokenizer throws, and
+  // std::runtime_error where a file is needed, or is another than the corpus was made with.
+  TokenText(const runtime::Model& model, const std::string& tokenizer);
+
+  // As Tokenizer::encode(). Throws formats::TokenError.
+  std::vector<int32_t> Encode(std::string_view text, bool add_special, bool parse_special = false) const;
+  std::string Piece(int32_t token) const;
+  bool EndsGeneration(int32_t token) const { return tokenizer_ && tokenizer_->ends_generation(token); }
+  const formats::Tokenizer* tokenizer() const { return tokenizer_ ? &*tokenizer_ : nullptr; }
+
+ private:
+  std::optional<formats::Tokenizer> tokenizer_;
+  formats::Vocabulary vocabulary_;  // without it
+};
+
+// Throws what Model, TokenText and Engine throw.
 struct Loaded {
   explicit Loaded(const ModelChoice& choice);
 
   std::shared_ptr<const runtime::Model> model;
-  formats::Tokenizer tokenizer;
+  TokenText text;
   runtime::Engine engine;
   runtime::SessionOptions session_options;
 };
 
 // With the grammar read and a seed drawn where there is none. Throws.
-runtime::Sampler MakeSampler(const Loaded& loaded, SamplingChoice choice);
+runtime::Sampler MakeSampler(const Loaded& loaded, SamplingChoice& choice);
+
+// full, window-sinks, macchiato, latte, linear or gated_linear: what tells a model's attention from others in a report.
+std::string NameOfAttention(const runtime::ModelShape& shape);
+
+// To standard output, and on to whoever reads it. Throws FileError.
+void Write(std::string_view text);
 
 // Text that may go out: whole characters, and nothing that may yet become a stop string.
 class StopFilter {
@@ -87,7 +113,6 @@ class PromptProgress {
   std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
 };
 
-std::vector<int32_t> Narrow(const std::vector<int64_t>& tokens);
 double ResidentMegabytes();
 
 }  // namespace latte::cli

@@ -25,9 +25,9 @@ struct PerplexityOptions {
 int Perplexity(const PerplexityOptions& options) {
   Loaded loaded(options.model);
   const formats::MappedFile text(options.text);
-  const std::vector<int32_t> tokens = Narrow(loaded.tokenizer.encode(text.text(), false));
+  const std::vector<int32_t> tokens = loaded.text.Encode(text.text(), false);
   const auto vocabulary = static_cast<size_t>(loaded.model->shape().vocab_size);
-  const bool converted = loaded.model->shape().layers.front().latents > 0 || loaded.model->shape().constant_state();
+  const std::string attention = NameOfAttention(loaded.model->shape());
   nlohmann::json rows = nlohmann::json::array();
   for (const int64_t length : options.lengths) {
     const int64_t most = static_cast<int64_t>(tokens.size()) / length;
@@ -63,10 +63,6 @@ int Perplexity(const PerplexityOptions& options) {
     const double perplexity = std::exp(mean);
     const double error = windows > 1 ? perplexity * std::sqrt(variance / static_cast<double>(windows)) : 0.0;
     const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-    const char* attention = !options.model.adapter.empty() ? "macchiato"
-                            : options.model.window > 0     ? "window-sinks"
-                            : converted                    ? "macchiato"
-                                                           : "full";
     rows.push_back({{"attention", attention},
                     {"length", length},
                     {"windows", windows},
@@ -74,7 +70,7 @@ int Perplexity(const PerplexityOptions& options) {
                     {"stderr", error},
                     {"seconds", seconds}});
     if (!options.json) {
-      std::printf("%s, %lld stretches of %lld tokens: perplexity %.4f ± %.4f (%.0f tokens/s)\n", attention,
+      std::printf("%s, %lld stretches of %lld tokens: perplexity %.4f ± %.4f (%.0f tokens/s)\n", attention.c_str(),
                   static_cast<long long>(windows), static_cast<long long>(length), perplexity, error,
                   static_cast<double>(windows * length) / seconds);
       std::fflush(stdout);
@@ -92,21 +88,44 @@ struct QuantizeOptions {
 
 void AddPerplexity(CLI::App& app, int& exit_code) {
   auto options = std::make_shared<PerplexityOptions>();
-  CLI::App* command = app.add_subcommand("perplexity", "How well a model predicts a text");
+  CLI::App* command = app.add_subcommand("perplexity", "Measure how well a model predicts a text");
   AddModelOptions(*command, options->model);
-  command->add_option("--text", options->text, "Plain text")->required();
-  command->add_option("--lengths", options->lengths, "Tokens of a stretch")->delimiter(',')->check(CLI::Range(2, 1 << 24));
-  command->add_option("--windows", options->windows, "Stretches, spread over the text")->check(CLI::Range(1, 1 << 20));
-  command->add_flag("--json", options->json, "One JSON object");
+  command->add_option("--text", options->text, "File of plain text")->required();
+  command->add_option("--lengths", options->lengths, "Tokens of a stretch; several (2048,8192) give a row each")
+      ->delimiter(',')
+      ->check(CLI::Range(2, 1 << 24))
+      ->capture_default_str();
+  command->add_option("--windows", options->windows, "Stretches of each length, spread over the text")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
+  command->add_flag("--json", options->json, "One JSON object: rows of attention, length, windows, perplexity, stderr, seconds");
+  command->footer(
+      "Each stretch is read from an empty state; all of its tokens but the first are predicted. ± is the mean's standard error "
+      "over\n"
+      "the stretches. The figures are those of latte eval, which runs the model in libtorch.\n\n"
+      "Examples:\n"
+      "  latte perplexity SmolLM2-135M-Instruct.Q4_1.gguf --text book.txt\n"
+      "  latte perplexity model.gguf --adapter adapter.gguf --text book.txt --lengths 2048,8192 --windows 8\n"
+      "  latte perplexity model.gguf --window 512 --text book.txt --json        # the last 512 tokens and 4 sinks alone\n"
+      "  latte perplexity runs/demo --text data/tinyshakespeare.txt --lengths 256  # a model of latte train, on its characters");
   command->callback([options, &exit_code] { exit_code = Perplexity(*options); });
 }
 
 void AddQuantize(CLI::App& app, int& exit_code) {
   auto options = std::make_shared<QuantizeOptions>();
   CLI::App* command = app.add_subcommand("quantize", "Bring a model's matrices to another type");
-  command->add_option("model", options->from, "GGUF file")->required();
-  command->add_option("out", options->to, "File to write")->required();
-  command->add_option("--type", options->type, "ggml's name: q4_0, q4_1, q8_0, bf16, f16, f32, q4_K …");
+  command->add_option("model", options->from, "GGUF file; merged models (latte extend --merged) too")->required();
+  command->add_option("out", options->to, "File to write; an older one is replaced when all is written")->required();
+  command->add_option("--type", options->type, "ggml's name: q4_0, q4_1, q5_0, q5_1, q8_0, bf16, f16, f32, q2_K … q6_K")
+      ->capture_default_str();
+  command->footer(
+      "Matrices whose rows are no whole blocks of the type, and what isn't a matrix, stay as they are. q4_0, q4_1, q8_0, bf16, "
+      "f16 and\n"
+      "f32 run on kernels of latte's own, the others on ggml's. latte perplexity says what a type costs.\n\n"
+      "Examples:\n"
+      "  latte quantize model.f16.gguf model.q4_0.gguf --type q4_0\n"
+      "  latte quantize model.gguf model.f32.gguf --type f32        # undone as far as it goes: to compare with\n"
+      "  latte perplexity model.q4_0.gguf --text book.txt");
   command->callback([options, &exit_code] {
     auto type = formats::tensor_type_named(options->type);
     if (!type) {  // Q4_0 for q4_0

@@ -7,7 +7,6 @@ namespace latte::cli {
 
 void AddTrain(CLI::App& app, int& exit_code);
 void AddCompare(CLI::App& app, int& exit_code);
-void AddGenerate(CLI::App& app, int& exit_code);
 void AddExtend(CLI::App& app, int& exit_code);
 void AddEval(CLI::App& app, int& exit_code);
 void AddVerify(CLI::App& app, int& exit_code);

@@ -2,28 +2,20 @@
 #include <c10/util/Exception.h>
 #include <malloc.h>
 
-#include <algorithm>
 #include <csignal>
 #include <cstdio>
 #include <exception>
 #include <new>
 #include <string>
 
+#include "cli/fail.h"
 #include "cli/torch_commands.h"
 
 namespace {
 
-constexpr int kUsageError = 2;
+using latte::cli::Fail;
 
-// One line, whatever a message holds.
-int Fail(std::string message, int exit_code) {
-  const size_t end = message.find_last_not_of(" \n");
-  message.erase(end == std::string::npos ? 0 : end + 1);
-  std::replace(message.begin(), message.end(), '\n', ' ');
-  std::fflush(stdout);
-  std::fprintf(stderr, "latte: error: %s\n", message.c_str());
-  return exit_code;
-}
+constexpr int kUsageError = 2;
 
 int Run(int argc, char** argv) {
   int exit_code = 0;
@@ -32,7 +24,6 @@ int Run(int argc, char** argv) {
   app.require_subcommand(1);
   latte::cli::AddTrain(app, exit_code);
   latte::cli::AddCompare(app, exit_code);
-  latte::cli::AddGenerate(app, exit_code);
   latte::cli::AddExtend(app, exit_code);
   latte::cli::AddEval(app, exit_code);
   latte::cli::AddVerify(app, exit_code);

@@ -8,6 +8,7 @@
 #define HWY_TARGET_INCLUDE "kernels/token_rows.cc"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 //
+#include "hwy/contrib/math/math-inl.h"
 #include "hwy/highway.h"
 #include "kernels/math-inl.h"
 
@@ -75,8 +76,19 @@ void LayerNorm(const float* x, const float* weight, const float* bias, float eps
 // 1 / (1 + exp(-x)); exp would overflow its range for x below -88.
 HWY_INLINE VF Sigmoid(VF x) {
   const DF df;
-  const VF e = Exp(df, hn::Min(hn::Neg(x), hn::Set(df, 88.0f)));
+  const VF e = HWY_NAMESPACE::Exp(df, hn::Min(hn::Neg(x), hn::Set(df, 88.0f)));
   return hn::Div(hn::Set(df, 1.0f), hn::Add(hn::Set(df, 1.0f), e));
+}
+
+// x Φ(x). The normal distribution's tail is Abramowitz and Stegun's 7.1.26: to 1.5e-7.
+HWY_INLINE VF Gelu(VF x) {
+  const DF df;
+  const VF z = hn::Mul(hn::Abs(x), hn::Set(df, 0.70710678118654752440f));
+  const VF t = hn::Div(hn::Set(df, 1.0f), hn::MulAdd(z, hn::Set(df, 0.3275911f), hn::Set(df, 1.0f)));
+  VF p = hn::Set(df, 1.061405429f);
+  for (const float c : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f}) p = hn::MulAdd(p, t, hn::Set(df, c));
+  const VF tail = hn::Mul(hn::Mul(hn::Set(df, 0.5f), hn::Mul(p, t)), HWY_NAMESPACE::Exp(df, hn::Neg(hn::Mul(z, z))));
+  return hn::Mul(x, hn::IfThenElse(hn::Lt(x, hn::Zero(df)), tail, hn::Sub(hn::Set(df, 1.0f), tail)));
 }
 
 void GateAll(Gate gate, const float* x, const float* up, int64_t n, float* out) {
@@ -87,7 +99,7 @@ void GateAll(Gate gate, const float* x, const float* up, int64_t n, float* out) 
       const VF cubic = hn::MulAdd(hn::Mul(hn::Set(df, 0.044715f), v), hn::Mul(v, v), v);
       inner = hn::Mul(cubic, hn::Set(df, 2.0f * 0.79788456080286535588f));
     }
-    VF y = hn::Mul(v, Sigmoid(inner));
+    VF y = gate == Gate::kGelu ? Gelu(v) : hn::Mul(v, Sigmoid(inner));
     if (up != nullptr) y = hn::Mul(y, LoadUpTo(up, i, n));
     StoreUpTo(y, i, n, out);
   });
@@ -124,6 +136,14 @@ void Rotate(RotaryPairs layout, int64_t pairs, const float* cos, const float* si
   }
 }
 
+void LogSigmoid(float scale, int64_t n, float* x) {
+  const DF df;
+  ForEach(x, n, 0.0f, [&](int64_t i, VF v) HWY_ATTR {  // min(v, 0) - ln(1 + exp(-|v|))
+    const VF tail = hn::Log1p(df, HWY_NAMESPACE::Exp(df, hn::Neg(hn::Abs(v))));
+    StoreUpTo(hn::Mul(hn::Set(df, scale), hn::Sub(hn::Min(v, hn::Zero(df)), tail)), i, n, x);
+  });
+}
+
 void Softmax(int64_t n, float* x) {
   const DF df;
   constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
@@ -136,7 +156,7 @@ void Softmax(int64_t n, float* x) {
   }
   VF sum = hn::Zero(df);
   ForEach(x, n, kMinusInf, [&](int64_t i, VF v) HWY_ATTR {
-    const VF e = Exp(df, hn::Sub(v, hn::Set(df, max)));
+    const VF e = HWY_NAMESPACE::Exp(df, hn::Sub(v, hn::Set(df, max)));
     sum = hn::Add(sum, e);
     StoreUpTo(e, i, n, x);
   });
@@ -155,6 +175,7 @@ HWY_EXPORT(RmsNorm);
 HWY_EXPORT(LayerNorm);
 HWY_EXPORT(GateAll);
 HWY_EXPORT(Rotate);
+HWY_EXPORT(LogSigmoid);
 HWY_EXPORT(Softmax);
 
 void RmsNormRow(const float* x, const float* weight, float epsilon, int64_t n, float* out) {
@@ -172,6 +193,8 @@ void GateRow(Gate gate, const float* x, const float* up, int64_t n, float* out) 
 void RotateRow(RotaryPairs layout, int64_t pairs, const float* cos, const float* sin, float* x) {
   HWY_DYNAMIC_DISPATCH(Rotate)(layout, pairs, cos, sin, x);
 }
+
+void LogSigmoidRow(float scale, int64_t n, float* x) { HWY_DYNAMIC_DISPATCH(LogSigmoid)(scale, n, x); }
 
 void SoftmaxRow(int64_t n, float* x) { HWY_DYNAMIC_DISPATCH(Softmax)(n, x); }
 

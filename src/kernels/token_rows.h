@@ -10,7 +10,11 @@ void RmsNormRow(const float* x, const float* weight, float epsilon, int64_t n, f
 // (x - mean) / sqrt(variance + epsilon) * weight + bias; bias may be null, out may be x.
 void LayerNormRow(const float* x, const float* weight, const float* bias, float epsilon, int64_t n, float* out);
 
-enum class Gate : uint8_t { kSilu, kGeluTanh };
+enum class Gate : uint8_t {
+  kSilu,
+  kGelu,      // x Φ(x), to 1e-7
+  kGeluTanh,  // its approximation by tanh
+};
 // out[i] = gate(x[i]) * up[i]; without `up` (null) gate(x[i]). out may be either.
 void GateRow(Gate gate, const float* x, const float* up, int64_t n, float* out);
 
@@ -20,6 +24,9 @@ enum class RotaryPairs : uint8_t {
   kHalves,      // (i, i + pairs)
 };
 void RotateRow(RotaryPairs layout, int64_t pairs, const float* cos, const float* sin, float* x);
+
+// x[i] = scale * ln(sigmoid(x[i])).
+void LogSigmoidRow(float scale, int64_t n, float* x);
 
 // x[0, n) = softmax(x), -inf everywhere gives zeros.
 void SoftmaxRow(int64_t n, float* x);

@@ -53,13 +53,15 @@ TEST(TokenRows, Gates) {
         Random random(2);
         const std::vector<float> x = RandomRow(n, random, spread), up = RandomRow(n, random);
         for (const bool gated : {true, false}) {
-          std::vector<float> silu = x, gelu = x;
+          std::vector<float> silu = x, gelu = x, exact = x;
           GateRow(Gate::kSilu, x.data(), gated ? up.data() : nullptr, n, silu.data());
           GateRow(Gate::kGeluTanh, gelu.data(), gated ? up.data() : nullptr, n, gelu.data());
+          GateRow(Gate::kGelu, exact.data(), gated ? up.data() : nullptr, n, exact.data());
           for (size_t i = 0; i < static_cast<size_t>(n); ++i) {
             const double v = x[i], factor = gated ? up[i] : 1.0;
             const double tanh = std::tanh(0.79788456080286535588 * (v + 0.044715 * v * v * v));
             EXPECT_NEAR(silu[i], v / (1.0 + std::exp(-v)) * factor, 1e-5 * (1.0 + std::abs(v * factor)));
+            EXPECT_NEAR(exact[i], v * 0.5 * std::erfc(-v / std::sqrt(2.0)) * factor, 1e-6 * (1.0 + std::abs(v * factor)));
             EXPECT_NEAR(gelu[i], 0.5 * v * (1.0 + tanh) * factor, 1e-5 * (1.0 + std::abs(v * factor)));
           }
           EXPECT_EQ(silu.back(), x.back());
@@ -89,6 +91,24 @@ TEST(TokenRows, Rotations) {
           EXPECT_NEAR(turned[b], x[a] * sin[i] + x[b] * cos[i], 1e-6);
         }
         EXPECT_EQ(turned.back(), x.back());
+      }
+    }
+  });
+}
+
+TEST(TokenRows, LogSigmoid) {
+  ForEachTarget([] {
+    for (const int64_t n : kSizes) {
+      for (const float spread : {1.0f, 100.0f}) {
+        Random random(5);
+        const std::vector<float> x = RandomRow(n, random, spread);
+        std::vector<float> y = x;
+        LogSigmoidRow(0.25f, n, y.data());
+        for (size_t i = 0; i < static_cast<size_t>(n); ++i) {
+          const double v = x[i], expected = 0.25 * (std::min(v, 0.0) - std::log1p(std::exp(-std::abs(v))));
+          EXPECT_NEAR(y[i], expected, 1e-6 * (1.0 + std::abs(expected)));
+        }
+        EXPECT_EQ(y.back(), x.back());
       }
     }
   });

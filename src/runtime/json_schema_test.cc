@@ -48,7 +48,7 @@ std::string written(const formats::Tokenizer& tokenizer, const std::string& sche
   options.min_p = 0.0;
   options.seed = seed;
   options.grammar = grammar_of_schema(schema);
-  Sampler sampler(tokenizer, options);
+  Sampler sampler(tokenizer.size(), &tokenizer, options);
   std::mt19937 random(seed);
   std::normal_distribution<float> normal(0.0f, 1.5f);
   std::string text;
@@ -169,7 +169,7 @@ TEST(JsonSchema, EndlessReferencesAreRefused) {
   for (const char* schema : {R"({"$ref": "#"})", R"({"anyOf": [{"$ref": "#"}, {"type": "null"}]})"}) {
     SamplingOptions options;
     options.grammar = grammar_of_schema(schema);
-    EXPECT_THROW(Sampler(tokenizer, options), std::invalid_argument) << schema;
+    EXPECT_THROW(Sampler(tokenizer.size(), &tokenizer, options), std::invalid_argument) << schema;
   }
 }
 

@@ -116,17 +116,23 @@ size_t Matrix::bytes() const {
 
 void Matrix::multiply(const Inputs& inputs, int64_t first_token, int64_t last_token, int64_t first_group, int64_t last_group,
                       float* out, int64_t stride) const {
-  if (ggml_data_ == nullptr) {
-    return kernels::MatMulPacked(packed_, inputs.packed_, first_token, last_token, first_group, last_group, out, stride);
-  }
-  const ggml_type_traits_cpu* traits = ggml_get_type_traits_cpu(static_cast<ggml_type>(ggml_type_));
+  const int64_t first_row = first_group * kernels::kGroupRows;
   const int64_t last_row = std::min(rows_, last_group * kernels::kGroupRows);
-  for (int64_t r = first_group * kernels::kGroupRows; r < last_row; ++r) {
-    const std::byte* weights = ggml_data_ + static_cast<size_t>(r) * ggml_row_bytes_;
-    for (int64_t t = first_token; t < last_token; ++t) {
-      traits->vec_dot(static_cast<int>(columns_), out + (t - first_token) * stride + r, 0, weights, 0,
-                      inputs.ggml_row(traits->vec_dot_type, t), 0, 1);
+  if (ggml_data_ == nullptr) {
+    kernels::MatMulPacked(packed_, inputs.packed_, first_token, last_token, first_group, last_group, out, stride);
+  } else {
+    const ggml_type_traits_cpu* traits = ggml_get_type_traits_cpu(static_cast<ggml_type>(ggml_type_));
+    for (int64_t r = first_row; r < last_row; ++r) {
+      const std::byte* weights = ggml_data_ + static_cast<size_t>(r) * ggml_row_bytes_;
+      for (int64_t t = first_token; t < last_token; ++t) {
+        traits->vec_dot(static_cast<int>(columns_), out + (t - first_token) * stride + r, 0, weights, 0,
+                        inputs.ggml_row(traits->vec_dot_type, t), 0, 1);
+      }
     }
+  }
+  if (bias_ == nullptr) return;
+  for (int64_t t = 0; t < last_token - first_token; ++t) {
+    for (int64_t r = first_row; r < last_row; ++r) out[t * stride + r] += bias_[r];
   }
 }
 

@@ -61,6 +61,8 @@ class Matrix {
   bool is_mapped() const { return ggml_data_ != nullptr; }
   const InputForms& forms() const { return forms_; }
   size_t bytes() const;  // what a product reads
+  // [rows], added to every product; outlives the matrix.
+  void set_bias(const float* bias) { bias_ = bias; }
 
   // out[(t - first_token) * stride + r] = product, for tokens [first_token, last_token), the first a multiple of kTileTokens, and
   // the rows of groups [first_group, last_group).
@@ -78,6 +80,7 @@ class Matrix {
   int ggml_type_ = 0;
   size_t ggml_row_bytes_ = 0;
   const std::byte* ggml_data_ = nullptr;
+  const float* bias_ = nullptr;
 };
 
 }  // namespace latte::runtime

@@ -5,8 +5,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <filesystem>
+#include <numbers>
 #include <random>
 #include <thread>
+#include <utility>
 
 #include "formats/hash.h"
 #include "runtime/error.h"
@@ -27,9 +30,24 @@ int loading_threads(int wanted) {
 }  // namespace
 
 std::shared_ptr<const Model> Model::open(const std::string& path, const ModelOptions& options) {
+  ggml_cpu_init();  // its tables of half-precision numbers
+  std::error_code ignored;
+  if (std::filesystem::is_directory(path, ignored) || path.ends_with(".safetensors")) {
+    const std::shared_ptr<Model> model(new Model(formats::checkpoint_path(path), options));
+    model->load_checkpoint();
+    return model;
+  }
   const std::shared_ptr<Model> model(new Model(path, options));
+  model->file_.emplace(path);
   model->load();
   return model;
+}
+
+// The repacked weights take about the room of the file's.
+void Model::require_memory(uint64_t file_bytes) const {
+  if (file_bytes <= available_memory()) return;
+  throw MemoryError(path_ + ": " + std::to_string(file_bytes >> 20) + " MB of weights, " +
+                    std::to_string(available_memory() >> 20) + " MB of memory are free");
 }
 
 // The layers that an adapter, or a merged model, says are converted.
@@ -44,15 +62,14 @@ void Model::convert(const formats::AdapterSpec& spec) {
 }
 
 void Model::load() {
-  ggml_cpu_init();  // its tables of half-precision numbers
-  if (formats::is_adapter(file_.metadata())) throw ModelError(file_.path() + ": an adapter, not a model: it needs its base");
-  shape_ = ModelShape::from(file_);
+  if (formats::is_adapter(file_->metadata())) throw ModelError(path_ + ": an adapter, not a model: it needs its base");
+  shape_ = ModelShape::from(*file_);
   const AttentionChoice& choice = options_.attention;
   if (!options_.adapter.empty()) {
     adapter_.emplace(options_.adapter);
-    adapter_->check_fits(file_);
+    adapter_->check_fits(*file_);
     convert(adapter_->spec());
-  } else if (const auto spec = formats::merged_spec(file_)) {
+  } else if (const auto spec = formats::merged_spec(*file_)) {
     convert(*spec);
   } else if (choice.window > 0) {
     for (LayerShape& layer : shape_.layers) {
@@ -63,37 +80,26 @@ void Model::load() {
     }
     shape_.far_limit = choice.far_limit;
   }
-  // The repacked weights take about the room of the file's.
-  if (file_.size() > available_memory()) {
-    throw MemoryError(file_.path() + ": " + std::to_string(file_.size() >> 20) + " MB of weights, " +
-                      std::to_string(available_memory() >> 20) + " MB of memory are free");
-  }
+  require_memory(file_->size());
   ThreadPool pool(loading_threads(options_.threads));
-  embedding_ = &tensor("token_embd.weight", {shape_.vocab_size, shape_.embed_dim});
-  if (!formats::can_dequantize(embedding_->type)) {
-    throw ModelError(file_.path() + ": token_embd.weight: type " + std::string(formats::name_of(embedding_->type)) +
-                     " can't be read");
+  const formats::GgufTensor& embedding = tensor("token_embd.weight", {shape_.vocab_size, shape_.embed_dim});
+  if (!formats::can_dequantize(embedding.type)) {
+    throw ModelError(path_ + ": token_embd.weight: type " + std::string(formats::name_of(embedding.type)) + " can't be read");
   }
-  final_norm_ = floats("output_norm.weight", {shape_.embed_dim});
+  embedding_type_ = embedding.type;
+  embedding_ = embedding.data;
+  final_norm_.weight = floats("output_norm.weight", {shape_.embed_dim});
   const bool tied = find("output.weight") == nullptr;
   head_ = matrix(tied ? "token_embd.weight" : "output.weight", shape_.vocab_size, shape_.embed_dim, pool);
   weight_bytes_ = head_.bytes();
   layers_.resize(shape_.layers.size());
   for (size_t i = 0; i < layers_.size(); ++i) load_layer(static_cast<int64_t>(i), pool);
 
-  const formats::GgufTensor* factors = file_.find("rope_freqs.weight");
+  const formats::GgufTensor* factors = file_->find("rope_freqs.weight");
   const int64_t pairs = shape_.rotary_dims / 2;
-  const float* factor = factors == nullptr ? nullptr : floats("rope_freqs.weight", {pairs});
-  for (const Rotary& rotary : shape_.rotary) {
-    std::vector<double>& frequencies = frequencies_.emplace_back(static_cast<size_t>(pairs));
-    for (int64_t i = 0; i < pairs; ++i) {
-      frequencies[static_cast<size_t>(i)] =
-          rotary.scale * std::pow(rotary.base, -2.0 * static_cast<double>(i) / static_cast<double>(2 * pairs)) /
-          (factor == nullptr ? 1.0 : static_cast<double>(factor[i]));
-    }
-  }
+  set_frequencies(factors == nullptr ? nullptr : floats("rope_freqs.weight", {pairs}));
   formats::Hash hash;
-  hash.add(file_.bytes());
+  hash.add(file_->bytes());
   if (adapter_) hash.add(adapter_->file().bytes());
   hash.add(static_cast<uint64_t>(options_.adapter_in_base_type));
   hash.add(options_.type ? static_cast<uint64_t>(*options_.type) + 1 : 0);
@@ -102,19 +108,32 @@ void Model::load() {
   }
   state_hash_ = hash.digits();
   // What was repacked isn't read again: the pages of the file may go.
-  const auto bytes = file_.bytes();
+  const auto bytes = file_->bytes();
   ::madvise(const_cast<std::byte*>(bytes.data()), bytes.size(), MADV_DONTNEED);
+}
+
+// `factors` [rotary_dims / 2] divide them, or null.
+void Model::set_frequencies(const float* factors) {
+  const int64_t pairs = shape_.rotary_dims / 2;
+  for (const Rotary& rotary : shape_.rotary) {
+    std::vector<double>& frequencies = frequencies_.emplace_back(static_cast<size_t>(pairs));
+    for (int64_t i = 0; i < pairs; ++i) {
+      frequencies[static_cast<size_t>(i)] =
+          rotary.scale * std::pow(rotary.base, -2.0 * static_cast<double>(i) / static_cast<double>(2 * pairs)) /
+          (factors == nullptr ? 1.0 : static_cast<double>(factors[i]));
+    }
+  }
 }
 
 void Model::load_layer(int64_t index, ThreadPool& pool) {
   LayerWeights& layer = layers_[static_cast<size_t>(index)];
   const std::string block = "blk." + std::to_string(index) + ".";
   const ModelShape& s = shape_;
-  layer.attention_norm = floats(block + "attn_norm.weight", {s.embed_dim});
-  layer.feed_forward_norm = floats(block + "ffn_norm.weight", {s.embed_dim});
+  layer.attention_norm.weight = floats(block + "attn_norm.weight", {s.embed_dim});
+  layer.feed_forward_norm.weight = floats(block + "ffn_norm.weight", {s.embed_dim});
   if (s.post_norms) {
-    layer.attention_post_norm = floats(block + "post_attention_norm.weight", {s.embed_dim});
-    layer.feed_forward_post_norm = floats(block + "post_ffw_norm.weight", {s.embed_dim});
+    layer.attention_post_norm.weight = floats(block + "post_attention_norm.weight", {s.embed_dim});
+    layer.feed_forward_post_norm.weight = floats(block + "post_ffw_norm.weight", {s.embed_dim});
   }
   if (s.query_norms) {
     layer.query_norm = floats(block + "attn_q_norm.weight", {s.key_dim});
@@ -128,7 +147,7 @@ void Model::load_layer(int64_t index, ThreadPool& pool) {
   layer.up = matrix(block + "ffn_up.weight", s.hidden_dim, s.embed_dim, pool);
   layer.down = matrix(block + "ffn_down.weight", s.embed_dim, s.hidden_dim, pool);
   for (const char* name : {"attn_q.bias", "attn_k.bias", "attn_v.bias"}) {
-    if (file_.find(block + name) != nullptr) throw ModelError(file_.path() + ": " + block + name + ": biases aren't known here");
+    if (file_->find(block + name) != nullptr) throw ModelError(path_ + ": " + block + name + ": biases aren't known here");
   }
   if (s.layers[static_cast<size_t>(index)].latents > 0) {
     if (find(block + "latte_query.weight") != nullptr) {
@@ -137,18 +156,25 @@ void Model::load_layer(int64_t index, ThreadPool& pool) {
       make_latents(index, pool);
     }
   }
+  finish_layer(layer);
+}
 
-  for (const Matrix* m : {&layer.query, &layer.key, &layer.value, &layer.latent.gate}) {
-    if (*m) layer.attention_forms.add(m->forms());
-  }
+// Which forms of inputs a layer's products read, and how many bytes of weights.
+void Model::finish_layer(LayerWeights& layer) {
+  const SumWeights& sums = layer.sums;
+  const Matrix* const of_input[] = {&layer.query,     &layer.key,  &layer.value,           &layer.latent.gate,
+                                    &sums.recurrence, &sums.decay, &sums.recurrence_input, &sums.out_gate};
+  for (const Matrix* m : of_input) layer.attention_forms.add(m->forms());
+  for (const Matrix* m : {&sums.query, &sums.key}) layer.mixed_forms.add(m->forms());
+  if (shape_.mixer == Mixer::kNone) layer.attention_forms.add(layer.mixed_forms);
   layer.output_forms = layer.output.forms();
   for (const Matrix* m : {&layer.gate, &layer.up}) layer.feed_forward_forms.add(m->forms());
   layer.down_forms = layer.down.forms();
   for (const Matrix& m : layer.latent.query) layer.query_head_forms.add(m.forms());
   for (const Matrix& m : layer.latent.key) layer.key_head_forms.add(m.forms());
-  for (const Matrix* m : {&layer.query, &layer.key, &layer.value, &layer.output, &layer.gate, &layer.up, &layer.down}) {
-    weight_bytes_ += m->bytes();
-  }
+  for (const Matrix* m : of_input) weight_bytes_ += m->bytes();
+  for (const Matrix* m : {&layer.output, &layer.gate, &layer.up, &layer.down}) weight_bytes_ += m->bytes();
+  for (const Matrix* m : {&sums.query, &sums.key}) weight_bytes_ += m->bytes();
 }
 
 void Model::load_latents(int64_t index, ThreadPool& pool) {
@@ -213,14 +239,14 @@ const formats::GgufTensor* Model::find(const std::string& name) const {
   if (adapter_) {
     if (const formats::GgufTensor* found = adapter_->file().find(name)) return found;
   }
-  return file_.find(name);
+  return file_->find(name);
 }
 
 const formats::GgufTensor& Model::tensor(const std::string& name, std::vector<int64_t> shape) const {
   const formats::GgufTensor* found = find(name);
-  if (found == nullptr) throw ModelError(file_.path() + ": tensor " + name + " is missing, expected " + in_brackets(shape));
+  if (found == nullptr) throw ModelError(path_ + ": tensor " + name + " is missing, expected " + in_brackets(shape));
   if (found->shape != shape) {
-    throw ModelError(file_.path() + ": tensor " + name + " is " + in_brackets(found->shape) + ", expected " + in_brackets(shape));
+    throw ModelError(path_ + ": tensor " + name + " is " + in_brackets(found->shape) + ", expected " + in_brackets(shape));
   }
   return *found;
 }
@@ -228,15 +254,20 @@ const formats::GgufTensor& Model::tensor(const std::string& name, std::vector<in
 Matrix Model::matrix(const std::string& name, int64_t rows, int64_t columns, ThreadPool& pool) {
   const formats::GgufTensor& found = tensor(name, {rows, columns});
   formats::TensorType type = options_.type.value_or(found.type);
-  const formats::GgufTensor* base = file_.find(name);
+  const formats::GgufTensor* base = file_->find(name);
   if (!options_.type && options_.adapter_in_base_type && base != nullptr) type = base->type;
-  if (type == found.type || !formats::can_quantize(type) || columns % formats::block_size(type) != 0) {
-    return Matrix(found, found.data.data(), rows, columns, arena_, pool);
+  return converted(found, found.data, type, rows, columns, pool);
+}
+
+// [rows, columns] of `data`, which outlives the model, in `type` where that can be.
+Matrix Model::converted(formats::GgufTensorSpec spec, std::span<const std::byte> data, formats::TensorType type, int64_t rows,
+                        int64_t columns, ThreadPool& pool) {
+  if (type == spec.type || !formats::can_quantize(type) || columns % formats::block_size(type) != 0) {
+    return Matrix(spec, data.data(), rows, columns, arena_, pool);
   }
   std::vector<float> values(static_cast<size_t>(rows * columns));
-  formats::dequantize(found.type, found.data, values);
+  formats::dequantize(spec.type, data, values);
   const std::vector<std::byte> bytes = formats::quantize(type, values, columns);
-  formats::GgufTensorSpec spec = found;
   spec.type = type;
   Matrix converted(spec, bytes.data(), rows, columns, arena_, pool);
   if (!converted.is_mapped()) return converted;
@@ -249,8 +280,7 @@ Matrix Model::matrix(const std::string& name, int64_t rows, int64_t columns, Thr
 const float* Model::floats(const std::string& name, std::vector<int64_t> shape) {
   const formats::GgufTensor& found = tensor(name, std::move(shape));
   if (!formats::can_dequantize(found.type)) {
-    throw ModelError(file_.path() + ": tensor " + name + ": type " + std::string(formats::name_of(found.type)) +
-                     " can't be read");
+    throw ModelError(path_ + ": tensor " + name + ": type " + std::string(formats::name_of(found.type)) + " can't be read");
   }
   const int64_t count = found.elements();
   float* out = arena_.take_array<float>(count);
@@ -258,12 +288,22 @@ const float* Model::floats(const std::string& name, std::vector<int64_t> shape) 
   return out;
 }
 
-void Model::embed(int32_t token, float* out) const {
-  const size_t row_bytes = embedding_->data.size() / static_cast<size_t>(shape_.vocab_size);
+void Model::embed(int32_t token, int64_t position, float* out) const {
+  const size_t row_bytes = embedding_.size() / static_cast<size_t>(shape_.vocab_size);
   const std::span<float> row(out, static_cast<size_t>(shape_.embed_dim));
-  formats::dequantize(embedding_->type, embedding_->data.subspan(static_cast<size_t>(token) * row_bytes, row_bytes), row);
+  formats::dequantize(embedding_type_, embedding_.subspan(static_cast<size_t>(token) * row_bytes, row_bytes), row);
   if (shape_.embedding_scale != 1.0f) {
     for (float& value : row) value *= shape_.embedding_scale;
+  }
+  if (position_embedding_ != nullptr) {
+    const float* added = position_embedding_ + position * shape_.embed_dim;
+    for (size_t i = 0; i < row.size(); ++i) row[i] += added[i];
+  }
+  for (size_t i = 0; i < sinusoid_rates_.size(); ++i) {
+    constexpr double kAmplitude = 0.02 * std::numbers::sqrt2;  // models/parts.h: the deviation of fresh embeddings
+    const double angle = static_cast<double>(position) * sinusoid_rates_[i];
+    row[2 * i] += static_cast<float>(kAmplitude * std::sin(angle));
+    if (2 * i + 1 < row.size()) row[2 * i + 1] += static_cast<float>(kAmplitude * std::cos(angle));
   }
 }
 

@@ -4,17 +4,25 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
 #include "formats/adapter.h"
+#include "formats/checkpoint.h"
 #include "formats/gguf.h"
+#include "formats/vocabulary.h"
 #include "runtime/matrix.h"
 #include "runtime/memory.h"
 #include "runtime/model_shape.h"
 #include "runtime/threads.h"
 
 namespace latte::runtime {
+
+struct NormWeights {
+  const float* weight = nullptr;  // [E], or null: there is no such norm
+  const float* bias = nullptr;    // [E] or null
+};
 
 // The weights that a converted layer has beside its own (formats/adapter.h has the formulas).
 struct LatentWeights {
@@ -28,18 +36,34 @@ struct LatentWeights {
   const float* log_decay = nullptr;   // [Hkv, L] <= 0, or null
 };
 
-struct LayerWeights {
-  const float* attention_norm = nullptr;       // [E]
-  const float* attention_post_norm = nullptr;  // [E] or null
-  const float* query_norm = nullptr;           // [Dk] or null
-  const float* key_norm = nullptr;             // [Dk] or null
-  Matrix query, key, value, output;
-  const float* feed_forward_norm = nullptr;       // [E]
-  const float* feed_forward_post_norm = nullptr;  // [E] or null
-  Matrix gate, up, down;
-  LatentWeights latent;
+// The weights of a layer of latte train whose attention sums up the past (nn/attention.h and nn/linear_attention.h have the
+// formulas).
+struct SumWeights {
+  Matrix query;                      // of mixed input: [H (L + 1), E], the window's logit first; without a window [H L, E]
+  Matrix key;                        // of mixed input: [Hkv L, E]
+  Matrix decay;                      // [Hkv L, E] or none; of gated linear attention [Hkv D, E]
+  const float* conv = nullptr;       // [E, K]
+  const float* conv_bias = nullptr;  // [E]
+  Matrix recurrence;                 // [E, E]
+  Matrix recurrence_input;           // [E, E]
+  const float* lambda = nullptr;     // [E]
+  Matrix out_gate;                   // gated linear attention: [H D, E]
+  const float* out_norm = nullptr;   // gated linear attention: [D]
+};
 
-  InputForms attention_forms, output_forms, feed_forward_forms, down_forms, query_head_forms, key_head_forms;
+struct LayerWeights {
+  NormWeights attention_norm;
+  NormWeights attention_post_norm;
+  const float* query_norm = nullptr;  // [Dk] or null
+  const float* key_norm = nullptr;    // [Dk] or null
+  Matrix query, key, value, output;
+  NormWeights feed_forward_norm;
+  NormWeights feed_forward_post_norm;
+  Matrix gate, up, down;  // no gate where the feed-forward isn't gated
+  LatentWeights latent;
+  SumWeights sums;
+
+  InputForms attention_forms, mixed_forms, output_forms, feed_forward_forms, down_forms, query_head_forms, key_head_forms;
 };
 
 struct ModelOptions {
@@ -54,26 +78,34 @@ struct ModelOptions {
 
 class Model {
  public:
-  // Throws FileError, FormatError, ModelError, MemoryError.
+  // A GGUF file, or a checkpoint of latte train (the file, or its run's folder). Throws FileError, FormatError, ModelError,
+  // MemoryError.
   static std::shared_ptr<const Model> open(const std::string& path, const ModelOptions& options = {});
 
   const ModelShape& shape() const { return shape_; }
-  const std::string& path() const { return file_.path(); }
-  const formats::GgufFile& file() const { return file_; }
+  const std::string& path() const { return path_; }
+  // What the model's tokens are: one of the two is null.
+  const formats::GgufMetadata* metadata() const { return file_ ? &file_->metadata() : nullptr; }
+  const formats::Vocabulary* vocabulary() const { return vocabulary_ ? &*vocabulary_ : nullptr; }
   const std::vector<LayerWeights>& layers() const { return layers_; }
-  const float* final_norm() const { return final_norm_; }
+  const NormWeights& final_norm() const { return final_norm_; }
   const Matrix& head() const { return head_; }
   const std::vector<std::vector<double>>& frequencies() const { return frequencies_; }  // of shape().rotary, [rotary_dims / 2]
-  // Row of the embedding, scaled.
-  void embed(int32_t token, float* out) const;
+  // Row of the embedding, scaled, with what is added to it of the token's position.
+  void embed(int32_t token, int64_t position, float* out) const;
 
   // Tells this model's states from any other's: the hash of its files and of the attention chosen.
   const std::string& state_hash() const { return state_hash_; }
   size_t weight_bytes() const { return weight_bytes_; }  // that one token reads
 
  private:
-  Model(const std::string& path, const ModelOptions& options) : file_(path), arena_("the model's weights"), options_(options) {}
+  Model(std::string path, const ModelOptions& options)
+      : path_(std::move(path)), arena_("the model's weights"), options_(options) {}
   void load();
+  void load_checkpoint();  // model_checkpoint.cc
+  void finish_layer(LayerWeights& layer);
+  void set_frequencies(const float* factors);
+  void require_memory(uint64_t file_bytes) const;
   void load_layer(int64_t index, ThreadPool& pool);
   void load_latents(int64_t index, ThreadPool& pool);
   void make_latents(int64_t index, ThreadPool& pool);
@@ -82,17 +114,27 @@ class Model {
   const formats::GgufTensor* find(const std::string& name) const;  // the adapter's, else the file's
   const formats::GgufTensor& tensor(const std::string& name, std::vector<int64_t> shape) const;
   Matrix matrix(const std::string& name, int64_t rows, int64_t columns, ThreadPool& pool);
+  Matrix converted(formats::GgufTensorSpec spec, std::span<const std::byte> data, formats::TensorType type, int64_t rows,
+                   int64_t columns, ThreadPool& pool);
   const float* floats(const std::string& name, std::vector<int64_t> shape);
 
-  formats::GgufFile file_;
+  class Checkpoint;
+
+  std::string path_;
+  std::optional<formats::GgufFile> file_;
+  std::optional<formats::CheckpointFile> checkpoint_;
+  std::optional<formats::Vocabulary> vocabulary_;
   ModelShape shape_;
   Arena arena_;
   std::optional<formats::AdapterFile> adapter_;
   ModelOptions options_;
   std::vector<LayerWeights> layers_;
-  const float* final_norm_ = nullptr;
+  NormWeights final_norm_;
   Matrix head_;
-  const formats::GgufTensor* embedding_ = nullptr;
+  formats::TensorType embedding_type_ = formats::TensorType::kF32;
+  std::span<const std::byte> embedding_;       // [vocabulary, E], where the file is mapped
+  const float* position_embedding_ = nullptr;  // [learned_positions, E]
+  std::vector<double> sinusoid_rates_;         // [ceil(E / 2)]
   std::vector<std::vector<double>> frequencies_;
   std::string state_hash_;
   size_t weight_bytes_ = 0;

@@ -12,6 +12,7 @@ namespace latte::runtime {
 namespace {
 
 constexpr int64_t kLargest = int64_t{1} << 24;  // of any size here: products of two fit easily
+constexpr int64_t kLargestHead = 4096;
 
 // What all architectures have in common.
 ModelShape common(const formats::GgufFile& file, const std::string& name) {
@@ -27,8 +28,8 @@ ModelShape common(const formats::GgufFile& file, const std::string& name) {
     metadata.refuse(key("attention.head_count_kv"), "a divisor of " + std::to_string(shape.num_heads) + " heads");
   }
   const int64_t default_dim = std::max<int64_t>(1, shape.embed_dim / shape.num_heads);
-  shape.key_dim = metadata.integer_or(key("attention.key_length"), default_dim, 1, 4096);
-  shape.head_dim = metadata.integer_or(key("attention.value_length"), default_dim, 1, 4096);
+  shape.key_dim = metadata.integer_or(key("attention.key_length"), default_dim, 1, kLargestHead);
+  shape.head_dim = metadata.integer_or(key("attention.value_length"), default_dim, 1, kLargestHead);
   shape.hidden_dim = size("feed_forward_length");
   shape.context = size("context_length");
   shape.epsilon = static_cast<float>(metadata.number(key("attention.layer_norm_rms_epsilon")));
@@ -87,7 +88,54 @@ constexpr std::array kArchitectures = {Architecture{"llama", llama}, Architectur
 }  // namespace
 
 bool ModelShape::constant_state() const {
-  return std::all_of(layers.begin(), layers.end(), [](const LayerShape& layer) { return layer.window > 0; });
+  return std::all_of(layers.begin(), layers.end(), [](const LayerShape& layer) { return layer.window > 0 || !layer.tokens; });
+}
+
+ModelShape ModelShape::from(const formats::LanguageModelConfig& config) {
+  const std::string position = config.position_name();
+  const bool macchiato = config.attention == "macchiato", latte = config.attention == "latte";
+  const bool absolute = position == "none" || position == "learned" || position == "sinusoidal";
+  ModelShape shape;
+  shape.architecture = "latte";
+  shape.embed_dim = config.embed_dim;
+  shape.num_heads = config.num_heads;
+  shape.num_kv_heads = config.kv_heads();
+  shape.key_dim = shape.head_dim = config.embed_dim / config.num_heads;
+  if (shape.head_dim > kLargestHead) {
+    throw ModelError("heads of " + std::to_string(shape.head_dim) + " channels, at most " + std::to_string(kLargestHead) +
+                     " are run here");
+  }
+  shape.hidden_dim = config.hidden_dim();
+  shape.vocab_size = config.vocab_size;
+  shape.context = config.max_positions;
+  shape.attention_scale = 1.0f / std::sqrt(static_cast<float>(shape.key_dim));
+  shape.norm = config.norm == "rms" ? Norm::kRms : Norm::kLayer;
+  shape.gated = config.mlp == "gated";
+  shape.gate = shape.gated ? kernels::Gate::kSilu : kernels::Gate::kGelu;
+  shape.pairs = kernels::RotaryPairs::kHalves;
+  shape.rotary = {{config.rope_base, 1.0}};
+  const bool rotates = !absolute && !latte && config.attention != "linear" && config.attention != "gated_linear";
+  if (position == "vapor") {
+    shape.vapor = static_cast<int64_t>(shape.rotary.size());
+    shape.rotary.push_back({10000.0, 1.0});
+  }
+  shape.rotary_dims = rotates || shape.vapor >= 0 ? shape.key_dim : 0;
+  shape.latents_of_input = true;
+  shape.mixer = position == "conv" ? Mixer::kConv : position == "rg_lru" ? Mixer::kRgLru : Mixer::kNone;
+  shape.conv_width = config.conv_width;
+  shape.sinusoidal = position == "sinusoidal";
+  shape.learned_positions = position == "learned" ? config.max_positions : 0;
+  LayerShape layer;
+  if (macchiato || latte) layer.latents = config.num_latents.value_or(shape.head_dim);
+  if (macchiato || config.attention == "window") {
+    layer.window = config.window;
+    layer.sinks = config.sinks;
+  }
+  if (config.attention == "linear") layer.linear = Linear::kNormalised;
+  if (config.attention == "gated_linear") layer.linear = Linear::kGated;
+  layer.tokens = !latte && layer.linear == Linear::kNone;
+  shape.layers.assign(static_cast<size_t>(config.num_layers), layer);
+  return shape;
 }
 
 ModelShape ModelShape::from(const formats::GgufFile& file) {

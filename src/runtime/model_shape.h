@@ -1,4 +1,5 @@
-// What a model computes, read from a GGUF file's metadata: one table of architectures.
+// What a model computes, read from a GGUF file's metadata (one table of architectures) or from the config of a checkpoint of
+// latte train.
 #pragma once
 
 #include <cstdint>
@@ -6,6 +7,7 @@
 #include <vector>
 
 #include "formats/gguf.h"
+#include "formats/language_model_config.h"
 #include "kernels/token_rows.h"
 
 namespace latte::runtime {
@@ -15,12 +17,24 @@ struct Rotary {
   double scale = 1.0;  // of the positions
 };
 
-// How a layer attends. `window` 0: every token; `latents` > 0: a mixture of them and of the window (Macchiato).
+enum class Norm : uint8_t { kRms, kLayer };
+
+// What the input of the latents' logits goes through first.
+enum class Mixer : uint8_t { kNone, kConv, kRgLru };
+
+enum class Linear : uint8_t { kNone, kNormalised, kGated };  // nn/linear_attention.h has the formulas
+
+// How a layer attends. `window` 0: every token; `latents` > 0: a mixture of them and of the window (Macchiato), without `tokens`
+// latents alone (Latte).
 struct LayerShape {
   int64_t window = 0;
   int64_t sinks = 0;
   int64_t latents = 0;
   int64_t rotary = 0;  // index in ModelShape::rotary
+  bool tokens = true;  // reads tokens, all or a window's
+  Linear linear = Linear::kNone;
+
+  bool has_sums() const { return latents > 0 || linear != Linear::kNone; }  // whose state sums up the past
 };
 
 // The attention that a caller wants instead of the model's own, in its layers that read every token.
@@ -53,11 +67,23 @@ struct ModelShape {
   int64_t far_limit = 8192;  // formats/adapter.h
   std::vector<LayerShape> layers;
 
+  // Of latte train's models.
+  Norm norm = Norm::kRms;
+  bool gated = true;              // the feed-forward's first half has two matrices
+  bool latents_of_input = false;  // the latents' logits come from the layer's input, not from heads of queries and keys
+  Mixer mixer = Mixer::kNone;     // of that input
+  int64_t conv_width = 0;         // K
+  int64_t vapor = -1;             // the latents read values that are rotated, by so many-th of `rotary`; -1: they don't
+  bool sinusoidal = false;        // sines and cosines are added to the embeddings
+  int64_t learned_positions = 0;  // so many are added to the embeddings, and a session ends there; 0: none
+
   int64_t group() const { return num_heads / num_kv_heads; }
   bool constant_state() const;  // no layer reads every token
 
   // Throws ModelError for an architecture that isn't in the table, FormatError for metadata that lack something or don't fit.
   static ModelShape from(const formats::GgufFile& file);
+  // Throws ModelError for heads that are too large.
+  static ModelShape from(const formats::LanguageModelConfig& config);
 };
 
 }  // namespace latte::runtime

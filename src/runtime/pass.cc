@@ -25,6 +25,7 @@ Engine::Pass::Pass(const Model& model, const EngineOptions& options)
   bool columns = true;
   for (const LayerWeights& layer : model_.layers()) {
     attention.add(layer.attention_forms);
+    attention.add(layer.mixed_forms);
     attention.add(layer.feed_forward_forms);
     output.add(layer.output_forms);
     down.add(layer.down_forms);
@@ -35,9 +36,13 @@ Engine::Pass::Pass(const Model& model, const EngineOptions& options)
   attention.add(model_.head().forms());
   columns &= s.hidden_dim % kernels::kQuantBlock == 0;
   int64_t sinks = 0;
-  for (const LayerShape& layer : s.layers) {
-    most_latents_ = std::max(most_latents_, layer.latents);
-    sinks = std::max(sinks, layer.sinks);
+  bool sums = false, decay = false, gated_output = false;
+  for (size_t i = 0; i < s.layers.size(); ++i) {
+    most_latents_ = std::max(most_latents_, s.layers[i].latents);
+    sinks = std::max(sinks, s.layers[i].sinks);
+    sums |= s.layers[i].has_sums();
+    decay |= static_cast<bool>(model_.layers()[i].sums.decay);
+    gated_output |= static_cast<bool>(model_.layers()[i].sums.out_gate);
   }
   const int64_t threads = pool_.size();
   key_offset_ = whole_groups(s.num_heads * s.key_dim);
@@ -52,8 +57,21 @@ Engine::Pass::Pass(const Model& model, const EngineOptions& options)
   if (most_latents_ > 0) {
     query_logits_ = arena_.take_array<float>(n * s.num_heads * (most_latents_ + 1));
     key_logits_ = arena_.take_array<float>(n * s.num_kv_heads * most_latents_);
-    latent_out_ = arena_.take_array<float>(n * s.num_heads * s.head_dim);
     final_latents_ = arena_.take_array<float>(s.num_kv_heads * most_latents_ * (s.head_dim + 3));
+  }
+  if (sums) sums_out_ = arena_.take_array<float>(n * s.num_heads * s.head_dim);
+  if (decay) decay_ = arena_.take_array<float>(n * s.num_kv_heads * std::max(most_latents_, s.head_dim));
+  if (gated_output) out_gate_ = arena_.take_array<float>(n * s.num_heads * s.head_dim);
+  if (s.vapor >= 0) turned_values_ = arena_.take_array<float>(n * s.num_kv_heads * s.head_dim);
+  if (s.mixer != Mixer::kNone) {
+    normed_ = arena_.take_array<float>(n * s.embed_dim);
+    mixed_ = arena_.take_array<float>(n * s.embed_dim);
+  }
+  if (s.mixer == Mixer::kConv) final_mixer_ = arena_.take_array<float>((s.conv_width - 1) * s.embed_dim);
+  if (s.mixer == Mixer::kRgLru) {
+    recurrence_ = arena_.take_array<float>(n * s.embed_dim);
+    recurrence_input_ = arena_.take_array<float>(n * s.embed_dim);
+    final_mixer_ = arena_.take_array<float>(s.embed_dim);
   }
   window_out_ = arena_.take_array<float>(n * s.num_heads * s.head_dim);
   zeros_ = arena_.take_array<float>(s.head_dim);
@@ -67,6 +85,7 @@ Engine::Pass::Pass(const Model& model, const EngineOptions& options)
     return Turns{arena_.take_array<float>(rows * pairs), arena_.take_array<float>(rows * pairs)};
   };
   for (size_t i = 0; i < s.rotary.size(); ++i) turns_.push_back(take_turns(n));
+  if (s.vapor >= 0) turns_[static_cast<size_t>(s.vapor)].back = arena_.take_array<float>(n * pairs);
   for (const LayerShape& layer : s.layers) {
     Turns& turns = sink_turns_.emplace_back();
     if (layer.sinks == 0) continue;
@@ -120,6 +139,7 @@ void Engine::Pass::start(std::span<const StepPart> parts) {
     if (count == 1) continue;
     ++prompts;
     for (size_t i = 0; i < shape_.layers.size(); ++i) {
+      if (!shape_.layers[i].tokens) continue;
       most_past = std::max(most_past, past_rows(static_cast<int64_t>(i), parts_.back()) + count);
     }
   }
@@ -158,22 +178,35 @@ void Engine::Pass::work(int thread) {
   Own& own = own_[static_cast<size_t>(thread)];
   turn_rows(thread);
   const auto row_of = [&](int64_t t) { return alone_ ? own.row : x_ + t * shape_.embed_dim; };
-  const float* post_norm = nullptr;  // of what is added next
+  NormWeights post_norm;  // of what is added next
   for (size_t i = 0; i < model_.layers().size(); ++i) {
     const LayerWeights& layer = model_.layers()[i];
     const auto index = static_cast<int64_t>(i);
     const Inputs& inputs = rows(thread, inputs_, own.inputs, [&](int64_t t, const Inputs& to) {
       float* x = row_of(t);
       if (i == 0) {
-        model_.embed(tokens_[static_cast<size_t>(t)], x);
+        const Part& part = *part_of_[static_cast<size_t>(t)];
+        model_.embed(tokens_[static_cast<size_t>(t)], part.position + t - part.first, x);
       } else {
         add_residual(post_norm, t, x, own.sum);
       }
-      kernels::RmsNormRow(x, layer.attention_norm, shape_.epsilon, shape_.embed_dim, own.sum);
+      norm_row(layer.attention_norm, x, own.sum);
       to.put(layer.attention_forms, own.sum, t);
+      if (normed_ != nullptr && (!alone_ || thread == 0)) {
+        std::copy_n(own.sum, shape_.embed_dim, normed_ + t * shape_.embed_dim);
+      }
     });
     attention_products(thread, index, inputs);
     pool_.barrier();
+    if (shape_.mixer != Mixer::kNone) {
+      mix(thread, index);
+      pool_.barrier();
+      const Inputs& mixed = rows(thread, inputs_, own.inputs, [&](int64_t t, const Inputs& to) {
+        to.put(layer.mixed_forms, mixed_ + t * shape_.embed_dim, t);
+      });
+      mixed_products(thread, index, mixed);
+      pool_.barrier();
+    }
     attend(thread, index);
     pool_.barrier();
     const Inputs& output_inputs = rows(thread, output_inputs_, own.output_inputs, [&](int64_t t, const Inputs& to) {
@@ -185,7 +218,7 @@ void Engine::Pass::work(int thread) {
     const Inputs& feed_forward_inputs = rows(thread, inputs_, own.inputs, [&](int64_t t, const Inputs& to) {
       float* x = row_of(t);
       add_residual(layer.attention_post_norm, t, x, own.sum);
-      kernels::RmsNormRow(x, layer.feed_forward_norm, shape_.epsilon, shape_.embed_dim, own.sum);
+      norm_row(layer.feed_forward_norm, x, own.sum);
       to.put(layer.feed_forward_forms, own.sum, t);
     });
     feed_forward(thread, layer, feed_forward_inputs);
@@ -204,7 +237,7 @@ void Engine::Pass::work(int thread) {
   const auto finish = [&](int64_t row, int64_t place, const Inputs& to) {
     float* x = row_of(row);
     add_residual(post_norm, row, x, own.sum);
-    kernels::RmsNormRow(x, model_.final_norm(), shape_.epsilon, shape_.embed_dim, own.sum);
+    norm_row(model_.final_norm(), x, own.sum);
     to.put(model_.head().forms(), own.sum, place);
   };
   const auto wanted = static_cast<int64_t>(wanted_.size());
@@ -218,11 +251,19 @@ void Engine::Pass::work(int thread) {
   product(thread, model_.head(), alone_ ? own.inputs : inputs_, wanted, logits_.data(), shape_.vocab_size);
 }
 
+void Engine::Pass::norm_row(const NormWeights& norm, const float* x, float* out) const {
+  if (shape_.norm == Norm::kLayer) {
+    kernels::LayerNormRow(x, norm.weight, norm.bias, shape_.epsilon, shape_.embed_dim, out);
+  } else {
+    kernels::RmsNormRow(x, norm.weight, shape_.epsilon, shape_.embed_dim, out);
+  }
+}
+
 // x += y, or the norm of y.
-void Engine::Pass::add_residual(const float* post_norm, int64_t row, float* x, float* spare) const {
+void Engine::Pass::add_residual(const NormWeights& post_norm, int64_t row, float* x, float* spare) const {
   const float* y = y_ + row * shape_.embed_dim;
-  if (post_norm != nullptr) {
-    kernels::RmsNormRow(y, post_norm, shape_.epsilon, shape_.embed_dim, spare);
+  if (post_norm.weight != nullptr) {
+    norm_row(post_norm, y, spare);
     y = spare;
   }
   for (int64_t i = 0; i < shape_.embed_dim; ++i) x[i] += y[i];
@@ -235,15 +276,32 @@ void Engine::Pass::product(int thread, const Matrix& matrix, const Inputs& input
   }
 }
 
-// Queries, keys, values and gates of all rows: the groups of all matrices are shared out as if they were one.
+// What a layer's attention reads of its normed rows.
 void Engine::Pass::attention_products(int thread, int64_t index, const Inputs& inputs) {
   const LayerWeights& layer = model_.layers()[static_cast<size_t>(index)];
-  struct Piece {
-    const Matrix* matrix;
-    int64_t offset;
-  };
-  const Piece pieces[] = {
-      {&layer.query, 0}, {&layer.key, key_offset_}, {&layer.value, value_offset_}, {&layer.latent.gate, gate_offset_}};
+  const SumWeights& sums = layer.sums;
+  const Piece pieces[] = {{&layer.query, heads_, heads_stride_},
+                          {&layer.key, heads_ + key_offset_, heads_stride_},
+                          {&layer.value, heads_ + value_offset_, heads_stride_},
+                          {&layer.latent.gate, heads_ + gate_offset_, heads_stride_},
+                          {&sums.decay, decay_, sums.decay.rows()},
+                          {&sums.out_gate, out_gate_, sums.out_gate.rows()},
+                          {&sums.recurrence, recurrence_, shape_.embed_dim},
+                          {&sums.recurrence_input, recurrence_input_, shape_.embed_dim},
+                          {&sums.query, query_logits_, sums.query.rows()},
+                          {&sums.key, key_logits_, sums.key.rows()}};
+  const size_t behind_mixer = shape_.mixer == Mixer::kNone ? 0 : 2;
+  products(thread, std::span(pieces).first(std::size(pieces) - behind_mixer), inputs);
+}
+
+// The latents' logits of mixed rows.
+void Engine::Pass::mixed_products(int thread, int64_t index, const Inputs& inputs) {
+  const SumWeights& sums = model_.layers()[static_cast<size_t>(index)].sums;
+  const Piece pieces[] = {{&sums.query, query_logits_, sums.query.rows()}, {&sums.key, key_logits_, sums.key.rows()}};
+  products(thread, pieces, inputs);
+}
+
+void Engine::Pass::products(int thread, std::span<const Piece> pieces, const Inputs& inputs) {
   int64_t groups = 0;
   for (const Piece& piece : pieces) groups += piece.matrix->groups();
   const Share share = share_of(groups, thread, pool_.size());
@@ -253,15 +311,16 @@ void Engine::Pass::attention_products(int thread, int64_t index, const Inputs& i
       const int64_t begin = std::max(share.begin - before, int64_t{0});
       const int64_t end = std::min(share.end - before, piece.matrix->groups());
       if (begin < end) {
-        piece.matrix->multiply(inputs, t, std::min(rows_, t + kBlockTokens), begin, end,
-                               heads_ + t * heads_stride_ + piece.offset, heads_stride_);
+        piece.matrix->multiply(inputs, t, std::min(rows_, t + kBlockTokens), begin, end, piece.out + t * piece.stride,
+                               piece.stride);
       }
       before += piece.matrix->groups();
     }
   }
 }
 
-// The gated half: the same columns of both matrices by one thread, which puts their product in its place.
+// The first half: the same columns of both matrices (one, where it isn't gated) by one thread, which puts their product in its
+// place.
 void Engine::Pass::feed_forward(int thread, const LayerWeights& layer, const Inputs& inputs) {
   const Own& own = own_[static_cast<size_t>(thread)];
   constexpr int64_t kUnit = kernels::kQuantBlock;
@@ -274,11 +333,12 @@ void Engine::Pass::feed_forward(int thread, const LayerWeights& layer, const Inp
   if (first == last) return;
   for (int64_t block = 0; block < rows_; block += kBlockTokens) {
     const int64_t end = std::min(rows_, block + kBlockTokens);
-    layer.gate.multiply(inputs, block, end, first_group, last_group, own.gate, stride);
-    layer.up.multiply(inputs, block, end, first_group, last_group, own.up, stride);
+    const bool gated = static_cast<bool>(layer.gate);
+    if (gated) layer.gate.multiply(inputs, block, end, first_group, last_group, own.gate, stride);
+    layer.up.multiply(inputs, block, end, first_group, last_group, gated ? own.up : own.gate, stride);
     for (int64_t t = block; t < end; ++t) {
       float* gate = own.gate + (t - block) * stride + first;
-      kernels::GateRow(shape_.gate, gate, own.up + (t - block) * stride + first, last - first, gate);
+      kernels::GateRow(shape_.gate, gate, gated ? own.up + (t - block) * stride + first : nullptr, last - first, gate);
       if (hidden_ != nullptr) {
         std::copy_n(gate, last - first, hidden_ + t * shape_.hidden_dim + first);
       } else {
@@ -305,6 +365,8 @@ void Engine::Pass::turn_rows(int thread) {
     const Part& part = *part_of_[static_cast<size_t>(t)];
     for (size_t r = 0; r < turns_.size(); ++r) {
       turn(static_cast<int64_t>(r), part.position + t - part.first, turns_[r].cos + t * pairs, turns_[r].sin + t * pairs);
+      if (turns_[r].back == nullptr) continue;
+      for (int64_t i = t * pairs; i < (t + 1) * pairs; ++i) turns_[r].back[i] = -turns_[r].sin[i];
     }
   }
 }

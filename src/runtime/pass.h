@@ -47,10 +47,11 @@ class Engine::Pass {
     float* up = nullptr;          // [kBlockTokens, F]
     Inputs inputs, output_inputs, down_inputs, query_inputs, key_inputs;
   };
-  // Cosines and sines [rows, rotary_dims / 2].
+  // Cosines and sines [rows, rotary_dims / 2], and the sines of the way back.
   struct Turns {
     float* cos = nullptr;
     float* sin = nullptr;
+    float* back = nullptr;
   };
 
   void start(std::span<const StepPart> parts);
@@ -58,12 +59,35 @@ class Engine::Pass {
   void turn_rows(int thread);
   template <class Row>
   const Inputs& rows(int thread, const Inputs& shared, const Inputs& own, const Row& row);
+  // Products of the same inputs by several matrices, without those that aren't there: their groups are shared out as if they
+  // were one.
+  struct Piece {
+    const Matrix* matrix;
+    float* out;  // of row 0
+    int64_t stride;
+  };
+  void products(int thread, std::span<const Piece> pieces, const Inputs& inputs);
   void attention_products(int thread, int64_t layer, const Inputs& inputs);
+  void mixed_products(int thread, int64_t layer, const Inputs& inputs);
+  void norm_row(const NormWeights& norm, const float* x, float* out) const;
   void feed_forward(int thread, const LayerWeights& layer, const Inputs& inputs);
   void product(int thread, const Matrix& matrix, const Inputs& inputs, int64_t tokens, float* out, int64_t stride);
-  void add_residual(const float* post_norm, int64_t row, float* x, float* spare) const;
+  void add_residual(const NormWeights& post_norm, int64_t row, float* x, float* spare) const;
 
   void turn(int64_t rotary, int64_t position, float* cos, float* sin) const;
+
+  // pass_sums.cc
+  void mix(int thread, int64_t layer);
+  void sum_token(const Own& own, int64_t layer, const Part& part, int64_t kv_head);
+  void sum_tokens(int64_t layer, const Part& part, int64_t kv_head);
+  void prepare_sums(int64_t layer, const Part& part, int64_t kv_head);
+  void finish_sums(int64_t layer, const Part& part, int64_t kv_head);
+  void attend_linear(int64_t layer, const Part& part, int64_t kv_head);
+  void latent_logits(const Own& own, int64_t layer, const Part& part, int64_t first, int64_t last, int64_t kv_head);
+  void gates_to_shares(int64_t layer, const Part& part, int64_t kv_head);
+  kernels::LatentArgs latent_args(int64_t layer, const Part& part) const;
+  // Logits of a row and head in query_logits_: the latents', behind the window's where tokens are read.
+  static int64_t query_logits(const LayerShape& layer) { return layer.latents + (layer.tokens ? 1 : 0); }
 
   // pass_attention.cc
   void attend(int thread, int64_t layer);
@@ -75,11 +99,6 @@ class Engine::Pass {
   void gather_new(int thread, int64_t layer, const Part& part);
   void attend_window(int64_t layer, const Part& part, int64_t kv_head, int64_t first, int64_t last);
   void keep_new(int64_t layer, const Part& part, int64_t kv_head);
-  void latent_logits(const Own& own, int64_t layer, const Part& part, int64_t first, int64_t last, int64_t kv_head);
-  void step_latents(const Own& own, int64_t layer, const Part& part, int64_t kv_head);
-  void forward_latents(int64_t layer, const Part& part, int64_t kv_head);
-  void gates_to_shares(int64_t layer, const Part& part, int64_t kv_head);
-  kernels::LatentArgs latent_args(int64_t layer, const Part& part) const;
   void copy_head(const float* head, const float* norm, float* out) const;
   const LayerShape& layer_shape(int64_t layer) const { return shape_.layers[static_cast<size_t>(layer)]; }
 
@@ -103,9 +122,17 @@ class Engine::Pass {
   float* heads_ = nullptr;             // [rows, query | key | value | gate], see the strides
   float* hidden_ = nullptr;            // [rows, F], where the second half's inputs can't be put in columns
   float* parts_of_softmax_ = nullptr;  // [rows, threads, H, D + 2], of parts of one token
-  float* query_logits_ = nullptr;      // [rows, H, L + 1]
+  float* query_logits_ = nullptr;      // [rows, H, L + 1], without a window [rows, H, L]
   float* key_logits_ = nullptr;        // [rows, Hkv, L]
-  float* latent_out_ = nullptr;        // [rows, H, D]
+  float* decay_ = nullptr;             // [rows, Hkv, L], of gated linear attention [rows, Hkv, D]
+  float* turned_values_ = nullptr;     // [rows, Hkv, D]
+  float* out_gate_ = nullptr;          // [rows, H, D]
+  float* normed_ = nullptr;            // [rows, E]: the layer's input
+  float* mixed_ = nullptr;             // [rows, E]: the same behind the mixer
+  float* recurrence_ = nullptr;        // [rows, E]
+  float* recurrence_input_ = nullptr;  // [rows, E]
+  float* final_mixer_ = nullptr;       // [K - 1, E]
+  float* sums_out_ = nullptr;          // [rows, H, D]: what latents or linear attention return
   float* window_out_ = nullptr;        // [Hkv, rows, group, D], of parts of several tokens
   float* sink_queries_ = nullptr;      // [rows, H, Dk]
   float* zeros_ = nullptr;             // [D]

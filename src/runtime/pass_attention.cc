@@ -3,10 +3,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <limits>
 
 #include "kernels/cached_attention.h"
-#include "kernels/latent.h"
 #include "kernels/token_rows.h"
 #include "kernels/window.h"
 #include "runtime/pass.h"
@@ -15,15 +13,17 @@ namespace latte::runtime {
 namespace {
 
 constexpr int64_t kUnitTokens = 128;  // queries of one piece of work
-constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
-constexpr double kFarUnit = 1024.0;  // formats/adapter.h
 
 }  // namespace
 
 void Engine::Pass::attend(int thread, int64_t layer) {
+  const LayerShape& attention = layer_shape(layer);
   for (const Part& part : parts_) {
     if (part.count == 1) {
-      attend_token(thread, layer, part);
+      if (attention.tokens) attend_token(thread, layer, part);
+      for (int64_t h = 0; h < shape_.num_kv_heads && attention.has_sums(); ++h) {
+        if ((h + part.first) % pool_.size() == thread) sum_token(own_[static_cast<size_t>(thread)], layer, part, h);
+      }
     } else {
       attend_tokens(thread, layer, part);
     }
@@ -90,38 +90,29 @@ void Engine::Pass::attend_token(int thread, int64_t layer, const Part& part) {
       kernels::AttendSlots(part.session->sinks(layer, h), 0, far, s.group(), queries, head_parts);
     }
   }
-  if (attention.latents == 0) return;
-  for (int64_t h = 0; h < s.num_kv_heads; ++h) {
-    if ((h + part.first) % pool_.size() != thread) continue;
-    latent_logits(own, layer, part, 0, 1, h);
-    step_latents(own, layer, part, h);
-    gates_to_shares(layer, part, h);
-  }
 }
 
 // What the output matrix reads of a row, [H, D].
 void Engine::Pass::read_heads(int64_t layer, int64_t row, float* out) const {
   const ModelShape& s = shape_;
   const Part& part = *part_of_[static_cast<size_t>(row)];
-  const int64_t latents = layer_shape(layer).latents;
+  const LayerShape& attention = layer_shape(layer);
+  const bool sums = attention.has_sums();
   const int64_t part_size = s.head_dim + kernels::kPartExtra;
-  for (int64_t h = 0; h < s.num_heads; ++h) {
+  if (sums) std::copy_n(sums_out_ + row * s.num_heads * s.head_dim, s.num_heads * s.head_dim, out);
+  for (int64_t h = 0; h < s.num_heads && attention.tokens; ++h) {
     float* head = out + h * s.head_dim;
-    float share = 1.0f;
-    if (latents > 0) {
-      share = query_logits_[(row * s.num_heads + h) * (latents + 1)];
-      std::copy_n(latent_out_ + (row * s.num_heads + h) * s.head_dim, s.head_dim, head);
-    }
+    const float share = sums ? query_logits_[(row * s.num_heads + h) * query_logits(attention)] : 1.0f;
     if (part.count == 1) {
       float* sum = parts_of_softmax_ + row * pool_.size() * s.num_heads * part_size + h * part_size;
       // Every thread may be reading these parts: they are joined in a copy.
       float joined[4096 + kernels::kPartExtra];
       std::copy_n(sum, part_size, joined);
       for (int t = 1; t < pool_.size(); ++t) kernels::JoinParts(s.head_dim, sum + t * s.num_heads * part_size, joined);
-      kernels::ReadPart(s.head_dim, joined, share, latents > 0, head);
+      kernels::ReadPart(s.head_dim, joined, share, sums, head);
     } else {
       const float* window = window_out_ + ((h / s.group() * batch_tokens_ + row) * s.group() + h % s.group()) * s.head_dim;
-      for (int64_t i = 0; i < s.head_dim; ++i) head[i] = share * window[i] + (latents > 0 ? head[i] : 0.0f);
+      for (int64_t i = 0; i < s.head_dim; ++i) head[i] = share * window[i] + (sums ? head[i] : 0.0f);
     }
   }
 }
@@ -133,24 +124,27 @@ int64_t Engine::Pass::past_rows(int64_t layer, const Part& part) const {
 
 void Engine::Pass::attend_tokens(int thread, int64_t layer, const Part& part) {
   const ModelShape& s = shape_;
-  gather_past(thread, layer, part);
-  gather_new(thread, layer, part);
-  pool_.barrier();
+  const LayerShape& attention = layer_shape(layer);
+  if (attention.tokens) {
+    gather_past(thread, layer, part);
+    gather_new(thread, layer, part);
+    pool_.barrier();
+  }
 
-  // Latents first: the longest pieces. A ring is written by one thread, and was read before.
-  const int64_t latents = layer_shape(layer).latents > 0 ? s.num_kv_heads : 0;
+  // Sums first: the longest pieces. A ring is written by one thread, and was read before.
+  const int64_t sums = attention.has_sums() ? s.num_kv_heads : 0;
+  const int64_t rings = attention.tokens ? s.num_kv_heads : 0;
   const int64_t blocks = (part.count + kUnitTokens - 1) / kUnitTokens;
-  const int64_t windows = s.num_kv_heads * blocks;
+  const int64_t windows = rings * blocks;
   std::atomic<int64_t>& next = next_unit_[static_cast<size_t>(layer * prompts_ + part.prompt)];
   for (;;) {
     int64_t unit = next.fetch_add(1, std::memory_order_relaxed);
-    if (unit < latents) {
-      forward_latents(layer, part, unit);
-      gates_to_shares(layer, part, unit);
-    } else if ((unit -= latents) < windows) {
+    if (unit < sums) {
+      sum_tokens(layer, part, unit);
+    } else if ((unit -= sums) < windows) {
       const int64_t first = (blocks - 1 - unit / s.num_kv_heads) * kUnitTokens;  // those that read most come first
       attend_window(layer, part, unit % s.num_kv_heads, first, std::min(part.count, first + kUnitTokens));
-    } else if ((unit -= windows) < s.num_kv_heads) {
+    } else if ((unit -= windows) < rings) {
       keep_new(layer, part, unit);
     } else {
       break;
@@ -195,7 +189,7 @@ void Engine::Pass::gather_new(int thread, int64_t layer, const Part& part) {
   const Share share = share_of(part.count, thread, pool_.size());
   for (int64_t block = share.begin; block < share.end; block += kBlockTokens) {
     const int64_t end = std::min(share.end, block + kBlockTokens);
-    if (attention.latents > 0) {
+    if (attention.latents > 0 && !s.latents_of_input) {
       for (int64_t h = 0; h < s.num_kv_heads; ++h) latent_logits(own, layer, part, block, end, h);
     }
     for (int64_t t = block; t < end; ++t) {
@@ -285,106 +279,6 @@ void Engine::Pass::keep_new(int64_t layer, const Part& part, int64_t kv_head) {
   const int64_t sinks = std::min(part.count, layer_shape(layer).sinks - part.position);
   for (int64_t t = 0; t < sinks; ++t) {
     kernels::StoreSlot(part.session->sinks(layer, kv_head), part.position + t, keys + t * s.key_dim, values + t * s.head_dim);
-  }
-}
-
-// Logits of a part's tokens [first, last), at most kBlockTokens, for one key-value head and its queries: read from heads that
-// aren't rotated yet.
-void Engine::Pass::latent_logits(const Own& own, int64_t layer, const Part& part, int64_t first, int64_t last, int64_t kv_head) {
-  const ModelShape& s = shape_;
-  const LayerShape& attention = layer_shape(layer);
-  const LayerWeights& weights = model_.layers()[static_cast<size_t>(layer)];
-  const LatentWeights& latent = weights.latent;
-  const int64_t latents = attention.latents;
-  const int64_t row = part.first + first;
-  const int64_t count = last - first;
-
-  const Matrix& key = latent.key[static_cast<size_t>(kv_head)];
-  for (int64_t t = 0; t < count; ++t) {
-    copy_head(heads_ + (row + t) * heads_stride_ + key_offset_ + kv_head * s.key_dim, weights.key_norm, own.key);
-    own.key_inputs.put(weights.key_head_forms, own.key, t);
-  }
-  float* key_logits = key_logits_ + (row * s.num_kv_heads + kv_head) * latents;
-  const int64_t key_stride = s.num_kv_heads * latents;
-  key.multiply(own.key_inputs, 0, count, 0, key.groups(), key_logits, key_stride);
-  const float* key_bias = latent.key_bias + kv_head * latents;
-  for (int64_t t = 0; t < count; ++t) {
-    for (int64_t l = 0; l < latents; ++l) key_logits[t * key_stride + l] += key_bias[l];
-  }
-
-  const auto far = [&](int64_t t) { return part.position + first + t + 1 - attention.window - attention.sinks; };
-  for (int64_t h = kv_head * s.group(); h < (kv_head + 1) * s.group(); ++h) {
-    float* logits = query_logits_ + (row * s.num_heads + h) * (latents + 1);
-    const int64_t stride = s.num_heads * (latents + 1);
-    if (far(count - 1) > 0) {
-      const Matrix& query = latent.query[static_cast<size_t>(h)];
-      for (int64_t t = 0; t < count; ++t) {
-        copy_head(heads_ + (row + t) * heads_stride_ + h * s.key_dim, weights.query_norm, own.key);
-        own.query_inputs.put(weights.query_head_forms, own.key, t);
-      }
-      query.multiply(own.query_inputs, 0, count, 0, query.groups(), logits + 1, stride);
-    }
-    const float* query_bias = latent.query_bias + h * latents;
-    for (int64_t t = 0; t < count; ++t, logits += stride) {
-      const double distance = static_cast<double>(std::clamp<int64_t>(far(t), 1, std::max<int64_t>(1, shape_.far_limit)));
-      logits[0] = heads_[(row + t) * heads_stride_ + gate_offset_ + h] + latent.gate_bias[h] -
-                  latent.gate_slope[h] * static_cast<float>(std::log(distance / kFarUnit));
-      if (far(t) > 0) {
-        for (int64_t l = 0; l < latents; ++l) logits[1 + l] += query_bias[l];
-      } else {
-        std::fill_n(logits + 1, latents, kMinusInfinity);
-      }
-    }
-  }
-}
-
-// The latents' arguments for a part. What the window returned is added afterwards: here it reads as zero, and keeps its share.
-kernels::LatentArgs Engine::Pass::latent_args(int64_t layer, const Part& part) const {
-  const ModelShape& s = shape_;
-  const int64_t latents = layer_shape(layer).latents;
-  kernels::LatentArgs args;
-  args.sequences = 1;
-  args.time = part.count;
-  args.heads = s.num_heads;
-  args.kv_heads = s.num_kv_heads;
-  args.latents = latents;
-  args.head_dim = s.head_dim;
-  args.query_logits = {query_logits_ + part.first * s.num_heads * (latents + 1), 0, s.num_heads * (latents + 1), latents + 1};
-  args.key_logits = {key_logits_ + part.first * s.num_kv_heads * latents, 0, s.num_kv_heads * latents, latents};
-  args.values = {heads_ + part.first * heads_stride_ + value_offset_, 0, heads_stride_, s.head_dim};
-  args.log_decay = {model_.layers()[static_cast<size_t>(layer)].latent.log_decay, 0, 0, latents};
-  args.window_out = {zeros_, 0, 0, 0};
-  return args;
-}
-
-void Engine::Pass::step_latents(const Own& own, int64_t layer, const Part& part, int64_t kv_head) {
-  const ModelShape& s = shape_;
-  const kernels::LatentArgs args = latent_args(layer, part);
-  kernels::LatentOutputs outputs;
-  outputs.out = {latent_out_ + part.first * s.num_heads * s.head_dim, 0, s.num_heads * s.head_dim, s.head_dim};
-  float* state = part.session->latents(layer) + kv_head * args.latents * (s.head_dim + kernels::kStateExtra);
-  kernels::LatentStep(args, outputs, state, kv_head);
-}
-
-void Engine::Pass::forward_latents(int64_t layer, const Part& part, int64_t kv_head) {
-  const ModelShape& s = shape_;
-  kernels::LatentArgs args = latent_args(layer, part);
-  args.initial_state = part.session->latents(layer);
-  kernels::LatentOutputs outputs;
-  outputs.out = {latent_out_ + part.first * s.num_heads * s.head_dim, 0, s.num_heads * s.head_dim, s.head_dim};
-  outputs.final_state = final_latents_;
-  kernels::LatentForward(args, outputs, kv_head, kv_head + 1);
-  const int64_t size = args.latents * (s.head_dim + kernels::kStateExtra);
-  std::copy_n(final_latents_ + kv_head * size, size, part.session->latents(layer) + kv_head * size);
-}
-
-// Leaves the window's share in the place of its logit.
-void Engine::Pass::gates_to_shares(int64_t layer, const Part& part, int64_t kv_head) {
-  const int64_t latents = layer_shape(layer).latents;
-  for (int64_t t = part.first; t < part.first + part.count; ++t) {
-    for (int64_t h = kv_head * shape_.group(); h < (kv_head + 1) * shape_.group(); ++h) {
-      kernels::SoftmaxRow(latents + 1, query_logits_ + (t * shape_.num_heads + h) * (latents + 1));
-    }
   }
 }
 

@@ -18,7 +18,8 @@ struct Sampler::Chain {
   }
 };
 
-Sampler::Sampler(const formats::Tokenizer& tokenizer, const SamplingOptions& options) : chain_(std::make_unique<Chain>()) {
+Sampler::Sampler(int64_t vocab_size, const formats::Tokenizer* tokenizer, const SamplingOptions& options)
+    : chain_(std::make_unique<Chain>()) {
   llama_log_set([](ggml_log_level, const char*, void*) {}, nullptr);
   chain_->samplers = llama_sampler_chain_init(llama_sampler_chain_default_params());
   const auto add = [&](llama_sampler* sampler) {
@@ -26,13 +27,14 @@ Sampler::Sampler(const formats::Tokenizer& tokenizer, const SamplingOptions& opt
     llama_sampler_chain_add(chain_->samplers, sampler);
   };
   if (!options.grammar.empty()) {
-    chain_->grammar = llama_sampler_init_grammar(tokenizer.vocab(), options.grammar.c_str(), "root");
+    if (tokenizer == nullptr) throw std::invalid_argument("a grammar needs the tokens of a GGUF file");
+    chain_->grammar = llama_sampler_init_grammar(tokenizer->vocab(), options.grammar.c_str(), "root");
     if (chain_->grammar == nullptr)
       throw std::invalid_argument("the grammar can't be read: GBNF with a rule \"root\" is expected");
   }
   if (options.penalty_tokens > 0 &&
       (options.repeat_penalty != 1.0 || options.frequency_penalty != 0.0 || options.presence_penalty != 0.0)) {
-    add(llama_sampler_init_penalties(static_cast<int32_t>(tokenizer.size()), static_cast<int32_t>(options.penalty_tokens),
+    add(llama_sampler_init_penalties(static_cast<int32_t>(vocab_size), static_cast<int32_t>(options.penalty_tokens),
                                      static_cast<float>(options.repeat_penalty), static_cast<float>(options.frequency_penalty),
                                      static_cast<float>(options.presence_penalty)));
   }

@@ -27,8 +27,9 @@ struct SamplingOptions {
 
 class Sampler {
  public:
-  // Throws std::invalid_argument for a grammar that libllama can't read. `tokenizer` must live as long.
-  Sampler(const formats::Tokenizer& tokenizer, const SamplingOptions& options);
+  // Of logits [vocab_size]. `tokenizer` must live as long; a grammar alone needs one. Throws std::invalid_argument for a grammar
+  // without a tokenizer, or that libllama can't read.
+  Sampler(int64_t vocab_size, const formats::Tokenizer* tokenizer, const SamplingOptions& options);
   ~Sampler();
   Sampler(Sampler&&) noexcept;
   Sampler& operator=(Sampler&&) noexcept;

@@ -14,10 +14,17 @@ size_t cache_bytes(const ModelShape& shape, int64_t slots, kernels::DType dtype)
   return static_cast<size_t>(slots * (shape.key_dim + shape.head_dim) * kernels::SizeOf(dtype));
 }
 
+// Floats.
+int64_t sums_of_head(const ModelShape& shape, const LayerShape& layer) {
+  if (layer.linear != Linear::kNone) return shape.head_dim * (shape.head_dim + 1);
+  return layer.latents * (shape.head_dim + kernels::kStateExtra);
+}
+
 int64_t whole_blocks(int64_t slots) { return (slots + kernels::kCacheBlock - 1) / kernels::kCacheBlock * kernels::kCacheBlock; }
 
 SessionOptions with_defaults(const Model& model, SessionOptions options) {
   if (options.context <= 0) options.context = model.shape().context;
+  if (const int64_t most = model.shape().learned_positions; most > 0) options.context = std::min(options.context, most);
   return options;
 }
 
@@ -34,13 +41,16 @@ std::vector<Session::Place> Session::lay_out(const ModelShape& shape, const Sess
   };
   for (const LayerShape& layer : shape.layers) {
     Place& place = places.emplace_back();
-    place.window = layer.window > 0 ? layer.window : options.context;
+    place.window = !layer.tokens ? 0 : layer.window > 0 ? layer.window : options.context;
     place.ring_bytes = cache_bytes(shape, whole_blocks(place.window), options.dtype);
     place.ring = take(place.ring_bytes * static_cast<size_t>(shape.num_kv_heads));
     place.sink_bytes = cache_bytes(shape, whole_blocks(layer.sinks), options.dtype);
     place.sinks = take(place.sink_bytes * static_cast<size_t>(shape.num_kv_heads));
-    place.latent_bytes = static_cast<size_t>(shape.num_kv_heads * layer.latents * (shape.head_dim + kernels::kStateExtra)) * 4;
-    place.latents = take(place.latent_bytes);
+    place.sum_bytes = static_cast<size_t>(shape.num_kv_heads * sums_of_head(shape, layer)) * sizeof(float);
+    place.sums = take(place.sum_bytes);
+    const int64_t remembered = shape.mixer == Mixer::kConv ? shape.conv_width - 1 : shape.mixer == Mixer::kRgLru ? 1 : 0;
+    place.mixer_bytes = static_cast<size_t>(remembered * shape.embed_dim) * sizeof(float);
+    place.mixer = take(place.mixer_bytes);
   }
   total = end;
   return places;
@@ -51,7 +61,7 @@ Session::Session(std::shared_ptr<const Model> model, const SessionOptions& optio
   size_t total = 0;
   places_ = lay_out(model_->shape(), options_, total);
   memory_ = Buffer(total, "a session's state");
-  clear_latents();
+  clear_sums();
 }
 
 Session::Session(const Session& other)
@@ -70,18 +80,24 @@ Session& Session::operator=(const Session& other) {
   return *this;
 }
 
-void Session::clear_latents() {
-  const int64_t row = model_->shape().head_dim + kernels::kStateExtra;
-  for (const Place& place : places_) {
-    const auto floats = static_cast<int64_t>(place.latent_bytes / 4);
-    float* state = reinterpret_cast<float*>(memory_.data() + place.latents);
+void Session::clear_sums() {
+  const ModelShape& shape = model_->shape();
+  const int64_t row = shape.head_dim + kernels::kStateExtra;
+  for (size_t i = 0; i < places_.size(); ++i) {
+    const Place& place = places_[i];
+    std::fill_n(memory_.data() + place.mixer, place.mixer_bytes, std::byte{0});
+    const auto floats = static_cast<int64_t>(place.sum_bytes / sizeof(float));
+    float* state = reinterpret_cast<float*>(memory_.data() + place.sums);
     std::fill_n(state, floats, 0.0f);
-    for (int64_t i = 0; i < floats; i += row) state[i + row - 2] = -std::numeric_limits<float>::infinity();
+    if (shape.layers[i].linear != Linear::kNone) continue;
+    for (int64_t j = 0; j < floats; j += row) state[j + row - 2] = -std::numeric_limits<float>::infinity();
   }
 }
 
 int64_t Session::room() const {
-  return model_->shape().constant_state() ? std::numeric_limits<int64_t>::max() - position_ : options_.context - position_;
+  const ModelShape& shape = model_->shape();
+  if (shape.learned_positions > 0 || !shape.constant_state()) return options_.context - position_;
+  return std::numeric_limits<int64_t>::max() - position_;
 }
 
 uint64_t Session::bytes_needed(const Model& model, const SessionOptions& options) {
@@ -111,10 +127,11 @@ std::vector<Session::Stretch> Session::stretches(int64_t position) const {
   };
   for (size_t i = 0; i < places_.size(); ++i) {
     const Place& place = places_[i];
-    add_cache(place.ring, place.ring_bytes, place.window, std::min(place.window, position));
+    if (place.window > 0) add_cache(place.ring, place.ring_bytes, place.window, std::min(place.window, position));
     const int64_t sinks = shape.layers[i].sinks;
     if (sinks > 0) add_cache(place.sinks, place.sink_bytes, sinks, std::min(sinks, position));
-    if (place.latent_bytes > 0) result.push_back({place.latents, place.latent_bytes});
+    if (place.sum_bytes > 0) result.push_back({place.sums, place.sum_bytes});
+    if (place.mixer_bytes > 0) result.push_back({place.mixer, place.mixer_bytes});
   }
   return result;
 }
@@ -123,7 +140,7 @@ bool Session::can_truncate(int64_t position) const {
   if (position < 0 || position > position_) return false;
   if (position == position_ || position == 0) return true;
   for (size_t i = 0; i < places_.size(); ++i) {
-    if (places_[i].latent_bytes > 0 || position_ > places_[i].window) return false;
+    if (places_[i].sum_bytes > 0 || position_ > places_[i].window) return false;
   }
   return true;
 }
@@ -133,7 +150,7 @@ void Session::truncate(int64_t position) {
     throw SessionError("can't go back from token " + std::to_string(position_) + " to " + std::to_string(position) +
                        ": the state no longer holds what was there");
   }
-  if (position == 0 && position_ != 0) clear_latents();
+  if (position == 0 && position_ != 0) clear_sums();
   position_ = position;
 }
 
@@ -155,8 +172,12 @@ kernels::KeyValueCache Session::sinks(int64_t layer, int64_t kv_head) const {
           slots,          keys,          keys + slots * shape.key_dim * kernels::SizeOf(options_.dtype)};
 }
 
-float* Session::latents(int64_t layer) const {
-  return reinterpret_cast<float*>(memory_.data() + places_[static_cast<size_t>(layer)].latents);
+float* Session::sums(int64_t layer) const {
+  return reinterpret_cast<float*>(memory_.data() + places_[static_cast<size_t>(layer)].sums);
+}
+
+float* Session::mixer(int64_t layer) const {
+  return reinterpret_cast<float*>(memory_.data() + places_[static_cast<size_t>(layer)].mixer);
 }
 
 }  // namespace latte::runtime

@@ -2,8 +2,8 @@
 // done to one session never shows in another.
 //
 // Per layer and key-value head it holds a ring of the last W keys and values (every token's where a layer reads all), the first S
-// of them (sinks), and the latents' sums. Its memory is known beforehand and taken when it is made; of a layer that reads every
-// token the system hands out only what is used.
+// of them (sinks), and the sums of latents or of linear attention; per layer also what a convolution or RG-LRU remembers. Its
+// memory is known beforehand and taken when it is made; of a layer that reads every token the system hands out only what is used.
 #pragma once
 
 #include <cstdint>
@@ -57,8 +57,10 @@ class Session {
 
   // For the engine: the parts of one layer and key-value head.
   kernels::KeyValueCache ring(int64_t layer, int64_t kv_head) const;
-  kernels::KeyValueCache sinks(int64_t layer, int64_t kv_head) const;                         // slots 0: there are none
-  float* latents(int64_t layer) const;                                                        // [Hkv, L, D + 3]
+  kernels::KeyValueCache sinks(int64_t layer, int64_t kv_head) const;  // slots 0: there are none
+  // Latents [Hkv, L, D + 3]; linear attention [Hkv, D, D + 1], its normaliser behind each row.
+  float* sums(int64_t layer) const;
+  float* mixer(int64_t layer) const;                                                          // conv [K - 1, E], RG-LRU [E]
   int64_t window(int64_t layer) const { return places_[static_cast<size_t>(layer)].window; }  // W, of a ring
   void advance(int64_t tokens) { position_ += tokens; }
 
@@ -67,10 +69,11 @@ class Session {
     int64_t window = 0;                // tokens of the ring
     size_t ring = 0, ring_bytes = 0;   // of one key-value head
     size_t sinks = 0, sink_bytes = 0;  // likewise; 0 where there are none
-    size_t latents = 0, latent_bytes = 0;
+    size_t sums = 0, sum_bytes = 0;
+    size_t mixer = 0, mixer_bytes = 0;
   };
   static std::vector<Place> lay_out(const ModelShape& shape, const SessionOptions& options, size_t& total);
-  void clear_latents();
+  void clear_sums();
   // The stretches of memory that hold something, in a fixed order.
   struct Stretch {
     size_t begin, size;

@@ -24,7 +24,7 @@ double divergence(std::span<const float> p, std::span<const float> q) {
 }
 
 std::vector<int32_t> text_tokens(const Model& model, size_t count) {
-  const formats::Tokenizer tokenizer(model.file().metadata());
+  const formats::Tokenizer tokenizer(*model.metadata());
   const std::string text = formats::read_bytes(LATTE_SOURCE_DIR "/data/tinyshakespeare.txt").substr(0, 6000);
   const std::vector<int64_t> tokens = tokenizer.encode(text);
   EXPECT_GE(tokens.size(), count);

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "engine_compare.h"
 #include "extend/converted_model.h"
 #include "formats/hash.h"
 #include "formats/test_files.h"
@@ -26,21 +27,7 @@ using runtime::Engine;
 using runtime::Model;
 using runtime::Session;
 
-constexpr double kFloat32 = 1e-4;    // relative, of float32 throughout
 constexpr double kQuantised = 1e-2;  // nats a token: what rounding activations to 8 bits may cost
-
-runtime::SessionOptions exact() {
-  runtime::SessionOptions options;
-  options.dtype = kernels::DType::kFloat32;
-  options.context = 512;
-  return options;
-}
-
-double distance(std::span<const float> got, const at::Tensor& expected) {
-  const auto values =
-      torch::from_blob(const_cast<float*>(got.data()), {static_cast<int64_t>(got.size())}, torch::kFloat32).to(torch::kFloat64);
-  return ((values - expected).norm() / expected.norm()).item<double>();
-}
 
 // A base, and an adapter for it whose latents are random and open: every part of the mixture carries.
 class Converted {
@@ -104,53 +91,6 @@ class Converted {
   formats::AdapterSpec spec_;
   std::vector<std::pair<std::string, at::Tensor>> tensors_;
 };
-
-// Reads `tokens` in pieces, every token's logits against `expected`.
-void expect_equal(Engine& engine, Session& session, std::span<const int32_t> tokens, const at::Tensor& expected, size_t piece,
-                  size_t begin = 0) {
-  const auto vocabulary = static_cast<size_t>(engine.model().shape().vocab_size);
-  for (size_t i = begin; i < tokens.size(); i += piece) {
-    const size_t count = std::min(piece, tokens.size() - i);
-    const runtime::StepPart part{&session, tokens.subspan(i, count), true};
-    const auto logits = engine.step({&part, 1});
-    for (size_t t = 0; t < count; ++t) {
-      ASSERT_LT(distance(logits.subspan(t * vocabulary, vocabulary), expected[static_cast<int64_t>(i + t)]), kFloat32)
-          << "token " << i + t << ", pieces of " << piece;
-    }
-  }
-}
-
-// Every way to the same place: pieces, threads, a batch of sessions, a state that is saved and loaded by another engine.
-void expect_the_same_on_every_way(const std::shared_ptr<const Model>& model, const std::vector<int32_t>& tokens,
-                                  const at::Tensor& expected, const std::vector<size_t>& pieces) {
-  const formats::TestFolder folder;
-  const size_t half = tokens.size() / 2;
-  for (const int threads : {1, 2, 3}) {
-    Engine engine(model, {threads, {}, 256});
-    for (const size_t piece : pieces) {
-      if (threads != 2 && piece != pieces.front()) continue;
-      Session session(model, exact());
-      expect_equal(engine, session, tokens, expected, piece);
-      if (testing::Test::HasFatalFailure()) return;
-    }
-    Session first(model, exact());
-    engine.prefill(first, std::span(tokens).first(half));
-    first.save(folder / "state");
-  }
-  Engine other(model, {1, {}, 256});
-  std::vector<Session> sessions;
-  for (int i = 0; i < 3; ++i) sessions.push_back(Session::load(folder / "state", model));
-  for (size_t t = half; t < tokens.size(); ++t) {
-    std::vector<runtime::StepPart> parts;
-    for (Session& session : sessions) parts.push_back({&session, {&tokens[t], 1}});
-    const auto logits = other.step(parts);
-    const size_t vocabulary = logits.size() / parts.size();
-    for (size_t i = 0; i < parts.size(); ++i) {
-      ASSERT_LT(distance(logits.subspan(i * vocabulary, vocabulary), expected[static_cast<int64_t>(t)]), kFloat32)
-          << "session " << i << ", token " << t;
-    }
-  }
-}
 
 std::vector<int32_t> narrow(const std::vector<int64_t>& tokens) { return {tokens.begin(), tokens.end()}; }
 
