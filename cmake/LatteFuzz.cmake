@@ -10,8 +10,6 @@ foreach(source ${fuzz_sources})
   target_link_options(${name} PRIVATE -fsanitize=fuzzer)
   add_dependencies(fuzz ${name})
 endforeach()
-# The rung models needs libtorch, this file of it doesn't.
-target_sources(fuzz_checkpoint PRIVATE ${PROJECT_SOURCE_DIR}/src/models/language_model_config.cc)
 add_executable(make_seeds EXCLUDE_FROM_ALL ${fuzz_folder}/make_seeds.cc)
 target_link_libraries(make_seeds PRIVATE latte_runtime)
 add_dependencies(fuzz make_seeds)
