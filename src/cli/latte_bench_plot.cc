@@ -52,7 +52,8 @@ std::string MakeScript(const std::vector<Line>& lines, const std::string& svg, c
   };
   const std::string panels = "set multiplot layout 1,2\nset ylabel 'tokens a second, writing'\n" + plot(2, true) +
                              "set ylabel 'tokens a second, reading'\n" + plot(3, false) + "unset multiplot\n";
-  script << "set xlabel 'depth (tokens read before)'\nset logscale x 2\nset xtics 1024,4\nset xtics add ('0' 256)\nset logscale y 10\nset grid\n"
+  script << "set xlabel 'depth (tokens read before)'\nset logscale x 2\nset xtics 1024,4\nset xtics add ('0' 256)\nset logscale "
+            "y 10\nset grid\n"
          << "set key bottom left noenhanced\nset terminal svg size 1200,500 dynamic background 'white'\nset output "
          << formats::in_quotes(svg) << '\n'
          << panels << "set terminal pngcairo size 1200,500\nset output " << formats::in_quotes(png) << '\n'
