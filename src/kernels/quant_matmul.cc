@@ -11,15 +11,7 @@
 #include "hwy/cache_control.h"
 #include "hwy/highway.h"
 #include "kernels/load-inl.h"
-
-#ifndef LATTE_KERNELS_QUANT_MATMUL_ONCE_
-#define LATTE_KERNELS_QUANT_MATMUL_ONCE_
-namespace latte::kernels {
-constexpr int64_t kQuantBits(WeightFormat format) { return format == WeightFormat::kQ8_0 ? 8 : 4; }
-constexpr int64_t kBlockQuantBytes(WeightFormat format) { return kGroupRows * kQuantBlock * kQuantBits(format) / 8; }
-constexpr int64_t kBlockScales(WeightFormat format) { return kGroupRows * (format == WeightFormat::kQ4_1 ? 2 : 1); }
-}  // namespace latte::kernels
-#endif
+#include "kernels/quant_layout.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace latte::kernels::HWY_NAMESPACE {
@@ -65,6 +57,42 @@ struct Place {
   int64_t out_stride;
 };
 
+// Shifts every byte, by kBits to the left or -kBits to the right; what comes in from its neighbour must be masked.
+template <int kBits>
+HWY_INLINE hn::Vec<DU8> ShiftBytes(hn::Vec<DU8> v) {
+  const hn::Repartition<uint16_t, DU8> d16;
+  const DU8 d;
+  if constexpr (kBits > 0) return hn::BitCast(d, hn::ShiftLeft<kBits>(hn::BitCast(d16, v)));
+  if constexpr (kBits < 0) return hn::BitCast(d, hn::ShiftRight<-kBits>(hn::BitCast(d16, v)));
+  return v;
+}
+
+// Adds the bits above the fourth to the eight quads of a block.
+template <WeightFormat kFormat>
+HWY_INLINE void AddHighBits(const uint8_t* high, hn::Vec<DU8>* HWY_RESTRICT w) {
+  const DU8 d;
+  if constexpr (kBitsOf(kFormat) == 5) {
+    const auto bits = hn::LoadU(d, high), fifth = hn::Set(d, uint8_t{0x10});
+    w[0] = hn::OrAnd(w[0], ShiftBytes<4>(bits), fifth);
+    w[1] = hn::OrAnd(w[1], ShiftBytes<3>(bits), fifth);
+    w[2] = hn::OrAnd(w[2], ShiftBytes<2>(bits), fifth);
+    w[3] = hn::OrAnd(w[3], ShiftBytes<1>(bits), fifth);
+    w[4] = hn::OrAnd(w[4], bits, fifth);
+    w[5] = hn::OrAnd(w[5], ShiftBytes<-1>(bits), fifth);
+    w[6] = hn::OrAnd(w[6], ShiftBytes<-2>(bits), fifth);
+    w[7] = hn::OrAnd(w[7], ShiftBytes<-3>(bits), fifth);
+  } else if constexpr (kBitsOf(kFormat) == 6) {
+    const auto both = hn::Set(d, uint8_t{0x30});
+    for (int plane = 0; plane < 2; ++plane, w += 4) {
+      const auto bits = hn::LoadU(d, high + plane * 64);
+      w[0] = hn::OrAnd(w[0], ShiftBytes<4>(bits), both);
+      w[1] = hn::OrAnd(w[1], ShiftBytes<2>(bits), both);
+      w[2] = hn::OrAnd(w[2], bits, both);
+      w[3] = hn::OrAnd(w[3], ShiftBytes<-2>(bits), both);
+    }
+  }
+}
+
 template <WeightFormat kFormat, int kTokens>
 HWY_INLINE void QuantTile(const Place& at, const Activations& x) {
   const DF df;
@@ -74,7 +102,10 @@ HWY_INLINE void QuantTile(const Place& at, const Activations& x) {
   constexpr int kQuads = kQuantBlock / 4;
   constexpr int64_t kBytes = kBlockQuantBytes(kFormat);
   constexpr int64_t kScales = kBlockScales(kFormat);
-  constexpr int32_t kOffset = kFormat == WeightFormat::kQ8_0 ? 128 : kFormat == WeightFormat::kQ4_0 ? 8 : 0;
+  constexpr int32_t kOffset = kOffsetOf(kFormat);
+  constexpr bool kHighBits = kBitsOf(kFormat) > 4 && kBitsOf(kFormat) < 8;
+  // One token: the high half of four bits stays where it is, 16 times too large, which costs less than to shift each vector.
+  constexpr bool kInPlace = kTokens == 1 && kBitsOf(kFormat) == 4;
   const auto* quants = reinterpret_cast<const uint8_t*>(at.group) + at.lane * 4;
   const auto* scales = reinterpret_cast<const hwy::float16_t*>(at.group + at.blocks * kBytes) + at.lane;
   const auto low = hn::Set(du8, uint8_t{0x0F});
@@ -96,15 +127,31 @@ HWY_INLINE void QuantTile(const Place& at, const Activations& x) {
       for (int i = 0; i < kQuads / 2; ++i) {
         const auto both = hn::LoadU(du8, quants + i * 64);
         w[i] = hn::And(both, low);
-        // One token: the high half stays where it is, 16 times too large, which costs less than to shift each vector.
-        w[kQuads / 2 + i] = kTokens == 1 ? hn::AndNot(low, both) : hn::ShiftRight<4>(both);
+        w[kQuads / 2 + i] = kInPlace ? hn::AndNot(low, both) : hn::ShiftRight<4>(both);
       }
+      if constexpr (kHighBits) AddHighBits<kFormat>(quants + kQuads / 2 * 64, w);
     }
     if constexpr (kTokens == 1) {
       for (int64_t line = 0; line < kLines; ++line) hwy::Prefetch(ahead + line * 64);
       ahead += kLines * 64;
     }
     const VF scale = Promote(df, hn::LoadU(d16, scales));
+    if constexpr (kScalesOf(kFormat) == 2) {
+      const VF second_scale = Promote(df, hn::LoadU(d16, scales + kGroupRows));
+      for (int t = 0; t < kTokens; ++t) {
+        const int8_t* q = xq + t * kQuantBlock;
+        const int32_t sum_of_first = x.half_sums[first + b * kTileTokens + t];
+        VI dot = hn::Set(di, -kOffset * sum_of_first);
+        VI second = hn::Set(di, -kOffset * (x.sums[first + b * kTileTokens + t] - sum_of_first));
+        for (int i = 0; i < kQuads / 2; ++i) {
+          dot = hn::SumOfMulQuadAccumulate(di, w[i], Broadcast4(q + 4 * i), dot);
+          second = hn::SumOfMulQuadAccumulate(di, w[kQuads / 2 + i], Broadcast4(q + 16 + 4 * i), second);
+        }
+        const VF both = hn::MulAdd(hn::ConvertTo(df, dot), scale, hn::Mul(hn::ConvertTo(df, second), second_scale));
+        sum[t] = hn::MulAdd(both, hn::Set(df, xs[t]), sum[t]);
+      }
+      continue;
+    }
     for (int t = 0; t < kTokens; ++t) {
       const int8_t* q = xq + t * kQuantBlock;
       VI dot = kOffset == 0 ? hn::Zero(di) : hn::Set(di, -kOffset * x.sums[first + b * kTileTokens + t]);
@@ -114,13 +161,13 @@ HWY_INLINE void QuantTile(const Place& at, const Activations& x) {
           dot = hn::SumOfMulQuadAccumulate(di, w[i], Broadcast4(q + 4 * i), dot);
           other = hn::SumOfMulQuadAccumulate(di, w[kQuads / 2 + i], Broadcast4(q + 16 + 4 * i), other);
         }
-        dot = hn::Add(dot, kFormat == WeightFormat::kQ8_0 ? other : hn::ShiftRight<4>(other));
+        dot = hn::Add(dot, kInPlace ? hn::ShiftRight<4>(other) : other);
       } else {
         for (int i = 0; i < kQuads; ++i) dot = hn::SumOfMulQuadAccumulate(di, w[i], Broadcast4(q + 4 * i), dot);
       }
       sum[t] = hn::MulAdd(hn::ConvertTo(df, dot), hn::Mul(scale, hn::Set(df, xs[t])), sum[t]);
     }
-    if constexpr (kFormat == WeightFormat::kQ4_1) {
+    if constexpr (kHasMinimum(kFormat)) {
       const VF minimum = Promote(df, hn::LoadU(d16, scales + kGroupRows));
       const float* xm = x.scaled_sums + first + b * kTileTokens;
       for (int t = 0; t < kTokens; ++t) sum[t] = hn::MulAdd(minimum, hn::Set(df, xm[t]), sum[t]);
@@ -206,7 +253,7 @@ HWY_INLINE void FloatTile(const Place& at, const Activations& x) {
 
 template <WeightFormat kFormat, int kTokens>
 HWY_INLINE void Tile(const Place& at, const Activations& x) {
-  if constexpr (kFormat <= WeightFormat::kQ8_0) {
+  if constexpr (IsQuantised(kFormat)) {
     QuantTile<kFormat, kTokens>(at, x);
   } else if constexpr (kFormat == WeightFormat::kBFloat16) {
     BFloatTile<kTokens>(at, x);
@@ -263,6 +310,12 @@ void MatMul(const PackedMatrix& matrix, const Activations& x, int64_t first_toke
       return run(Product<WeightFormat::kQ4_0>);
     case WeightFormat::kQ4_1:
       return run(Product<WeightFormat::kQ4_1>);
+    case WeightFormat::kQ5_0:
+      return run(Product<WeightFormat::kQ5_0>);
+    case WeightFormat::kQ5_1:
+      return run(Product<WeightFormat::kQ5_1>);
+    case WeightFormat::kQ6_K:
+      return run(Product<WeightFormat::kQ6_K>);
     case WeightFormat::kQ8_0:
       return run(Product<WeightFormat::kQ8_0>);
     case WeightFormat::kBFloat16:
@@ -288,6 +341,7 @@ void Quantize(const float* x, int64_t token, int64_t first, int64_t last, const 
     const VF inverse = hn::Set(df, largest > 0.0f ? 127.0f / largest : 0.0f);
     VI sum = hn::Zero(di);
     for (int64_t i = 0; i < kQuantBlock; i += lanes) {
+      if (i == kQuantBlock / 2 && out.half_sums != nullptr) out.half_sums[place] = hn::ReduceSum(di, sum);
       // What isn't a number becomes one: a sum of 8-bit numbers fits into 32 bits.
       const VI nearest = hn::NearestInt(hn::Mul(hn::LoadU(df, x + i), inverse));
       const VI q = hn::Min(hn::Max(nearest, hn::Set(di, -127)), hn::Set(di, 127));
@@ -336,107 +390,7 @@ namespace {
 HWY_EXPORT(MatMul);
 HWY_EXPORT(Pack);
 
-float HalfAt(const std::byte* bytes) {
-  uint16_t bits;
-  std::memcpy(&bits, bytes, sizeof(bits));
-  const float value = hwy::F32FromF16(hwy::float16_t::FromBits(bits));
-  if ((bits & 0x7C00) != 0x7C00) return value;
-  return (bits & 0x3FF) != 0 ? NAN : (bits & 0x8000) != 0 ? -INFINITY : INFINITY;
-}
-
-// Bytes in front of a block's quants in ggml's layout: its scale and minimum.
-constexpr int64_t HeadBytes(WeightFormat format) { return format == WeightFormat::kQ4_1 ? 4 : 2; }
-constexpr int64_t BlockBytes(WeightFormat format) { return HeadBytes(format) + kQuantBlock * kQuantBits(format) / 8; }
-constexpr int64_t FloatBytes(WeightFormat format) { return format == WeightFormat::kFloat32 ? 4 : 2; }
-
-void PackQuantRow(WeightFormat format, int64_t blocks, const std::byte* row, int64_t lane, std::byte* group) {
-  std::byte* scales = group + blocks * kBlockQuantBytes(format);
-  for (int64_t b = 0; b < blocks; ++b, row += BlockBytes(format)) {
-    for (int64_t i = 0; i < HeadBytes(format) / 2; ++i) {
-      std::memcpy(scales + (b * kBlockScales(format) + i * kGroupRows + lane) * 2, row + 2 * i, 2);
-    }
-    std::byte* out = group + b * kBlockQuantBytes(format) + lane * 4;
-    const std::byte* quants = row + HeadBytes(format);
-    for (int64_t i = 0; i < BlockBytes(format) - HeadBytes(format); ++i) {
-      // Four-bit blocks hold column i in byte i's low half and column 16 + i in its high half already.
-      out[i / 4 * 64 + i % 4] = format == WeightFormat::kQ8_0 ? quants[i] ^ std::byte{0x80} : quants[i];
-    }
-  }
-}
-
 }  // namespace
-
-int64_t PackedGroupBytes(WeightFormat format, int64_t columns) {
-  if (format > WeightFormat::kQ8_0) return (columns * kGroupRows * FloatBytes(format) + 63) / 64 * 64;
-  return (columns / kQuantBlock * (kBlockQuantBytes(format) + 2 * kBlockScales(format)) + 63) / 64 * 64;
-}
-
-int64_t UnpackedRowBytes(WeightFormat format, int64_t columns) {
-  return format > WeightFormat::kQ8_0 ? columns * FloatBytes(format) : columns / kQuantBlock * BlockBytes(format);
-}
-
-void PackGroups(const PackedMatrix& matrix, const std::byte* rows, int64_t first, int64_t last, std::byte* packed) {
-  const int64_t group_bytes = PackedGroupBytes(matrix.format, matrix.columns);
-  const int64_t row_bytes = UnpackedRowBytes(matrix.format, matrix.columns);
-  for (int64_t g = first; g < last; ++g) {
-    std::byte* group = packed + g * group_bytes;
-    std::memset(group, 0, static_cast<size_t>(group_bytes));
-    for (int64_t lane = 0; lane < kGroupRows && g * kGroupRows + lane < matrix.rows; ++lane) {
-      const std::byte* row = rows + (g * kGroupRows + lane) * row_bytes;
-      if (matrix.format <= WeightFormat::kQ8_0) {
-        PackQuantRow(matrix.format, matrix.columns / kQuantBlock, row, lane, group);
-        continue;
-      }
-      const int64_t step = ColumnStep(matrix.format) * FloatBytes(matrix.format);
-      for (int64_t i = 0; i < row_bytes / step; ++i) {
-        std::memcpy(group + (i * kGroupRows + lane) * step, row + i * step, static_cast<size_t>(step));
-      }
-    }
-  }
-}
-
-void UnpackRow(const PackedMatrix& matrix, int64_t row, float* out) {
-  const WeightFormat format = matrix.format;
-  const std::byte* group = matrix.data + row / kGroupRows * PackedGroupBytes(format, matrix.columns);
-  const int64_t lane = row % kGroupRows;
-  if (format > WeightFormat::kQ8_0) {
-    const int64_t step = ColumnStep(format);
-    for (int64_t c = 0; c < matrix.columns; ++c) {
-      const std::byte* at = group + ((c / step * kGroupRows + lane) * step + c % step) * FloatBytes(format);
-      uint16_t bits = 0;
-      switch (format) {
-        case WeightFormat::kFloat32:
-          std::memcpy(out + c, at, 4);
-          break;
-        case WeightFormat::kFloat16:
-          out[c] = HalfAt(at);
-          break;
-        default:
-          std::memcpy(&bits, at, 2);
-          out[c] = hwy::F32FromBF16(hwy::bfloat16_t::FromBits(bits));
-      }
-    }
-    return;
-  }
-  const int64_t blocks = matrix.columns / kQuantBlock;
-  const std::byte* scales = group + blocks * kBlockQuantBytes(format);
-  for (int64_t b = 0; b < blocks; ++b) {
-    const std::byte* heads = scales + (b * kBlockScales(format) + lane) * 2;
-    const float scale = HalfAt(heads);
-    const float minimum = format == WeightFormat::kQ4_1 ? HalfAt(heads + kGroupRows * 2) : 0.0f;
-    const std::byte* quants = group + b * kBlockQuantBytes(format) + lane * 4;
-    for (int64_t i = 0; i < kQuantBlock; ++i) {
-      float q;
-      if (format == WeightFormat::kQ8_0) {
-        q = static_cast<float>(static_cast<int>(quants[i / 4 * 64 + i % 4]) - 128);
-      } else {
-        const int both = static_cast<int>(quants[i % 16 / 4 * 64 + i % 4]);
-        q = static_cast<float>((i < 16 ? both & 15 : both >> 4) - (format == WeightFormat::kQ4_0 ? 8 : 0));
-      }
-      out[b * kQuantBlock + i] = q * scale + minimum;
-    }
-  }
-}
 
 void PackActivations(ActivationForm form, const float* x, int64_t token, int64_t first, int64_t last, const Activations& out) {
   HWY_DYNAMIC_DISPATCH(Pack)(form, x, token, first, last, out);

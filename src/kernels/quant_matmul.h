@@ -3,9 +3,11 @@
 // A matrix is repacked once. Rows go in groups of kGroupRows that lie side by side in a vector's lanes, so that neither a product
 // of one token (bound by memory) nor one of many (bound by arithmetic) ever sums across lanes. Within a group the quants of all
 // columns come first, then the scales:
-//   quants: blocks of 32 columns. 8 bits: byte [quad][row][4], columns 4 quad … 4 quad + 3, Q8_0's quants plus 128. 4 bits: byte
-//           [quad < 4][row][4], its low half columns 4 quad …, its high half columns 16 + 4 quad …
-//   scales: float16 [block][row]; formats with minima: [block][scale, minimum][row]
+//   quants: blocks of 32 columns. 8 bits: byte [quad][row][4], columns 4 quad … 4 quad + 3. Fewer: their low 4 bits as byte
+//           [quad < 4][row][4], its low half columns 4 quad …, its high half columns 16 + 4 quad …; then the fifth bits, byte
+//           [row][4] with quad in bit `quad`, or the fifth and sixth, byte [quad / 4][row][4] with quad in bits 2 (quad % 4) …
+//   scales: float16 [block][row]; formats with minima: [block][scale, minimum][row]; with two scales, of columns 0 … 15 and
+//           16 … 31: [block][2][row]
 // Float formats: bfloat16 [pair of columns][row][2], float16 and float32 [column][row].
 // Rows that fill up the last group are zero. Groups start at multiples of 64 bytes.
 //
@@ -21,38 +23,74 @@ namespace latte::kernels {
 constexpr int64_t kGroupRows = 16;
 constexpr int64_t kQuantBlock = 32;  // columns that share a scale
 
-enum class WeightFormat : uint8_t { kQ4_0, kQ4_1, kQ8_0, kBFloat16, kFloat16, kFloat32 };
+// How a row lies in ggml's files.
+enum class RowLayout : uint8_t { kQ4_0, kQ4_1, kQ5_0, kQ5_1, kQ8_0, kQ4_K, kQ5_K, kQ6_K, kBFloat16, kFloat16, kFloat32 };
+
+// How it is packed. Numbers name the bits of a quant, then ggml's first type of that form: _0 is scale * (quant - offset), _1
+// scale * quant + minimum, kQ6_K like _0 with a scale for 16 columns.
+enum class WeightFormat : uint8_t { kQ4_0, kQ4_1, kQ5_0, kQ5_1, kQ6_K, kQ8_0, kBFloat16, kFloat16, kFloat32 };
+
+// The scales and minima of K types, products of two numbers, are rounded to float16, by half a unit; all else stays exact.
+constexpr WeightFormat FormatOf(RowLayout layout) {
+  switch (layout) {
+    case RowLayout::kQ4_0:
+      return WeightFormat::kQ4_0;
+    case RowLayout::kQ4_1:
+    case RowLayout::kQ4_K:
+      return WeightFormat::kQ4_1;
+    case RowLayout::kQ5_0:
+      return WeightFormat::kQ5_0;
+    case RowLayout::kQ5_1:
+    case RowLayout::kQ5_K:
+      return WeightFormat::kQ5_1;
+    case RowLayout::kQ6_K:
+      return WeightFormat::kQ6_K;
+    case RowLayout::kQ8_0:
+      return WeightFormat::kQ8_0;
+    case RowLayout::kBFloat16:
+      return WeightFormat::kBFloat16;
+    case RowLayout::kFloat16:
+      return WeightFormat::kFloat16;
+    case RowLayout::kFloat32:
+      break;
+  }
+  return WeightFormat::kFloat32;
+}
+
+constexpr bool IsQuantised(WeightFormat format) { return format <= WeightFormat::kQ8_0; }
 
 // A multiple of this many columns is needed.
-constexpr int64_t ColumnStep(WeightFormat format) {
-  return format <= WeightFormat::kQ8_0 ? kQuantBlock : format == WeightFormat::kBFloat16 ? 2 : 1;
+constexpr int64_t ColumnStep(RowLayout layout) {
+  if (layout >= RowLayout::kQ4_K && layout <= RowLayout::kQ6_K) return 256;
+  const WeightFormat format = FormatOf(layout);
+  return IsQuantised(format) ? kQuantBlock : format == WeightFormat::kBFloat16 ? 2 : 1;
 }
 
 struct PackedMatrix {
   WeightFormat format = WeightFormat::kFloat32;
   int64_t rows = 0;
-  int64_t columns = 0;              // a multiple of ColumnStep(format)
+  int64_t columns = 0;              // a multiple of the layout's ColumnStep()
   const std::byte* data = nullptr;  // PackedBytes(), aligned to 64
 
   int64_t groups() const { return (rows + kGroupRows - 1) / kGroupRows; }
 };
 
 int64_t PackedGroupBytes(WeightFormat format, int64_t columns);
-// Rows of ggml's own layout: bytes of one.
-int64_t UnpackedRowBytes(WeightFormat format, int64_t columns);
+int64_t UnpackedRowBytes(RowLayout layout, int64_t columns);
 
-// Packs groups [first, last) of a matrix whose rows lie at `rows` in ggml's layout (little-endian, no alignment needed) into
-// `packed`, the whole matrix's memory.
-void PackGroups(const PackedMatrix& matrix, const std::byte* rows, int64_t first, int64_t last, std::byte* packed);
+// Packs groups [first, last) of a matrix in FormatOf(layout) whose rows lie at `rows` in that layout (little-endian, no alignment
+// needed) into `packed`, the whole matrix's memory.
+void PackGroups(const PackedMatrix& matrix, RowLayout layout, const std::byte* rows, int64_t first, int64_t last,
+                std::byte* packed);
 
-// One row as float32 [columns], as ggml would dequantise it.
+// One row as float32 [columns], as ggml would dequantise it but for the rounding that FormatOf() tells of.
 void UnpackRow(const PackedMatrix& matrix, int64_t row, float* out);
 
 // What a format's products read activations as.
 enum class ActivationForm : uint8_t { kInt8, kBFloat16, kFloat32 };
 
 constexpr ActivationForm FormOf(WeightFormat format) {
-  return format <= WeightFormat::kQ8_0       ? ActivationForm::kInt8
+  return IsQuantised(format)                 ? ActivationForm::kInt8
          : format == WeightFormat::kBFloat16 ? ActivationForm::kBFloat16
                                              : ActivationForm::kFloat32;
 }
@@ -67,6 +105,7 @@ struct Activations {
   float* scales = nullptr;       // kInt8: [tile][columns / 32][token]
   float* scaled_sums = nullptr;  // likewise: scale * sum of the block's quants
   int32_t* sums = nullptr;       // likewise: sum of the block's quants
+  int32_t* half_sums = nullptr;  // likewise, or null: of its first 16; kQ6_K's products read it
   uint16_t* bfloats = nullptr;   // kBFloat16: [tile][columns / 2][token][2]
   float* values = nullptr;       // kFloat32: [tile][columns][token]
 };

@@ -11,20 +11,30 @@
 namespace latte::runtime {
 namespace {
 
-std::optional<kernels::WeightFormat> packed_format(formats::TensorType type) {
+std::optional<kernels::RowLayout> layout_of(formats::TensorType type) {
   switch (type) {
     case formats::TensorType::kF32:
-      return kernels::WeightFormat::kFloat32;
+      return kernels::RowLayout::kFloat32;
     case formats::TensorType::kF16:
-      return kernels::WeightFormat::kFloat16;
+      return kernels::RowLayout::kFloat16;
     case formats::TensorType::kBF16:
-      return kernels::WeightFormat::kBFloat16;
+      return kernels::RowLayout::kBFloat16;
     case formats::TensorType::kQ4_0:
-      return kernels::WeightFormat::kQ4_0;
+      return kernels::RowLayout::kQ4_0;
     case formats::TensorType::kQ4_1:
-      return kernels::WeightFormat::kQ4_1;
+      return kernels::RowLayout::kQ4_1;
+    case formats::TensorType::kQ5_0:
+      return kernels::RowLayout::kQ5_0;
+    case formats::TensorType::kQ5_1:
+      return kernels::RowLayout::kQ5_1;
     case formats::TensorType::kQ8_0:
-      return kernels::WeightFormat::kQ8_0;
+      return kernels::RowLayout::kQ8_0;
+    case formats::TensorType::kQ4_K:
+      return kernels::RowLayout::kQ4_K;
+    case formats::TensorType::kQ5_K:
+      return kernels::RowLayout::kQ5_K;
+    case formats::TensorType::kQ6_K:
+      return kernels::RowLayout::kQ6_K;
     default:
       return std::nullopt;
   }
@@ -34,6 +44,7 @@ std::optional<kernels::WeightFormat> packed_format(formats::TensorType type) {
 
 void InputForms::add(const InputForms& other) {
   int8 |= other.int8;
+  half_sums |= other.half_sums;
   bfloat16 |= other.bfloat16;
   float32 |= other.float32;
   for (const int type : other.ggml) {
@@ -50,6 +61,7 @@ Inputs::Inputs(int64_t tokens, int64_t columns, const InputForms& forms, Arena& 
     packed_.scales = arena.take_array<float>(padded * blocks);
     packed_.scaled_sums = arena.take_array<float>(padded * blocks);
     packed_.sums = arena.take_array<int32_t>(padded * blocks);
+    if (forms.half_sums) packed_.half_sums = arena.take_array<int32_t>(padded * blocks);
   }
   if (forms.bfloat16) packed_.bfloats = arena.take_array<uint16_t>(padded * columns);
   if (forms.float32) packed_.values = arena.take_array<float>(padded * columns);
@@ -83,17 +95,19 @@ Matrix::Matrix(const formats::GgufTensorSpec& spec, const std::byte* data, int64
                ThreadPool& pool)
     : rows_(rows), columns_(columns) {
   ggml_type_ = static_cast<int>(spec.type);
-  const auto format = packed_format(spec.type);
-  if (format && columns % kernels::ColumnStep(*format) == 0) {
-    packed_ = {*format, rows, columns, nullptr};
-    std::byte* packed = arena.take(static_cast<size_t>(kernels::PackedGroupBytes(*format, columns) * groups()));
+  const auto layout = layout_of(spec.type);
+  if (layout && columns % kernels::ColumnStep(*layout) == 0) {
+    const kernels::WeightFormat format = kernels::FormatOf(*layout);
+    packed_ = {format, rows, columns, nullptr};
+    std::byte* packed = arena.take(static_cast<size_t>(kernels::PackedGroupBytes(format, columns) * groups()));
     pool.run([&](int thread) {
       const Share share = share_of(groups(), thread, pool.size());
-      kernels::PackGroups(packed_, data, share.begin, share.end, packed);
+      kernels::PackGroups(packed_, *layout, data, share.begin, share.end, packed);
     });
     packed_.data = packed;
-    const auto form = kernels::FormOf(*format);
+    const auto form = kernels::FormOf(format);
     forms_.int8 = form == kernels::ActivationForm::kInt8;
+    forms_.half_sums = format == kernels::WeightFormat::kQ6_K;
     forms_.bfloat16 = form == kernels::ActivationForm::kBFloat16;
     forms_.float32 = form == kernels::ActivationForm::kFloat32;
     return;

@@ -15,6 +15,7 @@ namespace latte::runtime {
 // The forms that a product's input rows are needed in.
 struct InputForms {
   bool int8 = false;
+  bool half_sums = false;  // of int8
   bool bfloat16 = false;
   bool float32 = false;
   std::vector<int> ggml;  // ggml's types, each once

@@ -1,0 +1,33 @@
+// What the packed quantised formats are made of (quant_matmul.h), for those who pack them and those who multiply with them.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/quant_matmul.h"
+
+namespace latte::kernels {
+
+constexpr bool kHasMinimum(WeightFormat format) { return format == WeightFormat::kQ4_1 || format == WeightFormat::kQ5_1; }
+constexpr int64_t kBitsOf(WeightFormat format) {
+  switch (format) {
+    case WeightFormat::kQ4_0:
+    case WeightFormat::kQ4_1:
+      return 4;
+    case WeightFormat::kQ5_0:
+    case WeightFormat::kQ5_1:
+      return 5;
+    case WeightFormat::kQ6_K:
+      return 6;
+    default:
+      return 8;
+  }
+}
+// What a stored quant has more than the number it stands for.
+constexpr int32_t kOffsetOf(WeightFormat format) { return kHasMinimum(format) ? 0 : 1 << (kBitsOf(format) - 1); }
+constexpr int64_t kScalesOf(WeightFormat format) { return format == WeightFormat::kQ6_K ? 2 : 1; }  // of a block and row
+
+// Of a block of a group: bytes of its quants; float16 numbers behind them.
+constexpr int64_t kBlockQuantBytes(WeightFormat format) { return kGroupRows * kQuantBlock * kBitsOf(format) / 8; }
+constexpr int64_t kBlockScales(WeightFormat format) { return kGroupRows * (kScalesOf(format) + (kHasMinimum(format) ? 1 : 0)); }
+
+}  // namespace latte::kernels
