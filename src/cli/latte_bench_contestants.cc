@@ -37,7 +37,10 @@ bool LatteContestant::Reach(std::span<const int32_t> text, int64_t more, double 
     if (count == kStretch || reading_rates.empty()) reading_rates.push_back(static_cast<double>(count) / SecondsSince(begin));
   }
   depth_ = session_->position();
-  if (model_->shape().constant_state()) marked_.emplace(*session_);
+  const auto& layers = model_->shape().layers;
+  const bool forgets = std::any_of(layers.begin(), layers.end(),
+                                   [](const runtime::LayerShape& layer) { return layer.window > 0 || layer.has_sums(); });
+  if (forgets) marked_.emplace(*session_);
   return true;
 }
 
@@ -70,7 +73,7 @@ void LatteContestant::Write(int32_t token) {
 void LatteContestant::Rest() {
   GoBack();
   constexpr int64_t kFull = 1000;  // tokens after which the usual windows are full
-  if (marked_ && !first_ && depth_ >= kFull) {
+  if (marked_ && model_->shape().constant_state() && !first_ && depth_ >= kFull) {
     first_ = std::move(marked_);
     resident -= static_cast<double>(first_->bytes()) / 1e6;  // kept for the comparison alone
   }
