@@ -161,6 +161,35 @@ def test_ctrl_c_stops_an_answer_and_a_second_one_leaves(chat):
     assert terminal.leave() in (130, -signal.SIGINT)
 
 
+def test_ctrl_c_between_enter_and_the_first_word_returns_to_the_prompt(chat):
+    terminal = chat("--tokens", 5, "--system", "You are a patient teacher. " * 100)
+    for attempt in range(10):
+        terminal.type("Tell me a very long story.\n")
+        terminal.wait("\n")  # Enter has been read
+        time.sleep(attempt * 0.001)  # from the first instruction behind it into the reading of the prompt
+        terminal.press(CTRL_C)
+        terminal.wait("\n> ")
+    assert len(terminal.ask("Say hello.")) > 2
+    terminal.type(CTRL_D)
+    assert terminal.leave() == 0
+
+
+def test_ctrl_c_at_the_prompt_drops_what_is_typed_and_a_second_one_leaves(chat):
+    terminal = chat("--tokens", 5)
+    for line in ("Tell me", '"""\nTell me\nand then'):
+        terminal.type(line)
+        terminal.wait(line.split("\n")[-1])
+        terminal.press(CTRL_C)
+        terminal.wait("Ctrl-C again leaves")
+        terminal.wait("\n> ")
+        assert len(terminal.ask("Say hello.")) > 2  # and it isn't the second one any more
+    terminal.type(CTRL_C)
+    terminal.wait("Ctrl-C again leaves")
+    terminal.wait("\n> ")
+    terminal.type(CTRL_C)
+    assert terminal.leave() == 130
+
+
 def test_a_conversation_is_saved_and_goes_on_and_an_answer_is_tried_again(chat, tmp_path):
     state = tmp_path / "my state"
     terminal = chat("--tokens", 12, "--stats", "--system", "You are a patient teacher. " * 20)

@@ -60,6 +60,8 @@ class Conversation {
       std::printf("A line ending in \\ goes on, and so does all between two lines of \"\"\". %s\nCtrl-C stops an answer.\n",
                   kCommands);
     }
+    // From the beginning: Ctrl-C may come between Enter and the answer too.
+    const Interrupt interrupt;
     while (const std::optional<std::string> message = Ask()) {
       try {
         if (*message == "/exit" || *message == "/quit") break;
@@ -81,7 +83,7 @@ class Conversation {
         Complain(error);
       }
     }
-    return 0;
+    return left_ ? 130 : 0;
   }
 
  private:
@@ -90,24 +92,48 @@ class Conversation {
     std::fprintf(stderr, "latte: %s\n", error.what());
   }
 
-  // A message of one or several lines; nothing at the end of input.
+  // The next message; nothing at the end of input, and where a second Ctrl-C follows one at the prompt or in an answer.
   std::optional<std::string> Ask() {
-    std::optional<std::string> line = lines_.Read("> ");
+    for (;;) {
+      const std::optional<std::string> message = ReadMessage();
+      if (!interrupted_) return message;
+      left_ = !lines_.terminal() || Interrupt::Count() > 1;
+      if (left_) return std::nullopt;
+      std::printf("(Ctrl-C again leaves, and so does Ctrl-D)\n");
+    }
+  }
+
+  // One of one or several lines; nothing at the end of input, and with interrupted_.
+  std::optional<std::string> ReadMessage() {
+    std::optional<std::string> line = ReadLine("> ");
     if (!line) return std::nullopt;
     std::string message;
     if (*line == "\"\"\"") {
-      while ((line = lines_.Read(". ")) && *line != "\"\"\"") message += *line + "\n";
+      while ((line = ReadLine(". ")) && *line != "\"\"\"") message += *line + "\n";
       if (!message.empty()) message.pop_back();
     } else {
       while (line && line->ends_with('\\')) {
         line->pop_back();
         message += *line + "\n";
-        line = lines_.Read(". ");
+        line = ReadLine(". ");
       }
       if (line) message += *line;
     }
+    if (interrupted_) return std::nullopt;
     lines_.Keep(message);
     return message;
+  }
+
+  std::optional<std::string> ReadLine(const char* prompt) {
+    const int before = Interrupt::Count();
+    std::optional<std::string> line;
+    {
+      const InterruptedReads reads;
+      line = lines_.Read(prompt);
+    }
+    interrupted_ = !line && Interrupt::Count() > before;
+    if (line) Interrupt::Forget(before);  // what came behind Enter is meant for the answer
+    return line;
   }
 
   void Command(const std::string& line) {
@@ -249,8 +275,6 @@ class Conversation {
 
   // To the last message, which is the user's.
   void Answer() {
-    Interrupt::Clear();
-    const Interrupt interrupt;
     std::string answer;
     int64_t count = 0;
     try {
@@ -316,7 +340,9 @@ class Conversation {
   std::vector<std::pair<std::string, std::vector<int32_t>>> known_;
   bool foreign_ = false;
   bool known_to_cache_ = true;
-  bool whole_ = true;  // the last reading wasn't interrupted
+  bool whole_ = true;         // the last reading wasn't interrupted
+  bool interrupted_ = false;  // the last line wasn't finished: Ctrl-C
+  bool left_ = false;         // by Ctrl-C
   int64_t read_ = 0;
 };
 
@@ -342,7 +368,7 @@ void AddChat(CLI::App& app, int& exit_code) {
       "  /save FILE, /load FILE   keep the conversation with the model's state, and go on from it\n"
       "  /retry, /undo            another answer; take the last question and answer back\n"
       "  /reset, /exit            begin anew; leave (so does Ctrl-D)\n"
-      "  Ctrl-C                   stops an answer; a second one leaves\n"
+      "  Ctrl-C                   stops an answer, or drops what is typed; a second one leaves\n"
       "  A line ending in \\ goes on, and so does all between two lines of \"\"\".\n\n"
       "Examples:\n"
       "  latte chat SmolLM2-135M-Instruct.Q4_1.gguf --system 'You are a patient teacher.'\n"

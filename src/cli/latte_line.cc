@@ -51,7 +51,14 @@ std::optional<std::string> LineReader::Read(const char* prompt) {
   if (terminal_) std::fputs(prompt, stdout);
   std::fflush(stdout);
   std::string line;
-  if (!std::getline(std::cin, line)) return std::nullopt;
+  if (!std::getline(std::cin, line)) {
+    if (terminal_) {  // a signal; at its end a terminal says so again
+      std::fputs("\n", stdout);
+      std::cin.clear();
+      std::clearerr(stdin);
+    }
+    return std::nullopt;
+  }
   return line;
 }
 

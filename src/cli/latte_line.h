@@ -14,7 +14,7 @@ class LineReader {
   explicit LineReader(std::string history);
 
   bool terminal() const { return terminal_; }
-  // Nothing at the end of input.
+  // Nothing at the end of input, and where a signal came while it was waited for (InterruptedReads).
   std::optional<std::string> Read(const char* prompt);
   // Keeps a text of one or several lines, to be called up and edited again. A file that can't be written is no reason to stop.
   void Keep(const std::string& text);

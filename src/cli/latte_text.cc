@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <csignal>
 #include <cstdio>
@@ -25,11 +26,19 @@ runtime::ModelOptions ModelOptionsOf(const ModelChoice& choice) {
   return options;
 }
 
-volatile std::sig_atomic_t interrupts = 0;
+std::atomic<int> interrupts = 0;  // lock-free, as a signal's handler needs it
+
+void CountInterrupt(int) { interrupts.fetch_add(1); }
 
 void OnInterrupt(int) {
-  interrupts = interrupts + 1;
-  if (interrupts > 1) ::_exit(130);
+  if (interrupts.fetch_add(1) > 0) ::_exit(130);
+}
+
+void OnSignal(void (*handler)(int), int flags) {
+  struct sigaction action = {};
+  action.sa_handler = handler;
+  action.sa_flags = flags;
+  ::sigaction(SIGINT, &action, nullptr);
 }
 
 }  // namespace
@@ -155,10 +164,13 @@ std::string StopFilter::Add(std::string_view piece) {
 
 std::string StopFilter::Rest() { return std::exchange(held_, {}); }
 
-Interrupt::Interrupt() { std::signal(SIGINT, OnInterrupt); }
-Interrupt::~Interrupt() { std::signal(SIGINT, SIG_DFL); }
-bool Interrupt::Seen() { return interrupts > 0; }
-void Interrupt::Clear() { interrupts = 0; }
+Interrupt::Interrupt() { OnSignal(OnInterrupt, SA_RESTART); }
+Interrupt::~Interrupt() { OnSignal(SIG_DFL, 0); }
+int Interrupt::Count() { return interrupts.load(); }
+void Interrupt::Forget(int count) { interrupts.fetch_sub(count); }
+
+InterruptedReads::InterruptedReads() { OnSignal(CountInterrupt, 0); }
+InterruptedReads::~InterruptedReads() { OnSignal(OnInterrupt, SA_RESTART); }
 
 PromptProgress::PromptProgress(int64_t total) : total_(total), shown_(::isatty(STDERR_FILENO) != 0 && total > 2048) {}
 

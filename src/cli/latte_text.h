@@ -90,13 +90,25 @@ class StopFilter {
   bool stopped_ = false;
 };
 
-// Ctrl-C: the first is told here, the second ends the program.
+// Ctrl-C while this lives: the first is counted, the second ends the program.
 class Interrupt {
  public:
   Interrupt();
   ~Interrupt();
-  static bool Seen();
-  static void Clear();
+  Interrupt(const Interrupt&) = delete;
+  Interrupt& operator=(const Interrupt&) = delete;
+  static bool Seen() { return Count() > 0; }
+  static int Count();
+  static void Forget(int count);  // so many of them
+};
+
+// Ctrl-C while this lives, within an Interrupt: all are counted, none ends the program, and reading from a terminal returns.
+class InterruptedReads {
+ public:
+  InterruptedReads();
+  ~InterruptedReads();
+  InterruptedReads(const InterruptedReads&) = delete;
+  InterruptedReads& operator=(const InterruptedReads&) = delete;
 };
 
 // A line on a terminal that shows how much of a long prompt is read; Ctrl-C ends the reading.
