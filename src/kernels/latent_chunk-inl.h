@@ -416,17 +416,24 @@ HWY_INLINE void TransposeWeights(const Dims& dims, const Chunk& chunk, size_t co
   Transpose(rounded, dims.latents_padded, chunk.weights, dims.latents_padded, chunk.weights_transposed, kChunk);
 }
 
-// S += eᵀ v, and the decay of the stretch after its first token.
-HWY_INLINE void AddValues(const LatentArgs& args, const Dims& dims, const Chunk& chunk, size_t count, const Rows& values,
-                          const State& state, Prefetch& prefetch) {
+// S += eᵀ v, and the decay of the stretch after its first token. `rows` of weights [rows, L] and values: tokens, or pairs of
+// them.
+template <class Product>
+HWY_INLINE void AddProduct(const LatentArgs& args, const Dims& dims, const Chunk& chunk, size_t rows, const float* weights,
+                           const Rows& values, const State& state, Prefetch& prefetch) {
   const F d;
-  MatMul<true>(d, dims.latents, dims.head_dim_padded, count, Left{chunk.weights, 1, dims.latents_padded}, values.data, values.row,
-               state.sum, dims.head_dim_padded, prefetch);
+  MatMul<true, Product>(d, dims.latents, dims.head_dim_padded, rows, Left{weights, 1, dims.latents_padded}, values.data,
+                        values.row, state.sum, dims.head_dim_padded, prefetch);
   if (!args.log_decay) return;
   for (size_t l = 0; l < dims.latents; ++l) {
     state.maximum[l] += chunk.total_decay[l];
     state.decay[l] += chunk.total_decay[l];
   }
+}
+
+HWY_INLINE void AddValues(const LatentArgs& args, const Dims& dims, const Chunk& chunk, size_t count, const Rows& values,
+                          const State& state, Prefetch& prefetch) {
+  AddProduct<Floats>(args, dims, chunk, count, chunk.weights, values, state, prefetch);
 }
 
 // The softmax of a chunk's query logits, before its division: p(l | t) = weights[t, l] scales[t], p(0 | t) = gates[t] scales[t]
@@ -496,6 +503,7 @@ HWY_INLINE void LoadProbabilities(const LatentArgs& args, const Dims& dims, cons
 
 // scores[t, s] = Σ_l left[t, l] transposed[l, s] for s <= t < count, 0 for s > t within the strip that t lies in. Rows of
 // `transposed` lie kChunk apart.
+template <class Product = Floats>
 HWY_INLINE void TriangularScores(size_t count, size_t inner, const float* left, size_t left_row, const float* transposed,
                                  float* scores, size_t scores_row, Prefetch& prefetch) {
   const F d;
@@ -503,9 +511,10 @@ HWY_INLINE void TriangularScores(size_t count, size_t inner, const float* left, 
   for (size_t first = 0; first < count; first += kStrip) {
     const size_t rows = std::min(kStrip, count - first);
     const size_t end = first + rows;
-    MatMul<false>(d, rows, RoundUp(end, lanes), inner, Left{left + first * left_row, left_row, 1}, transposed, kChunk,
-                  scores + first * scores_row, scores_row, prefetch);
-    for (size_t t = first; t < end; ++t) std::fill(scores + t * scores_row + t + 1, scores + t * scores_row + end, 0.0f);
+    MatMul<false, Product>(d, rows, RoundUp(end, lanes), inner, Left{left + first * left_row, left_row, 1}, transposed, kChunk,
+                           scores + first * scores_row, scores_row, prefetch);
+    for (size_t t = first; t < end; ++t)
+      std::fill(scores + t * scores_row + t + 1, scores + t * scores_row + first + kStrip, 0.0f);
   }
 }
 

@@ -8,6 +8,7 @@
 #include "hwy/highway.h"
 #include "kernels/latent_chunk-inl.h"
 // clang-format on
+#include <optional>
 #include <vector>
 
 HWY_BEFORE_NAMESPACE();
@@ -33,7 +34,34 @@ void StoreOutput(const LatentArgs& args, const Dims& dims, const Slice& slice, c
   }
 }
 
-// The forward pass of several slices on one thread.
+// A chunk's operands as pairs of bfloat16 (Product Pairs), and the state's.
+struct PairedChunk {
+  PairedChunk(const Dims& dims, Scratch& scratch)
+      : row((dims.latents_padded + kChunk) / 2),
+        shares(scratch.Take(kChunk * row)),
+        weights(scratch.Take(kChunk * dims.latents_padded / 2)),
+        weights_transposed(scratch.Take(kChunk * dims.latents_padded / 2)),
+        weights_of_tokens(scratch.Take(kChunk * dims.latents_padded / 2)),
+        sum(scratch.Take(row * dims.head_dim_padded)),
+        values(sum + dims.StateFloats() / 2) {}
+  static size_t Floats(const Dims& dims) {
+    const size_t row = (dims.latents_padded + kChunk) / 2;
+    return Scratch::Rounded(kChunk * row) + 3 * Scratch::Rounded(kChunk * dims.latents_padded / 2) +
+           Scratch::Rounded(row * dims.head_dim_padded);
+  }
+
+  size_t row;                 // of shares
+  float* shares;              // p / z and scores, pairs along latents and tokens [C, (L + C) / 2]
+  float* weights;             // e, pairs along latents [C, L / 2]
+  float* weights_transposed;  // [L / 2, C]
+  float* weights_of_tokens;   // e, pairs along tokens [C / 2, L]
+  float* sum;                 // S, pairs along latents [L / 2, D]
+  float* values;              // v, pairs along tokens [C / 2, D], behind the sum
+};
+
+// The forward pass of several slices on one thread. kPaired: bfloat16 inputs, multiplied as pairs: shares, weights, scores and
+// the state that is read are rounded to bfloat16, sums and the state that is kept are float32.
+template <bool kPaired>
 class ForwardPass {
  public:
   ForwardPass(const LatentArgs& args, const LatentOutputs& outputs, int64_t first, int64_t last)
@@ -44,10 +72,12 @@ class ForwardPass {
         dims_(args),
         shares_row_(dims_.latents_padded + kChunk),
         scratch_(static_cast<size_t>(last - first) * State::Floats(dims_, kChunk) + Chunk::Floats(dims_) +
-                 Scratch::Rounded(kChunk * shares_row_) + Scratch::Rounded(kChunk * dims_.head_dim_padded)),
+                 (kPaired ? PairedChunk::Floats(dims_) : 0) + Scratch::Rounded(kChunk * shares_row_) +
+                 Scratch::Rounded(kChunk * dims_.head_dim_padded)),
         chunk_(dims_, scratch_),
         shares_(scratch_.Take(kChunk * shares_row_)),
         out_(scratch_.Take(kChunk * dims_.head_dim_padded)) {
+    if constexpr (kPaired) paired_.emplace(dims_, scratch_);
     states_.reserve(static_cast<size_t>(last - first));
     for (int64_t slice = first; slice < last; ++slice) {
       states_.emplace_back(dims_, scratch_, kChunk);
@@ -88,7 +118,8 @@ class ForwardPass {
         }
         FindReference(dims_, chunk_, count, state.maximum);
         WeighStretch<false>(dims_, chunk_, count, state);
-        AddValues(args_, dims_, chunk_, count, values, state, prefetch_);
+        if constexpr (kPaired) PairTokens(count);
+        Add(count, values, state);
       });
     });
     WriteStates(outputs_.saved);
@@ -100,6 +131,7 @@ class ForwardPass {
           hn::Store(hn::Mul(hn::Load(d, sum + j), inverse), d, sum + j);
         }
       }
+      if constexpr (kPaired) PairState(state, state.sum);
     }
     read_queries_ = true;
     read_keys_ = false;
@@ -109,8 +141,15 @@ class ForwardPass {
           LoadShares<false>(turn.slice, token, count, g);
           const int64_t head = turn.slice.first_head + static_cast<int64_t>(g);
           const Rows out = OutputRows(turn.slice, token, head);
-          MatMul<false>(d, count, dims_.head_dim_padded, dims_.latents, Left{shares_, shares_row_, 1},
-                        states_[static_cast<size_t>(turn.index)].sum, dims_.head_dim_padded, out.data, out.row, prefetch_);
+          const float* sum = states_[static_cast<size_t>(turn.index)].sum;
+          if constexpr (kPaired) {
+            MatMul<false, Pairs>(d, count, dims_.head_dim_padded, dims_.latents_padded / 2,
+                                 Left{paired_->shares, paired_->row, 1}, sum, dims_.head_dim_padded, out.data, out.row,
+                                 prefetch_);
+          } else {
+            MatMul<false>(d, count, dims_.head_dim_padded, dims_.latents, Left{shares_, shares_row_, 1}, sum,
+                          dims_.head_dim_padded, out.data, out.row, prefetch_);
+          }
           if (out.data == out_) StoreOutput(args_, dims_, turn.slice, outputs_, token, count, head, gates_, out_);
         }
       });
@@ -168,23 +207,85 @@ class ForwardPass {
     if (args_.log_decay) DecayState(dims_, chunk_.log_decay, state);
     const size_t count = MeasureStretch(args_, dims_, chunk_, left, state.maximum);
     WeighStretch<true>(dims_, chunk_, count, state);
-    TransposeWeights(dims_, chunk_, count);
+    if constexpr (kPaired) {
+      PairTokens(count);
+      PairState(state, paired_->sum);
+      for (size_t i = 0; i < count; ++i) {
+        PairColumns(d, chunk_.weights + i * dims_.latents_padded, dims_.latents_padded, paired_->weights + i * PairsOfLatents());
+      }
+      const size_t rounded = RoundUp(count, std::max<size_t>(4, hn::Lanes(d)));
+      Transpose(rounded, PairsOfLatents(), paired_->weights, PairsOfLatents(), paired_->weights_transposed, kChunk);
+    } else {
+      TransposeWeights(dims_, chunk_, count);
+    }
     for (size_t g = 0; g < dims_.group; ++g) {
       LoadShares<true>(slice, token, count, g);
       float* scores = shares_ + dims_.latents_padded;
-      TriangularScores(count, dims_.latents, shares_, shares_row_, chunk_.weights_transposed, scores, shares_row_, prefetch_);
+      if constexpr (kPaired) {
+        TriangularScores<Pairs>(count, PairsOfLatents(), paired_->shares, paired_->row, paired_->weights_transposed, scores,
+                                shares_row_, prefetch_);
+        for (size_t i = 0; i < count; ++i) {
+          // Up to a whole vector; what lies beyond the strip is not read.
+          PairColumns(d, scores + i * shares_row_, RoundUp(i / kStrip * kStrip + kStrip, hn::Lanes(d)),
+                      paired_->shares + i * paired_->row + PairsOfLatents());
+        }
+      } else {
+        TriangularScores(count, dims_.latents, shares_, shares_row_, chunk_.weights_transposed, scores, shares_row_, prefetch_);
+      }
       // [shares, scores] [S; v]: what the tokens read from the state and from each other.
       const int64_t head = slice.first_head + static_cast<int64_t>(g);
       const Rows out = OutputRows(slice, token, head);
       for (size_t first = 0; first < count; first += kStrip) {
         const size_t rows = std::min(kStrip, count - first);
-        MatMul<false>(d, rows, columns, dims_.latents_padded + first + rows, Left{shares_ + first * shares_row_, shares_row_, 1},
-                      state.sum, columns, out.data + first * out.row, out.row, prefetch_);
+        float* to = out.data + first * out.row;
+        if constexpr (kPaired) {
+          MatMul<false, Pairs>(d, rows, columns, PairsOfLatents() + (first + rows + 1) / 2,
+                               Left{paired_->shares + first * paired_->row, paired_->row, 1}, paired_->sum, columns, to, out.row,
+                               prefetch_);
+        } else {
+          MatMul<false>(d, rows, columns, dims_.latents_padded + first + rows,
+                        Left{shares_ + first * shares_row_, shares_row_, 1}, state.sum, columns, to, out.row, prefetch_);
+        }
       }
       if (out.data == out_) StoreOutput(args_, dims_, slice, outputs_, token, count, head, gates_, out_);
     }
-    AddValues(args_, dims_, chunk_, count, {chunk_.values, columns}, state, prefetch_);
+    Add(count, {chunk_.values, columns}, state);
     return count;
+  }
+
+  size_t PairsOfLatents() const { return dims_.latents_padded / 2; }
+
+  // The chunk's weights and values as pairs of tokens; an odd last one's other is zero.
+  void PairTokens(size_t count) {
+    const F d;
+    const size_t row = dims_.latents_padded, columns = dims_.head_dim_padded;
+    if (count % 2 == 1) {
+      std::fill_n(chunk_.weights + count * row, row, 0.0f);
+      std::fill_n(chunk_.values + count * columns, columns, 0.0f);
+    }
+    for (size_t i = 0; i < count; i += 2) {
+      PairRows(d, chunk_.weights + i * row, chunk_.weights + (i + 1) * row, row, paired_->weights_of_tokens + i / 2 * row);
+      PairRows(d, chunk_.values + i * columns, chunk_.values + (i + 1) * columns, columns, paired_->values + i / 2 * columns);
+    }
+  }
+
+  // The state's sum as pairs of latents; `pairs` may be the sum itself.
+  void PairState(const State& state, float* pairs) {
+    const F d;
+    const size_t columns = dims_.head_dim_padded;
+    for (size_t l = 0; l < dims_.latents_padded; l += 2) {
+      const float* sum = state.sum + l * columns;
+      PairRows(d, sum, sum + columns, columns, pairs + l / 2 * columns);
+    }
+  }
+
+  void Add(size_t count, const Rows& values, const State& state) {
+    if constexpr (kPaired) {
+      AddProduct<Pairs>(args_, dims_, chunk_, (count + 1) / 2, paired_->weights_of_tokens,
+                        {paired_->values, dims_.head_dim_padded}, state, prefetch_);
+    } else {
+      AddValues(args_, dims_, chunk_, count, values, state, prefetch_);
+    }
   }
 
   // shares = p(l | t), divided by z with kNormalise.
@@ -204,6 +305,7 @@ class ForwardPass {
         if constexpr (kNormalise) factor = hn::Mul(scale, hn::Load(d, inverse + l));
         hn::Store(hn::Mul(hn::Load(d, share + l), factor), d, share + l);
       }
+      if constexpr (kPaired) PairColumns(d, share, dims_.latents_padded, paired_->shares + i * paired_->row);
     }
   }
 
@@ -224,17 +326,24 @@ class ForwardPass {
   Chunk chunk_;
   float* shares_;  // p / z, or p [C, L], and the scores beside them [C, C]
   float* out_;     // [C, D]
+  std::optional<PairedChunk> paired_;
   float gates_[kChunk];
   std::vector<State> states_;  // one a slice
   Prefetch prefetch_;
   bool read_keys_ = true, read_queries_ = true;  // by the chunks of this pass over the tokens
 };
 
-void Forward(const LatentArgs& args, const LatentOutputs& outputs, int64_t first, int64_t last) {
+template <bool kPaired>
+void RunForward(const LatentArgs& args, const LatentOutputs& outputs, int64_t first, int64_t last) {
   ForEachRun(args, first, last, State::Floats(Dims(args), kChunk), [&](int64_t begin, int64_t end) HWY_ATTR {
-    ForwardPass pass(args, outputs, begin, end);
+    ForwardPass<kPaired> pass(args, outputs, begin, end);
     return args.causal ? pass.Causal() : pass.Bidirectional();
   });
+}
+
+void Forward(const LatentArgs& args, const LatentOutputs& outputs, int64_t first, int64_t last) {
+  if (kHasPairs && args.dtype == DType::kBFloat16) return RunForward<kHasPairs>(args, outputs, first, last);
+  RunForward<false>(args, outputs, first, last);
 }
 
 // One token: decays and rescales the state, adds the token's value, and reads the latents for each query head.

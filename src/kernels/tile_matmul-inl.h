@@ -28,7 +28,28 @@ struct Left {
 constexpr size_t kBlockRows = 6;
 constexpr size_t kBlockVectors = HWY_TARGET <= HWY_AVX3 || HWY_ARCH_ARM_A64 ? 4 : 2;
 
-template <bool kAccumulate, class D, size_t... R, size_t... C>
+// How products are made: an element of each operand is a float32 …
+struct Floats {
+  template <class D, class V>
+  static HWY_INLINE V MulAdd(D, V a, V b, V sum) {
+    return hn::MulAdd(a, b, sum);
+  }
+};
+
+// Whether the target multiplies pairs of bfloat16 faster than floats.
+constexpr bool kHasPairs = HWY_TARGET == HWY_AVX3_ZEN4 || HWY_TARGET == HWY_AVX3_SPR;
+
+// … or a pair of bfloat16 in its place, neighbours along k, the earlier in the low half: K is then half as large.
+struct Pairs {
+  template <class D, class V>
+  static HWY_INLINE V MulAdd(D d, V a, V b, V sum) {
+    const hn::Repartition<hwy::bfloat16_t, D> dbf;
+    V unused = hn::Zero(d);  // the instruction adds both products to the one sum
+    return hn::ReorderWidenMulAccumulate(d, hn::BitCast(dbf, a), hn::BitCast(dbf, b), sum, unused);
+  }
+};
+
+template <bool kAccumulate, class Product, class D, size_t... R, size_t... C>
 HWY_INLINE void MatMulBlock(D d, size_t K, Left a, const float* HWY_RESTRICT b, size_t b_row, float* HWY_RESTRICT c, size_t c_row,
                             std::index_sequence<R...>, std::index_sequence<C...>) {
   using V = hn::Vec<D>;
@@ -50,7 +71,7 @@ HWY_INLINE void MatMulBlock(D d, size_t K, Left a, const float* HWY_RESTRICT b, 
     ((bk[C] = hn::LoadU(d, b + C * lanes)), ...);
     const auto add_row = [&](auto r) HWY_ATTR {
       const V ark = hn::Set(d, ak[r * a.row]);
-      ((sum[r][C] = hn::MulAdd(ark, bk[C], sum[r][C])), ...);
+      ((sum[r][C] = Product::MulAdd(d, ark, bk[C], sum[r][C])), ...);
     };
     (add_row(std::integral_constant<size_t, R>()), ...);
     ak += a.column;
@@ -60,22 +81,22 @@ HWY_INLINE void MatMulBlock(D d, size_t K, Left a, const float* HWY_RESTRICT b, 
   (store_sums(std::integral_constant<size_t, R>()), ...);
 }
 
-template <bool kAccumulate, size_t kVectors, class D>
+template <bool kAccumulate, class Product, size_t kVectors, class D>
 HWY_INLINE void MatMulRows(D d, size_t rows, size_t K, Left a, const float* b, size_t b_row, float* c, size_t c_row) {
   const std::make_index_sequence<kVectors> vectors;
   switch (rows) {
     case 1:
-      return MatMulBlock<kAccumulate>(d, K, a, b, b_row, c, c_row, std::make_index_sequence<1>(), vectors);
+      return MatMulBlock<kAccumulate, Product>(d, K, a, b, b_row, c, c_row, std::make_index_sequence<1>(), vectors);
     case 2:
-      return MatMulBlock<kAccumulate>(d, K, a, b, b_row, c, c_row, std::make_index_sequence<2>(), vectors);
+      return MatMulBlock<kAccumulate, Product>(d, K, a, b, b_row, c, c_row, std::make_index_sequence<2>(), vectors);
     case 3:
-      return MatMulBlock<kAccumulate>(d, K, a, b, b_row, c, c_row, std::make_index_sequence<3>(), vectors);
+      return MatMulBlock<kAccumulate, Product>(d, K, a, b, b_row, c, c_row, std::make_index_sequence<3>(), vectors);
     case 4:
-      return MatMulBlock<kAccumulate>(d, K, a, b, b_row, c, c_row, std::make_index_sequence<4>(), vectors);
+      return MatMulBlock<kAccumulate, Product>(d, K, a, b, b_row, c, c_row, std::make_index_sequence<4>(), vectors);
     case 5:
-      return MatMulBlock<kAccumulate>(d, K, a, b, b_row, c, c_row, std::make_index_sequence<5>(), vectors);
+      return MatMulBlock<kAccumulate, Product>(d, K, a, b, b_row, c, c_row, std::make_index_sequence<5>(), vectors);
     default:
-      return MatMulBlock<kAccumulate>(d, K, a, b, b_row, c, c_row, std::make_index_sequence<6>(), vectors);
+      return MatMulBlock<kAccumulate, Product>(d, K, a, b, b_row, c, c_row, std::make_index_sequence<6>(), vectors);
   }
 }
 
@@ -85,14 +106,14 @@ struct Nothing {
 };
 
 // A panel of kVectors vectors of columns, all M rows, cut in blocks of nearly equal height.
-template <bool kAccumulate, size_t kVectors, class D, class Between>
+template <bool kAccumulate, class Product, size_t kVectors, class D, class Between>
 HWY_NOINLINE void MatMulPanel(D d, size_t M, size_t K, Left a, const float* b, size_t b_row, float* c, size_t c_row,
                               Between& between) {
   size_t blocks = (M + kBlockRows - 1) / kBlockRows;
   while (M > 0) {
     between();
     const size_t rows = (M + blocks - 1) / blocks;
-    MatMulRows<kAccumulate, kVectors>(d, rows, K, a, b, b_row, c, c_row);
+    MatMulRows<kAccumulate, Product, kVectors>(d, rows, K, a, b, b_row, c, c_row);
     a.data += rows * a.row;
     c += rows * c_row;
     M -= rows;
@@ -102,33 +123,61 @@ HWY_NOINLINE void MatMulPanel(D d, size_t M, size_t K, Left a, const float* b, s
 
 // c[m, n] = Σ_k a(m, k) b[k, n], or += with kAccumulate, for m < M, k < K and n < N. N is a multiple of the vector length; rows
 // of b and c lie b_row and c_row elements apart. c overlaps neither a nor b. Calls between() before each block of sums: a place
-// to ask for memory, while the arithmetic units are busy.
-template <bool kAccumulate, class D, class Between>
+// to ask for memory, while the arithmetic units are busy. Product = Pairs: elements of a and b are pairs, c's are floats.
+template <bool kAccumulate, class Product = Floats, class D, class Between>
 HWY_INLINE void MatMul(D d, size_t M, size_t N, size_t K, Left a, const float* b, size_t b_row, float* c, size_t c_row,
                        Between& between) {
   const size_t lanes = hn::Lanes(d);
   size_t vectors = N / lanes;
   while (vectors >= kBlockVectors) {
-    MatMulPanel<kAccumulate, kBlockVectors>(d, M, K, a, b, b_row, c, c_row, between);
+    MatMulPanel<kAccumulate, Product, kBlockVectors>(d, M, K, a, b, b_row, c, c_row, between);
     b += kBlockVectors * lanes;
     c += kBlockVectors * lanes;
     vectors -= kBlockVectors;
   }
   if constexpr (kBlockVectors > 2) {
     if (vectors >= 2) {
-      MatMulPanel<kAccumulate, 2>(d, M, K, a, b, b_row, c, c_row, between);
+      MatMulPanel<kAccumulate, Product, 2>(d, M, K, a, b, b_row, c, c_row, between);
       b += 2 * lanes;
       c += 2 * lanes;
       vectors -= 2;
     }
   }
-  if (vectors == 1) MatMulPanel<kAccumulate, 1>(d, M, K, a, b, b_row, c, c_row, between);
+  if (vectors == 1) MatMulPanel<kAccumulate, Product, 1>(d, M, K, a, b, b_row, c, c_row, between);
 }
 
 template <bool kAccumulate, class D>
 HWY_INLINE void MatMul(D d, size_t M, size_t N, size_t K, Left a, const float* b, size_t b_row, float* c, size_t c_row) {
   Nothing nothing;
   MatMul<kAccumulate>(d, M, N, K, a, b, b_row, c, c_row, nothing);
+}
+
+// out[0, n) = the pairs (row0[i], row1[i]), rounded to nearest even; n is a multiple of the vector length. `out` may be row0.
+template <class D>
+HWY_INLINE void PairRows(D d, const float* row0, const float* row1, size_t n, float* out) {
+  const hn::Repartition<hwy::bfloat16_t, D> dbf;
+  const hn::RebindToUnsigned<decltype(dbf)> du16;
+  for (size_t i = 0; i < n; i += hn::Lanes(d)) {
+    const auto halves = hn::BitCast(du16, hn::OrderedDemote2To(dbf, hn::LoadU(d, row0 + i), hn::LoadU(d, row1 + i)));
+    // Low half: row0's; high half: row1's.
+    const auto mixed = hn::InterleaveWholeLower(du16, halves, hn::ConcatUpperUpper(du16, halves, halves));
+    hn::StoreU(hn::BitCast(d, mixed), d, out + i);
+  }
+}
+
+// out[0, n / 2) = the pairs (row[2 i], row[2 i + 1]), rounded to nearest even; n is a multiple of the vector length. `out` may be
+// the row.
+template <class D>
+HWY_INLINE void PairColumns(D d, const float* row, size_t n, float* out) {
+  const hn::Repartition<hwy::bfloat16_t, D> dbf;
+  const hn::Half<decltype(dbf)> half;
+  const size_t lanes = hn::Lanes(d);
+  auto* pairs = reinterpret_cast<hwy::bfloat16_t*>(out);
+  size_t i = 0;
+  for (; i + 2 * lanes <= n; i += 2 * lanes) {
+    hn::StoreU(hn::OrderedDemote2To(dbf, hn::LoadU(d, row + i), hn::LoadU(d, row + i + lanes)), dbf, pairs + i);
+  }
+  if (i < n) hn::StoreU(hn::DemoteTo(half, hn::LoadU(d, row + i)), half, pairs + i);
 }
 
 // 4 floats at `row` and, where D has 8 lanes, 4 at the fourth row behind it.

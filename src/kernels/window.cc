@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <deque>
+#include <type_traits>
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/window.cc"
@@ -42,6 +43,8 @@ struct Workspace {
   Prefetch prefetch;            // of the next block's rows
 };
 
+// kPaired: bfloat16 inputs, multiplied as pairs; the weights are rounded to bfloat16, scores and sums are float32.
+template <bool kPaired>
 class ForwardSlice {
  public:
   using D = hn::ScalableTag<float>;
@@ -52,8 +55,13 @@ class ForwardSlice {
         band_(args, slice),
         widths_(D(), args_),
         block_tokens_(band_.BlockTokens(band_.behind <= kNarrow ? 12 : 48)),
-        window_({band_, widths_, KeyRows::Kind::kWindow}, widths_, std::min(band_.BlockTiles(block_tokens_), kMaxTiles), false),
-        sinks_({band_, widths_, KeyRows::Kind::kSinks}, widths_, std::min(band_.SinkTiles(), kMaxTiles), false) {}
+        window_({band_, widths_, KeyRows::Kind::kWindow}, widths_, std::min(band_.BlockTiles(block_tokens_), kMaxTiles), kUse),
+        sinks_({band_, widths_, KeyRows::Kind::kSinks}, widths_, std::min(band_.SinkTiles(), kMaxTiles), kUse) {
+    // Queries take a scale that leaves them exact; another one's rounding would grow with the scores.
+    int exponent = 0;
+    const bool exact = !kPaired || std::abs(std::frexp(args.scale, &exponent)) == 0.5f;
+    (exact ? query_scale_ : score_scale_) = args.scale;
+  }
   ForwardSlice(const ForwardSlice&) = delete;
   ForwardSlice& operator=(const ForwardSlice&) = delete;
 
@@ -78,10 +86,10 @@ class ForwardSlice {
     std::fill_n(work.max, rows, kMinusInfinity);
     std::fill_n(work.sum, rows, 0.0f);
     fresh_ = true;
-    LoadQueries(d_, band_, widths_, args_.query, t0, tokens_, work.query);
+    Queries(args_.query, work.query);
     const Span far = band_.FarSinks(last);
     if (far.begin < far.end) {
-      if (args_.sink_query) LoadQueries(d_, band_, widths_, args_.sink_query, t0, tokens_, work.sink_query);
+      if (args_.sink_query) Queries(args_.sink_query, work.sink_query);
       Score(sinks_, far, work.sink_query, true);
     }
     Score(window_, {band_.Window(t0).begin, band_.Window(last).end}, work.query, false);
@@ -119,6 +127,19 @@ class ForwardSlice {
     bool ragged;    // some token of the block doesn't read all of it
   };
 
+  static constexpr TileRing::Use kUse = kPaired ? TileRing::Use::kPairedForward : TileRing::Use::kForward;
+  using Product = std::conditional_t<kPaired, Pairs, Floats>;
+  static constexpr size_t kElements = kPaired ? 2 : 1;  // of a row that lie in the place of a float
+
+  void Queries(const View& view, float* rows) {
+    LoadQueries(d_, band_, widths_, view, t0_, tokens_, query_scale_, rows);
+    if constexpr (kPaired) {
+      for (size_t r = 0; r < tokens_ * band_.group; ++r) {
+        PairColumns(d_, rows + r * widths_.key_stride, widths_.key, rows + r * widths_.key_stride);
+      }
+    }
+  }
+
   size_t TokensAt(int64_t t0) const { return static_cast<size_t>(std::min(block_tokens(), band_.end - t0)); }
 
   void Score(TileRing& ring, Span keys, const float* query, bool far) {
@@ -126,9 +147,9 @@ class ForwardSlice {
       const Segment segment(d_, ring, k, keys, far);
       if (group_.size() == kGroupSegments || columns_ + segment.columns > Workspace::kGroupColumns) FinishGroup();
       const Tile& tile = ring.Load(d_, k, segment.end);
-      MatMul<false>(d_, tokens_ * band_.group, segment.columns, static_cast<size_t>(args_.key_dim),
-                    Left{query, widths_.key_stride, 1}, tile.keys_t + segment.column, kTileStride, work_->scores + columns_,
-                    kScoreStride, work_->prefetch);
+      const size_t inner = kPaired ? widths_.key / 2 : static_cast<size_t>(args_.key_dim);
+      MatMul<false, Product>(d_, tokens_ * band_.group, segment.columns, inner, Left{query, widths_.key_stride, 1},
+                             tile.keys_t + segment.column, kTileStride, work_->scores + columns_, kScoreStride, work_->prefetch);
       const bool ragged = segment.Ragged(band_.Common(t0_, tokens_, far));
       group_.push_back({&tile, segment, columns_, ragged});
       columns_ += segment.columns;
@@ -142,6 +163,7 @@ class ForwardSlice {
       for (size_t g = 0; g < band_.group; ++g) {
         const size_t r = c * band_.group + g;
         float* row = work_->scores + r * kScoreStride;
+        if (kPaired && score_scale_ != 1.0f) ScaleRow(d_, score_scale_, columns_, row);
         for (const Scored& scored : group_) {
           if (scored.ragged) {
             MaskRow(scored.segment, scored.segment.far ? band_.FarSinks(t) : band_.Window(t), row + scored.offset);
@@ -151,20 +173,23 @@ class ForwardSlice {
           }
         }
         SoftmaxRow(r, row);
+        if constexpr (kPaired) PairColumns(d_, row, columns_, row);
       }
     }
     const size_t rows = tokens_ * band_.group;
     for (const Scored& scored : group_) {
       const Segment& segment = scored.segment;
-      const Left weights{work_->scores + scored.offset + (segment.begin - segment.column), kScoreStride, 1};
-      const float* values = scored.tile->values + segment.begin * widths_.value_stride;
-      const size_t keys = segment.end - segment.begin;
+      // Of a pair half of which no token reads the weight is zero.
+      const size_t begin = segment.begin / kElements;
+      const size_t end = (segment.end + kElements - 1) / kElements;
+      const Left weights{work_->scores + scored.offset / kElements + (begin - segment.column / kElements), kScoreStride, 1};
+      const float* values = scored.tile->values + begin * widths_.value_stride;
       if (fresh_) {
-        MatMul<false>(d_, rows, widths_.value, keys, weights, values, widths_.value_stride, work_->sum_values,
-                      widths_.value_stride, work_->prefetch);
+        MatMul<false, Product>(d_, rows, widths_.value, end - begin, weights, values, widths_.value_stride, work_->sum_values,
+                               widths_.value_stride, work_->prefetch);
       } else {
-        MatMul<true>(d_, rows, widths_.value, keys, weights, values, widths_.value_stride, work_->sum_values,
-                     widths_.value_stride, work_->prefetch);
+        MatMul<true, Product>(d_, rows, widths_.value, end - begin, weights, values, widths_.value_stride, work_->sum_values,
+                              widths_.value_stride, work_->prefetch);
       }
       fresh_ = false;
     }
@@ -200,6 +225,7 @@ class ForwardSlice {
   const Band band_;
   const Widths widths_;
   const size_t block_tokens_;
+  float query_scale_ = 1.0f, score_scale_ = 1.0f;  // of queries before the product, of scores after it
   TileRing window_;
   TileRing sinks_;
   Workspace* work_ = nullptr;
@@ -212,20 +238,21 @@ class ForwardSlice {
 };
 
 // The slices [first, last) of one sequence, in turns: their rows share pages and lines, which then are still near.
+template <bool kPaired>
 void ForwardSequence(const WindowArgs& args, const WindowOutputs& outputs, int64_t first, int64_t last) {
-  std::deque<ForwardSlice> slices;
+  std::deque<ForwardSlice<kPaired>> slices;
   for (int64_t slice = first; slice < last; ++slice) slices.emplace_back(args, outputs, slice);
   Workspace work;
   const auto carve = [&](ScratchLayout& layout) {
-    for (ForwardSlice& slice : slices) slice.Carve(layout);
+    for (auto& slice : slices) slice.Carve(layout);
     slices.front().Carve(work, layout);
   };
   ScratchLayout counted(nullptr);
   carve(counted);
   if (counted.used() > WindowScratch::kKeptFloats && last - first > 1) {  // too much for a thread to keep: fewer at a time
     const int64_t middle = first + (last - first) / 2;
-    ForwardSequence(args, outputs, first, middle);
-    ForwardSequence(args, outputs, middle, last);
+    ForwardSequence<kPaired>(args, outputs, first, middle);
+    ForwardSequence<kPaired>(args, outputs, middle, last);
     return;
   }
   const WindowScratch memory(counted.used());
@@ -240,7 +267,11 @@ void WindowForwardSlices(const WindowArgs& args, const WindowOutputs& outputs, i
     const Band band(args, first);
     const int64_t end = std::min(last, (band.index + 1) * args.kv_heads);
     if (band.sequence.length > 1) {
-      ForwardSequence(args, outputs, first, end);
+      if (kHasPairs && args.dtype == DType::kBFloat16) {
+        ForwardSequence<kHasPairs>(args, outputs, first, end);
+      } else {
+        ForwardSequence<false>(args, outputs, first, end);
+      }
     } else if (band.sequence.length == 1) {
       for (int64_t slice = first; slice < end; ++slice) WindowStep(Band(args, slice), outputs);
     }

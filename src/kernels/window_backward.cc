@@ -62,9 +62,9 @@ class BackwardSlice {
         band_(args, slice),
         widths_(D(), args),
         block_tokens_(band_.BlockTokens(48)),
-        window_({band_, widths_, KeyRows::Kind::kWindow}, widths_, band_.BlockTiles(block_tokens_), true),
+        window_({band_, widths_, KeyRows::Kind::kWindow}, widths_, band_.BlockTiles(block_tokens_), TileRing::Use::kBackward),
         // Any token may read a sink, so all of them keep their gradients to the end.
-        sinks_({band_, widths_, KeyRows::Kind::kSinks}, widths_, band_.SinkTiles(), true) {}
+        sinks_({band_, widths_, KeyRows::Kind::kSinks}, widths_, band_.SinkTiles(), TileRing::Use::kBackward) {}
   BackwardSlice(const BackwardSlice&) = delete;
   BackwardSlice& operator=(const BackwardSlice&) = delete;
 
@@ -98,7 +98,7 @@ class BackwardSlice {
     const bool far_query = work.far.query != work.near.query;
     if (far_query) std::memset(work.far.grad, 0, rows_ * widths_.key_stride * sizeof(float));
     if (far.begin < far.end) {
-      if (far_query) LoadQueries(d_, band_, widths_, args_.sink_query, t0, tokens_, work.far.query);
+      if (far_query) LoadQueries(d_, band_, widths_, args_.sink_query, t0, tokens_, args_.scale, work.far.query);
       for (int64_t k = 0; k <= sinks_.TileOf(far.end - 1); ++k) {
         const Segment segment(d_, sinks_, k, far, true);
         Differentiate(sinks_.Load(d_, k, segment.end), segment, work.far);
@@ -152,7 +152,7 @@ class BackwardSlice {
 
   // The block's queries, output gradients, and what the softmax's gradient needs of each row.
   void LoadRows() {
-    LoadQueries(d_, band_, widths_, args_.query, t0_, tokens_, work_->near.query);
+    LoadQueries(d_, band_, widths_, args_.query, t0_, tokens_, args_.scale, work_->near.query);
     std::memset(work_->near.grad, 0, rows_ * widths_.key_stride * sizeof(float));
     const size_t head_dim = static_cast<size_t>(args_.head_dim);
     for (size_t c = 0; c < tokens_; ++c) {

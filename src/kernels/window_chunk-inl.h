@@ -206,8 +206,8 @@ struct Tile {
   size_t loaded = 0;             // keys that are set, a multiple of the vector length
   bool masked = false;           // whether any of them is masked
   float* bias = nullptr;         // [kTileKeys]
-  float* keys_t = nullptr;       // [key, kTileStride], transposed
-  float* values = nullptr;       // [kTileKeys, value_stride], forward only
+  float* keys_t = nullptr;       // [key, kTileStride], transposed; or [key / 2, kTileStride] of pairs along the key's dimension
+  float* values = nullptr;       // [kTileKeys, value_stride], forward only; or [kTileKeys / 2, value_stride] of pairs of keys
   float* keys = nullptr;         // [kTileKeys, key_stride]; this and the rest backward only
   float* values_t = nullptr;     // [value, kTileStride], transposed
   float* grad_keys = nullptr;    // [kTileKeys, key_stride]
@@ -218,20 +218,22 @@ struct Tile {
 // slot k % slots. As the band slides over a long sequence each key is converted and transposed once.
 class TileRing {
  public:
-  TileRing(const KeyRows& rows, const Widths& widths, size_t slots, bool backward)
-      : rows_(rows), widths_(widths), backward_(backward), tiles_(slots) {}
+  enum class Use { kForward, kPairedForward, kBackward };  // paired: as pairs of bfloat16, for Product Pairs
+
+  TileRing(const KeyRows& rows, const Widths& widths, size_t slots, Use use)
+      : rows_(rows), widths_(widths), backward_(use == Use::kBackward), paired_(use == Use::kPairedForward), tiles_(slots) {}
 
   void Carve(ScratchLayout& layout) {
     for (Tile& tile : tiles_) {
       tile.bias = layout.Take(1, kTileKeys);
-      tile.keys_t = layout.Take(widths_.key, kTileStride);
+      tile.keys_t = layout.Take(paired_ ? widths_.key / 2 : widths_.key, kTileStride);
       if (backward_) {
         tile.keys = layout.Take(kTileKeys, widths_.key_stride);
         tile.values_t = layout.Take(widths_.value, kTileStride);
         tile.grad_keys = layout.Take(kTileKeys, widths_.key_stride);
         tile.grad_values = layout.Take(kTileKeys, widths_.value_stride);
       } else {
-        tile.values = layout.Take(kTileKeys, widths_.value_stride);
+        tile.values = layout.Take(paired_ ? kTileKeys / 2 : kTileKeys, widths_.value_stride);
       }
     }
     staging_ = layout.Take(kTileKeys, std::max(widths_.key_stride, widths_.value_stride));
@@ -275,14 +277,27 @@ class TileRing {
         std::fill_n(row, widths_.key, 0.0f);
       }
     }
-    Transpose(padded - begin, widths_.key, key_rows + begin * widths_.key_stride, widths_.key_stride, tile.keys_t + begin,
-              kTileStride);
+    if (kHasPairs && paired_) {
+      for (size_t i = begin; i < padded; ++i) {
+        float* row = key_rows + i * widths_.key_stride;
+        PairColumns(d, row, widths_.key, row);
+      }
+    }
+    Transpose(padded - begin, kHasPairs && paired_ ? widths_.key / 2 : widths_.key, key_rows + begin * widths_.key_stride,
+              widths_.key_stride, tile.keys_t + begin, kTileStride);
+    if (kHasPairs && paired_) value_rows = staging_;
     for (size_t i = begin; i < padded; ++i) {
       float* row = value_rows + i * widths_.value_stride;
       if (tile.bias[i] == 0.0f) {
         rows_.LoadValue(d, Origin(k) + static_cast<int64_t>(i), row);
       } else {
         std::fill_n(row, widths_.value, 0.0f);
+      }
+    }
+    if (kHasPairs && paired_) {
+      for (size_t i = begin; i < padded; i += 2) {
+        const float* row = value_rows + i * widths_.value_stride;
+        PairRows(d, row, row + widths_.value_stride, widths_.value, tile.values + i / 2 * widths_.value_stride);
       }
     }
     if (backward_) {
@@ -296,6 +311,7 @@ class TileRing {
   const KeyRows rows_;
   const Widths& widths_;
   const bool backward_;
+  const bool paired_;
   std::vector<Tile> tiles_;
   float* staging_ = nullptr;  // one tile's rows on their way to being transposed
 };
@@ -376,16 +392,16 @@ HWY_INLINE int64_t QueryOffset(const Band& band, const AnyView& view, int64_t t,
   return band.sequence.batch * view.batch_stride + band.Row(t) * view.time_stride + head * view.head_stride;
 }
 
-// Queries of a block, token by token and the slice's heads of each together, times the scale of the scores.
+// Queries of a block, token by token and the slice's heads of each together, times `scale`.
 template <class D>
 HWY_INLINE void LoadQueries(D d, const Band& band, const Widths& widths, const View& query, int64_t t0, size_t tokens,
-                            float* row) {
+                            float scale, float* row) {
   const WindowArgs& args = band.args;
   for (size_t c = 0; c < tokens; ++c) {
     for (size_t g = 0; g < band.group; ++g, row += widths.key_stride) {
       const int64_t offset = QueryOffset(band, query, t0 + static_cast<int64_t>(c), g);
       LoadRow(d, args.dtype, query.data, offset, static_cast<size_t>(args.key_dim), row, widths.key);
-      ScaleRow(d, args.scale, widths.key, row);
+      ScaleRow(d, scale, widths.key, row);
     }
   }
 }

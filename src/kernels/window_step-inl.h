@@ -119,10 +119,10 @@ HWY_INLINE void WindowStep(const Band& band, const WindowOutputs& outputs) {
   std::fill_n(zeros, widths.value, 0.0f);
 
   if (far_keys > 0) {
-    LoadQueries(d, band, widths, args.sink_query ? args.sink_query : args.query, t, 1, query);
+    LoadQueries(d, band, widths, args.sink_query ? args.sink_query : args.query, t, 1, args.scale, query);
     StepScores(d, band, widths, sinks, far, query, spare, scores, columns);
   }
-  LoadQueries(d, band, widths, args.query, t, 1, query);
+  LoadQueries(d, band, widths, args.query, t, 1, args.scale, query);
   StepScores(d, band, widths, window, near, query, spare, scores + far_keys, columns);
 
   float* max_and_sum = query;  // the queries are done with: two floats of each row
