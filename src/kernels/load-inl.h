@@ -82,6 +82,13 @@ HWY_INLINE void StoreHalfRow(D d, const float* src, size_t n, T16* dst) {
   if (i < n) hn::StoreN(hn::DemoteTo(d16, hn::LoadN(d, src + i, n - i)), d16, dst + i, n - i);
 }
 
+// row[0, n) rounded to bfloat16, to nearest even; n is a multiple of the vector length.
+template <class D>
+HWY_INLINE void RoundToBFloat16(D d, size_t n, float* row) {
+  const hn::Rebind<hwy::bfloat16_t, D> dbf;
+  for (size_t i = 0; i < n; i += hn::Lanes(d)) hn::StoreU(hn::PromoteTo(d, hn::DemoteTo(dbf, hn::LoadU(d, row + i))), d, row + i);
+}
+
 // data[offset, offset + n) = src[0, n), rounded to nearest even.
 template <class D>
 HWY_INLINE void StoreRow(D d, DType dtype, const float* src, size_t n, void* data, int64_t offset) {

@@ -54,14 +54,12 @@ class ForwardSlice {
         outputs_(outputs),
         band_(args, slice),
         widths_(D(), args_),
+        scale_(args.scale, kPaired),
         block_tokens_(band_.BlockTokens(band_.behind <= kNarrow ? 12 : 48)),
-        window_({band_, widths_, KeyRows::Kind::kWindow}, widths_, std::min(band_.BlockTiles(block_tokens_), kMaxTiles), kUse),
-        sinks_({band_, widths_, KeyRows::Kind::kSinks}, widths_, std::min(band_.SinkTiles(), kMaxTiles), kUse) {
-    // Queries take a scale that leaves them exact; another one's rounding would grow with the scores.
-    int exponent = 0;
-    const bool exact = !kPaired || std::abs(std::frexp(args.scale, &exponent)) == 0.5f;
-    (exact ? query_scale_ : score_scale_) = args.scale;
-  }
+        window_({band_, widths_, KeyRows::Kind::kWindow}, widths_, std::min(band_.BlockTiles(block_tokens_), kMaxTiles),
+                TileRing::Use::kForward, kPaired),
+        sinks_({band_, widths_, KeyRows::Kind::kSinks}, widths_, std::min(band_.SinkTiles(), kMaxTiles), TileRing::Use::kForward,
+               kPaired) {}
   ForwardSlice(const ForwardSlice&) = delete;
   ForwardSlice& operator=(const ForwardSlice&) = delete;
 
@@ -127,12 +125,11 @@ class ForwardSlice {
     bool ragged;    // some token of the block doesn't read all of it
   };
 
-  static constexpr TileRing::Use kUse = kPaired ? TileRing::Use::kPairedForward : TileRing::Use::kForward;
   using Product = std::conditional_t<kPaired, Pairs, Floats>;
   static constexpr size_t kElements = kPaired ? 2 : 1;  // of a row that lie in the place of a float
 
   void Queries(const View& view, float* rows) {
-    LoadQueries(d_, band_, widths_, view, t0_, tokens_, query_scale_, rows);
+    LoadQueries(d_, band_, widths_, view, t0_, tokens_, scale_.query, rows);
     if constexpr (kPaired) {
       for (size_t r = 0; r < tokens_ * band_.group; ++r) {
         PairColumns(d_, rows + r * widths_.key_stride, widths_.key, rows + r * widths_.key_stride);
@@ -163,7 +160,7 @@ class ForwardSlice {
       for (size_t g = 0; g < band_.group; ++g) {
         const size_t r = c * band_.group + g;
         float* row = work_->scores + r * kScoreStride;
-        if (kPaired && score_scale_ != 1.0f) ScaleRow(d_, score_scale_, columns_, row);
+        if (kPaired && scale_.score != 1.0f) ScaleRow(d_, scale_.score, columns_, row);
         for (const Scored& scored : group_) {
           if (scored.ragged) {
             MaskRow(scored.segment, scored.segment.far ? band_.FarSinks(t) : band_.Window(t), row + scored.offset);
@@ -224,8 +221,8 @@ class ForwardSlice {
   const WindowOutputs& outputs_;
   const Band band_;
   const Widths widths_;
+  const ScoreScale scale_;
   const size_t block_tokens_;
-  float query_scale_ = 1.0f, score_scale_ = 1.0f;  // of queries before the product, of scores after it
   TileRing window_;
   TileRing sinks_;
   Workspace* work_ = nullptr;

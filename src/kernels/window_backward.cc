@@ -2,6 +2,7 @@
 // `lse`, and the gradients of a tile's keys and values stay in float32 until the band has left the tile.
 #include <cstring>
 #include <deque>
+#include <type_traits>
 
 #include "kernels/window.h"
 
@@ -22,16 +23,17 @@ constexpr int64_t kTurnBlocks = 4;  // blocks of one slice before the next slice
 struct BackwardWorkspace {
   // One of the two queries of a block, [rows, key_stride]: the near one reads the window, the far one the sinks that left it.
   struct Queries {
-    float* query;  // times the scale
-    float* grad;   // without it
+    float* query;        // times the scale; or pairs of rows, [rows / 2, 2 key_stride]
+    float* query_pairs;  // pairs along the key's dimension, [rows, key_stride]; null if not paired
+    float* grad;         // without the scale
   };
 
-  void Carve(size_t rows, const Widths& widths, bool sink_query, ScratchLayout& layout) {
-    near.query = layout.Take(rows, widths.key_stride);
-    near.grad = layout.Take(rows, widths.key_stride);
-    far = near;
-    if (sink_query) far.query = layout.Take(rows, widths.key_stride);
-    if (sink_query) far.grad = layout.Take(rows, widths.key_stride);
+  void Carve(size_t rows, const Widths& widths, bool sink_query, bool paired, ScratchLayout& layout) {
+    rows = hwy::RoundUpTo(rows, 2);
+    near = CarveQueries(rows, widths, paired, layout);
+    far = sink_query ? CarveQueries(rows, widths, paired, layout) : near;
+    if (paired) grad_out_pairs = layout.Take(rows, widths.value_stride);
+    if (paired) grad_score_pairs = layout.Take(rows, kTileStride);
     grad_out = layout.Take(rows, widths.value_stride);
     weights = layout.Take(rows, kTileStride);
     grad_scores = layout.Take(rows, kTileStride);
@@ -39,18 +41,31 @@ struct BackwardWorkspace {
     delta = layout.Take(1, rows);
     row = layout.Take(1, std::max(widths.key, widths.value));
   }
+  static Queries CarveQueries(size_t rows, const Widths& widths, bool paired, ScratchLayout& layout) {
+    Queries queries{};
+    queries.query = layout.Take(rows, widths.key_stride);
+    if (paired) queries.query_pairs = layout.Take(rows, widths.key_stride);
+    queries.grad = layout.Take(rows, widths.key_stride);
+    return queries;
+  }
 
   Queries near{};
-  Queries far{};                 // near itself without sink_query
-  float* grad_out = nullptr;     // [rows, value_stride]
-  float* weights = nullptr;      // [rows, kTileStride], scores first
-  float* grad_scores = nullptr;  // [rows, kTileStride], the weights' gradients first
-  float* lse = nullptr;          // [rows]
-  float* delta = nullptr;        // [rows]: Σ grad_out · out
-  float* row = nullptr;          // [max(key, value)]
-  Prefetch prefetch;             // of the next block's rows
+  Queries far{};  // near itself without sink_query
+  // Paired, each of the next three becomes pairs of rows once it is complete, [rows / 2, 2 …].
+  float* grad_out = nullptr;          // [rows, value_stride]
+  float* weights = nullptr;           // [rows, kTileStride], scores first
+  float* grad_scores = nullptr;       // [rows, kTileStride], the weights' gradients first
+  float* grad_out_pairs = nullptr;    // pairs along the value's dimension, [rows, value_stride]; null if not paired
+  float* grad_score_pairs = nullptr;  // pairs of keys, [rows, kTileStride]; null if not paired
+  float* lse = nullptr;               // [rows]
+  float* delta = nullptr;             // [rows]: Σ grad_out · out
+  float* row = nullptr;               // [max(key, value)]
+  Prefetch prefetch;                  // of the next block's rows
 };
 
+// kPaired: bfloat16 inputs, multiplied as pairs: output gradients, weights and scores' gradients are rounded to bfloat16, sums
+// are float32.
+template <bool kPaired>
 class BackwardSlice {
  public:
   using D = hn::ScalableTag<float>;
@@ -61,10 +76,12 @@ class BackwardSlice {
         gradients_(gradients),
         band_(args, slice),
         widths_(D(), args),
+        scale_(args.scale, kPaired),
         block_tokens_(band_.BlockTokens(48)),
-        window_({band_, widths_, KeyRows::Kind::kWindow}, widths_, band_.BlockTiles(block_tokens_), TileRing::Use::kBackward),
+        window_({band_, widths_, KeyRows::Kind::kWindow}, widths_, band_.BlockTiles(block_tokens_), TileRing::Use::kBackward,
+                kPaired),
         // Any token may read a sink, so all of them keep their gradients to the end.
-        sinks_({band_, widths_, KeyRows::Kind::kSinks}, widths_, band_.SinkTiles(), TileRing::Use::kBackward) {}
+        sinks_({band_, widths_, KeyRows::Kind::kSinks}, widths_, band_.SinkTiles(), TileRing::Use::kBackward, kPaired) {}
   BackwardSlice(const BackwardSlice&) = delete;
   BackwardSlice& operator=(const BackwardSlice&) = delete;
 
@@ -76,7 +93,7 @@ class BackwardSlice {
     if (band_.sinks > 0) sinks_.Carve(layout);
   }
   void Carve(BackwardWorkspace& work, ScratchLayout& layout) const {
-    work.Carve(block_tokens_ * band_.group, widths_, band_.sinks > 0 && args_.sink_query, layout);
+    work.Carve(block_tokens_ * band_.group, widths_, band_.sinks > 0 && args_.sink_query, kPaired, layout);
   }
 
   // Before the first block; all there is to do for an empty sequence, which needs no scratch memory.
@@ -98,7 +115,7 @@ class BackwardSlice {
     const bool far_query = work.far.query != work.near.query;
     if (far_query) std::memset(work.far.grad, 0, rows_ * widths_.key_stride * sizeof(float));
     if (far.begin < far.end) {
-      if (far_query) LoadQueries(d_, band_, widths_, args_.sink_query, t0, tokens_, args_.scale, work.far.query);
+      if (far_query) LoadQueryRows(args_.sink_query, work.far);
       for (int64_t k = 0; k <= sinks_.TileOf(far.end - 1); ++k) {
         const Segment segment(d_, sinks_, k, far, true);
         Differentiate(sinks_.Load(d_, k, segment.end), segment, work.far);
@@ -147,12 +164,29 @@ class BackwardSlice {
 
  private:
   using Queries = BackwardWorkspace::Queries;
+  using Product = std::conditional_t<kPaired, Pairs, Floats>;
+  static constexpr size_t kElements = kPaired ? 2 : 1;  // in the place of a float
 
   size_t TokensAt(int64_t t0) const { return static_cast<size_t>(std::min(block_tokens(), band_.end - t0)); }
 
+  void LoadQueryRows(const View& view, const Queries& queries) {
+    LoadQueries(d_, band_, widths_, view, t0_, tokens_, scale_.query, queries.query);
+    if constexpr (kPaired) PairBoth(queries.query, widths_.key, widths_.key_stride, queries.query_pairs);
+  }
+
+  // The block's rows as pairs along their columns, `columns`, and in place as pairs of rows; an odd last one's other is zero.
+  void PairBoth(float* rows, size_t width, size_t stride, float* columns) {
+    for (size_t r = 0; r < rows_; ++r) PairColumns(d_, rows + r * stride, width, columns + r * stride);
+    PairInPlace(rows, width, stride);
+  }
+  void PairInPlace(float* rows, size_t width, size_t stride) {
+    if (rows_ % 2 == 1) std::fill_n(rows + rows_ * stride, width, 0.0f);
+    for (size_t r = 0; r < rows_; r += 2) PairRows(d_, rows + r * stride, rows + (r + 1) * stride, width, rows + r * stride);
+  }
+
   // The block's queries, output gradients, and what the softmax's gradient needs of each row.
   void LoadRows() {
-    LoadQueries(d_, band_, widths_, args_.query, t0_, tokens_, args_.scale, work_->near.query);
+    LoadQueryRows(args_.query, work_->near);
     std::memset(work_->near.grad, 0, rows_ * widths_.key_stride * sizeof(float));
     const size_t head_dim = static_cast<size_t>(args_.head_dim);
     for (size_t c = 0; c < tokens_; ++c) {
@@ -162,6 +196,7 @@ class BackwardSlice {
         float* grad = work_->grad_out + r * widths_.value_stride;
         LoadRow(d_, DType::kFloat32, gradients_.grad_out.data, QueryOffset(band_, gradients_.grad_out, t, g), head_dim, grad,
                 widths_.value);
+        if constexpr (kPaired) RoundToBFloat16(d_, widths_.value, grad);  // before delta: their difference is what counts
         const int64_t out_row = band_.OutRow(t, g);
         LoadRow(d_, DType::kFloat32, gradients_.out, out_row * args_.head_dim, head_dim, work_->row, widths_.value);
         auto delta = hn::Zero(d_);
@@ -174,21 +209,25 @@ class BackwardSlice {
         work_->lse[r] = lse == kMinusInfinity ? 0.0f : lse;
       }
     }
+    if constexpr (kPaired) PairBoth(work_->grad_out, widths_.value, widths_.value_stride, work_->grad_out_pairs);
   }
 
   // The gradients that a tile's part has in a block.
   void Differentiate(Tile& tile, const Segment& segment, const Queries& queries) {
-    const size_t key_dim = static_cast<size_t>(args_.key_dim);
-    const size_t head_dim = static_cast<size_t>(args_.head_dim);
-    MatMul<false>(d_, rows_, segment.columns, key_dim, Left{queries.query, widths_.key_stride, 1}, tile.keys_t + segment.column,
-                  kTileStride, work_->weights, kTileStride, work_->prefetch);
-    MatMul<false>(d_, rows_, segment.columns, head_dim, Left{work_->grad_out, widths_.value_stride, 1},
-                  tile.values_t + segment.column, kTileStride, work_->grad_scores, kTileStride, work_->prefetch);
+    const size_t key_dim = kPaired ? widths_.key / 2 : static_cast<size_t>(args_.key_dim);
+    const size_t head_dim = kPaired ? widths_.value / 2 : static_cast<size_t>(args_.head_dim);
+    const float* query = kPaired ? queries.query_pairs : queries.query;
+    const float* grad_out = kPaired ? work_->grad_out_pairs : work_->grad_out;
+    MatMul<false, Product>(d_, rows_, segment.columns, key_dim, Left{query, widths_.key_stride, 1}, tile.keys_t + segment.column,
+                           kTileStride, work_->weights, kTileStride, work_->prefetch);
+    MatMul<false, Product>(d_, rows_, segment.columns, head_dim, Left{grad_out, widths_.value_stride, 1},
+                           tile.values_t + segment.column, kTileStride, work_->grad_scores, kTileStride, work_->prefetch);
     const bool ragged = segment.Ragged(band_.Common(t0_, tokens_, segment.far));
     for (size_t c = 0; c < tokens_; ++c) {
       const Span read = segment.far ? band_.FarSinks(t0_ + static_cast<int64_t>(c)) : band_.Window(t0_ + static_cast<int64_t>(c));
       for (size_t g = 0; g < band_.group; ++g) {
         const size_t r = c * band_.group + g;
+        if (kPaired && scale_.score != 1.0f) ScaleRow(d_, scale_.score, segment.columns, work_->weights + r * kTileStride);
         if (ragged) MaskRow(segment, read, work_->weights + r * kTileStride);
         if (tile.masked) AddRow(d_, tile.bias + segment.column, segment.columns, work_->weights + r * kTileStride);
         SoftmaxGradient(r, segment.columns);
@@ -196,14 +235,25 @@ class BackwardSlice {
     }
     const size_t keys = segment.end - segment.begin;
     const size_t skipped = segment.begin - segment.column;
-    MatMul<true>(d_, keys, widths_.value, rows_, Left{work_->weights + skipped, 1, kTileStride}, work_->grad_out,
-                 widths_.value_stride, tile.grad_values + segment.begin * widths_.value_stride, widths_.value_stride,
-                 work_->prefetch);
-    MatMul<true>(d_, keys, widths_.key, rows_, Left{work_->grad_scores + skipped, 1, kTileStride}, queries.query,
-                 widths_.key_stride, tile.grad_keys + segment.begin * widths_.key_stride, widths_.key_stride, work_->prefetch);
-    MatMul<true>(d_, rows_, widths_.key, keys, Left{work_->grad_scores + skipped, kTileStride, 1},
-                 tile.keys + segment.begin * widths_.key_stride, widths_.key_stride, queries.grad, widths_.key_stride,
-                 work_->prefetch);
+    // A column of weights, over rows or pairs of them, by the rows that read that key.
+    const size_t rows = (rows_ + kElements - 1) / kElements;
+    const float* grad_scores = work_->grad_scores;
+    if constexpr (kPaired) {
+      PairInPlace(work_->weights, segment.columns, kTileStride);
+      PairBoth(work_->grad_scores, segment.columns, kTileStride, work_->grad_score_pairs);
+      grad_scores = work_->grad_score_pairs;
+    }
+    MatMul<true, Product>(d_, keys, widths_.value, rows, Left{work_->weights + skipped, 1, kElements * kTileStride},
+                          work_->grad_out, kElements * widths_.value_stride,
+                          tile.grad_values + segment.begin * widths_.value_stride, widths_.value_stride, work_->prefetch);
+    MatMul<true, Product>(d_, keys, widths_.key, rows, Left{work_->grad_scores + skipped, 1, kElements * kTileStride},
+                          queries.query, kElements * widths_.key_stride, tile.grad_keys + segment.begin * widths_.key_stride,
+                          widths_.key_stride, work_->prefetch);
+    // Of a pair half of which no token reads the gradient is zero.
+    const size_t begin = segment.begin / kElements, end = (segment.end + kElements - 1) / kElements;
+    MatMul<true, Product>(
+        d_, rows_, widths_.key, end - begin, Left{grad_scores + (begin - segment.column / kElements), kTileStride, 1},
+        tile.keys + begin * widths_.key_stride, widths_.key_stride, queries.grad, widths_.key_stride, work_->prefetch);
   }
 
   // Scores to weights, and the weights' gradients to the scores'.
@@ -212,10 +262,11 @@ class BackwardSlice {
     float* grads = work_->grad_scores + r * kTileStride;
     const auto lse = hn::Set(d_, work_->lse[r]);
     const auto delta = hn::Set(d_, work_->delta[r]);
+    const auto scale = hn::Set(d_, scale_.score);
     for (size_t i = 0; i < columns; i += hn::Lanes(d_)) {
       const auto weight = Exp(d_, hn::Sub(hn::Load(d_, weights + i), lse));
       hn::Store(weight, d_, weights + i);
-      hn::Store(hn::Mul(weight, hn::Sub(hn::Load(d_, grads + i), delta)), d_, grads + i);
+      hn::Store(hn::Mul(hn::Mul(weight, scale), hn::Sub(hn::Load(d_, grads + i), delta)), d_, grads + i);
     }
   }
 
@@ -230,7 +281,7 @@ class BackwardSlice {
     for (size_t c = 0; c < tokens_; ++c) {
       for (size_t g = 0; g < band_.group; ++g) {
         float* row = grads == nullptr ? work_->row : grads + (c * band_.group + g) * widths_.key_stride;
-        if (grads != nullptr) ScaleRow(d_, args_.scale, widths_.key, row);
+        if (grads != nullptr) ScaleRow(d_, scale_.query, widths_.key, row);
         StoreRow(d_, args_.dtype, row, static_cast<size_t>(args_.key_dim), view.data,
                  QueryOffset(band_, view, t0_ + static_cast<int64_t>(c), g));
       }
@@ -306,6 +357,7 @@ class BackwardSlice {
   const WindowGradients& gradients_;
   const Band band_;
   const Widths widths_;
+  const ScoreScale scale_;
   const size_t block_tokens_;
   TileRing window_;
   TileRing sinks_;
@@ -317,38 +369,43 @@ class BackwardSlice {
 };
 
 // The slices [first, last) of one sequence, in turns, as in the forward pass.
+template <bool kPaired>
 void BackwardSequence(const WindowArgs& args, const WindowGradients& gradients, int64_t first, int64_t last) {
-  std::deque<BackwardSlice> slices;
+  std::deque<BackwardSlice<kPaired>> slices;
   for (int64_t slice = first; slice < last; ++slice) slices.emplace_back(args, gradients, slice);
   if (slices.front().band().sequence.length == 0) {
-    for (BackwardSlice& slice : slices) slice.Start();
+    for (auto& slice : slices) slice.Start();
     return;
   }
   BackwardWorkspace work;
   const auto carve = [&](ScratchLayout& layout) {
-    for (BackwardSlice& slice : slices) slice.Carve(layout);
+    for (auto& slice : slices) slice.Carve(layout);
     slices.front().Carve(work, layout);
   };
   ScratchLayout counted(nullptr);
   carve(counted);
   if (counted.used() > WindowScratch::kKeptFloats && last - first > 1) {  // too much for a thread to keep: fewer at a time
     const int64_t middle = first + (last - first) / 2;
-    BackwardSequence(args, gradients, first, middle);
-    BackwardSequence(args, gradients, middle, last);
+    BackwardSequence<kPaired>(args, gradients, first, middle);
+    BackwardSequence<kPaired>(args, gradients, middle, last);
     return;
   }
   const WindowScratch memory(counted.used());
   ScratchLayout layout(memory.data());
   carve(layout);
-  for (BackwardSlice& slice : slices) slice.Start();
+  for (auto& slice : slices) slice.Start();
   RunInTurns(slices, kTurnBlocks, work);
-  for (BackwardSlice& slice : slices) slice.Finish();
+  for (auto& slice : slices) slice.Finish();
 }
 
 void WindowBackwardSlices(const WindowArgs& args, const WindowGradients& gradients, int64_t first, int64_t last) {
   while (first < last) {
     const int64_t end = std::min(last, (first / args.kv_heads + 1) * args.kv_heads);
-    BackwardSequence(args, gradients, first, end);
+    if (kHasPairs && args.dtype == DType::kBFloat16) {
+      BackwardSequence<kHasPairs>(args, gradients, first, end);
+    } else {
+      BackwardSequence<false>(args, gradients, first, end);
+    }
     first = end;
   }
 }

@@ -8,6 +8,7 @@
 #endif
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
@@ -202,14 +203,16 @@ class KeyRows {
 // kTileKeys keys and their values in float32. A masked key is a row of zeros with a bias of -inf, so whatever the masked memory
 // holds reaches nothing.
 struct Tile {
-  int64_t index = -1;            // which of the ring's tiles is loaded, or -1
-  size_t loaded = 0;             // keys that are set, a multiple of the vector length
-  bool masked = false;           // whether any of them is masked
-  float* bias = nullptr;         // [kTileKeys]
-  float* keys_t = nullptr;       // [key, kTileStride], transposed; or [key / 2, kTileStride] of pairs along the key's dimension
-  float* values = nullptr;       // [kTileKeys, value_stride], forward only; or [kTileKeys / 2, value_stride] of pairs of keys
-  float* keys = nullptr;         // [kTileKeys, key_stride]; this and the rest backward only
-  float* values_t = nullptr;     // [value, kTileStride], transposed
+  int64_t index = -1;       // which of the ring's tiles is loaded, or -1
+  size_t loaded = 0;        // keys that are set, a multiple of the vector length
+  bool masked = false;      // whether any of them is masked
+  float* bias = nullptr;    // [kTileKeys]
+  float* keys_t = nullptr;  // [key, kTileStride], transposed; or [key / 2, kTileStride] of pairs along the key's dimension
+  float* values = nullptr;  // [kTileKeys, value_stride], forward only; or [kTileKeys / 2, value_stride] of pairs of keys
+  float* keys = nullptr;    // [kTileKeys, key_stride], or [kTileKeys / 2, key_stride] of pairs of keys; this and the rest
+                            // backward only
+  float* values_t =
+      nullptr;  // [value, kTileStride], transposed; or [value / 2, kTileStride] of pairs along the value's dimension
   float* grad_keys = nullptr;    // [kTileKeys, key_stride]
   float* grad_values = nullptr;  // [kTileKeys, value_stride]
 };
@@ -218,22 +221,24 @@ struct Tile {
 // slot k % slots. As the band slides over a long sequence each key is converted and transposed once.
 class TileRing {
  public:
-  enum class Use { kForward, kPairedForward, kBackward };  // paired: as pairs of bfloat16, for Product Pairs
+  enum class Use { kForward, kBackward };
 
-  TileRing(const KeyRows& rows, const Widths& widths, size_t slots, Use use)
-      : rows_(rows), widths_(widths), backward_(use == Use::kBackward), paired_(use == Use::kPairedForward), tiles_(slots) {}
+  // `paired`: matrices are pairs of bfloat16, for Product Pairs.
+  TileRing(const KeyRows& rows, const Widths& widths, size_t slots, Use use, bool paired)
+      : rows_(rows), widths_(widths), backward_(use == Use::kBackward), paired_(kHasPairs && paired), tiles_(slots) {}
 
   void Carve(ScratchLayout& layout) {
+    const size_t elements = paired_ ? 2 : 1;  // in the place of a float
     for (Tile& tile : tiles_) {
       tile.bias = layout.Take(1, kTileKeys);
-      tile.keys_t = layout.Take(paired_ ? widths_.key / 2 : widths_.key, kTileStride);
+      tile.keys_t = layout.Take(widths_.key / elements, kTileStride);
       if (backward_) {
-        tile.keys = layout.Take(kTileKeys, widths_.key_stride);
-        tile.values_t = layout.Take(widths_.value, kTileStride);
+        tile.keys = layout.Take(kTileKeys / elements, widths_.key_stride);
+        tile.values_t = layout.Take(widths_.value / elements, kTileStride);
         tile.grad_keys = layout.Take(kTileKeys, widths_.key_stride);
         tile.grad_values = layout.Take(kTileKeys, widths_.value_stride);
       } else {
-        tile.values = layout.Take(paired_ ? kTileKeys / 2 : kTileKeys, widths_.value_stride);
+        tile.values = layout.Take(kTileKeys / elements, widths_.value_stride);
       }
     }
     staging_ = layout.Take(kTileKeys, std::max(widths_.key_stride, widths_.value_stride));
@@ -263,8 +268,8 @@ class TileRing {
     const size_t padded = hwy::RoundUpTo(end, hn::Lanes(d));
     if (padded <= begin) return tile;
     tile.loaded = padded;
-    float* key_rows = backward_ ? tile.keys : staging_;
-    float* value_rows = backward_ ? staging_ : tile.values;
+    float* key_rows = backward_ && !paired_ ? tile.keys : staging_;
+    float* value_rows = backward_ || paired_ ? staging_ : tile.values;
     for (size_t i = begin; i < padded; ++i) {
       const int64_t s = Origin(k) + static_cast<int64_t>(i);
       float* row = key_rows + i * widths_.key_stride;
@@ -277,15 +282,8 @@ class TileRing {
         std::fill_n(row, widths_.key, 0.0f);
       }
     }
-    if (kHasPairs && paired_) {
-      for (size_t i = begin; i < padded; ++i) {
-        float* row = key_rows + i * widths_.key_stride;
-        PairColumns(d, row, widths_.key, row);
-      }
-    }
-    Transpose(padded - begin, kHasPairs && paired_ ? widths_.key / 2 : widths_.key, key_rows + begin * widths_.key_stride,
-              widths_.key_stride, tile.keys_t + begin, kTileStride);
-    if (kHasPairs && paired_) value_rows = staging_;
+    if (backward_ && paired_) PairKeys(d, key_rows, widths_.key, widths_.key_stride, begin, padded, tile.keys);
+    TransposeRows(d, key_rows, widths_.key, widths_.key_stride, begin, padded, tile.keys_t);
     for (size_t i = begin; i < padded; ++i) {
       float* row = value_rows + i * widths_.value_stride;
       if (tile.bias[i] == 0.0f) {
@@ -294,20 +292,29 @@ class TileRing {
         std::fill_n(row, widths_.value, 0.0f);
       }
     }
-    if (kHasPairs && paired_) {
-      for (size_t i = begin; i < padded; i += 2) {
-        const float* row = value_rows + i * widths_.value_stride;
-        PairRows(d, row, row + widths_.value_stride, widths_.value, tile.values + i / 2 * widths_.value_stride);
-      }
-    }
     if (backward_) {
-      Transpose(padded - begin, widths_.value, value_rows + begin * widths_.value_stride, widths_.value_stride,
-                tile.values_t + begin, kTileStride);
+      TransposeRows(d, value_rows, widths_.value, widths_.value_stride, begin, padded, tile.values_t);
+    } else if (paired_) {
+      PairKeys(d, value_rows, widths_.value, widths_.value_stride, begin, padded, tile.values);
     }
     return tile;
   }
 
  private:
+  // Rows [begin, end) as pairs of neighbours, which lie `stride` apart too.
+  template <class D>
+  static void PairKeys(D d, const float* rows, size_t width, size_t stride, size_t begin, size_t end, float* pairs) {
+    for (size_t i = begin; i < end; i += 2) {
+      PairRows(d, rows + i * stride, rows + (i + 1) * stride, width, pairs + i / 2 * stride);
+    }
+  }
+  // Rows [begin, end) as columns of `transposed`, of pairs where these are; rows are not kept then.
+  template <class D>
+  void TransposeRows(D d, float* rows, size_t width, size_t stride, size_t begin, size_t end, float* transposed) const {
+    for (size_t i = begin; paired_ && i < end; ++i) PairColumns(d, rows + i * stride, width, rows + i * stride);
+    Transpose(end - begin, paired_ ? width / 2 : width, rows + begin * stride, stride, transposed + begin, kTileStride);
+  }
+
   const KeyRows rows_;
   const Widths& widths_;
   const bool backward_;
@@ -391,6 +398,18 @@ HWY_INLINE int64_t QueryOffset(const Band& band, const AnyView& view, int64_t t,
   const int64_t head = band.kv_head * static_cast<int64_t>(band.group) + static_cast<int64_t>(g);
   return band.sequence.batch * view.batch_stride + band.Row(t) * view.time_stride + head * view.head_stride;
 }
+
+// How a product of queries and keys takes its scale: of bfloat16 pairs queries take one that leaves them exact (a power of two);
+// another one's rounding would grow with the scores, so that these take it.
+struct ScoreScale {
+  ScoreScale(float scale, bool paired) {
+    int exponent = 0;
+    const bool exact = !paired || std::abs(std::frexp(scale, &exponent)) == 0.5f;
+    (exact ? query : score) = scale;
+  }
+  float query = 1.0f;  // before the product
+  float score = 1.0f;  // after it
+};
 
 // Queries of a block, token by token and the slice's heads of each together, times `scale`.
 template <class D>

@@ -227,7 +227,7 @@ void ExpectBackward(Problem& problem, double tolerance = kTolerance) {
   }
   RunRanges(WindowSlices(args), [&](int64_t first, int64_t last) { WindowBackward(args, gradients, first, last); });
 
-  const double rounding = dtype == DType::kFloat32 ? 0.0 : Epsilon(dtype);
+  const double rounding = (dtype == DType::kFloat32 ? 0.0 : Epsilon(dtype)) + 2 * WeightRounding(dtype);
   const auto expect = [&](const char* name, const Tensor& actual, const std::vector<double>& values) {
     SCOPED_TRACE(name);
     EXPECT_TRUE(Close(actual.Get(), values, tolerance + rounding, 1.0));  // a true gradient may be zero
