@@ -184,7 +184,9 @@ def test_whole_is_pieces(operator: str, dtype: torch.dtype, cuts: list[int]) -> 
         if operator != "window_attention" and i == 0:
             a, b = meaning(a)[0], meaning(b)[0]
         if a.is_floating_point():
-            assert_close(a, b, 1e-12 if dtype == torch.float64 else 1e-4, f"state {i}")
+            # Of bfloat16 inputs kernels may round the weights of a sum to bfloat16; a single step doesn't.
+            tolerance = {torch.float64: 1e-12, torch.bfloat16: 1e-4 + 2**-9}.get(dtype, 1e-4)
+            assert_close(a, b, tolerance, f"state {i}")
         elif operator != "causal_attention":
             assert torch.equal(a, b), f"state {i}"
 
