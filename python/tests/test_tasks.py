@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 from test_cli import BUILD, LATTE, assert_fails, latte, lines_of, start
+from test_extend import write_model
 
 pytestmark = pytest.mark.skipif(not (LATTE.exists() and (BUILD / "latte-torch").exists()), reason="the programs aren't built")
 
@@ -197,5 +198,23 @@ def test_tokenize_and_train_on_it(tmp_path):
     options = ["--layers", 1, "--embed-dim", 8, "--heads", 2, "--context", 16, "--batch", 2, "--steps", 3, "--threads", 1]
     run = latte("train", "--text", corpus, "--tokens", "corpus", *options, "--out", tmp_path / "run")
     assert run.returncode == 0, run.stderr
+
+    # The engine has the tokens' texts from the file that they were learned from, and from no other.
+    generate = ["generate", tmp_path / "run", "--prompt", "The quick brown fox", "--tokens", 12, "--seed", 1, "--echo"]
+    known = ["--tokenizer", found[0]]
+    plain = latte(*generate, *known)
+    assert plain.returncode == 0, plain.stderr
+    assert plain.stdout.startswith("The quick brown fox") and len(plain.stdout) > len("The quick brown fox") + 12
+    report = json.loads(latte(*generate, *known, "--json").stdout)
+    assert report["prompt_tokens"] == 4 and report["tokens"] == 12
+    perplexity = ["perplexity", tmp_path / "run", "--text", text, "--lengths", 32]
+    rows = json.loads(latte(*perplexity, *known, "--json").stdout)["rows"]
+    assert 1 < rows[0]["perplexity"] < 1e6
+    other = write_model(tmp_path / "other.gguf")
+    for command in (generate, perplexity):
+        assert_fails(latte(*command), "--tokenizer")
+        assert_fails(latte(*command, "--tokenizer", text), "text.txt")
+        assert_fails(latte(*command, "--tokenizer", other), "other.gguf", "not the tokeniser")
+
     assert_fails(latte("tokenize", text, text, "--out", tmp_path / "x"), "text.txt")
     assert_fails(latte("train", "--text", text, "--tokens", "corpus", "--out", tmp_path / "y"), "text.txt")
