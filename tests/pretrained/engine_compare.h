@@ -5,7 +5,10 @@
 #include <torch/torch.h>
 
 #include <cstdint>
+#include <functional>
 #include <memory>
+#include <optional>
+#include <random>
 #include <span>
 #include <vector>
 
@@ -73,6 +76,82 @@ inline void expect_the_same_on_every_way(const std::shared_ptr<const runtime::Mo
       ASSERT_LT(distance(logits.subspan(i * vocabulary, vocabulary), expected[static_cast<int64_t>(t)]), kFloat32)
           << "session " << i << ", token " << t;
     }
+  }
+}
+
+// Sessions that read, write, are copied, saved, loaded by an engine of other threads, taken back and dropped, in random order:
+// each stays what it is alone. `text`: the tokens that they read; reference(tokens) [tokens, vocabulary]: the libtorch model's
+// logits.
+inline void expect_random_schedules_to_equal_each_alone(const std::shared_ptr<const runtime::Model>& model,
+                                                        const std::vector<int32_t>& text,
+                                                        const std::function<at::Tensor(const std::vector<int32_t>&)>& reference) {
+  const formats::TestFolder folder;
+  runtime::Engine one(model, {1, {}, 64}), two(model, {2, {}, 64});
+  struct Running {
+    std::optional<runtime::Session> session;
+    std::vector<int32_t> tokens;
+  };
+  std::vector<Running> running(3);
+  for (Running& r : running) r.session.emplace(model, exact());
+  std::mt19937 random(11);
+  size_t next = 0;
+  const auto some_tokens = [&](size_t count) {
+    next = next + count <= text.size() ? next : 0;
+    const auto begin = text.begin() + static_cast<std::ptrdiff_t>(next);
+    next += count;
+    return std::vector<int32_t>(begin, begin + static_cast<std::ptrdiff_t>(count));
+  };
+  int moved = 0;
+  for (int round = 0; round < 40; ++round) {
+    runtime::Engine& engine = random() % 2 == 0 ? one : two;
+    Running& some = running[random() % running.size()];
+    Running& other = running[random() % running.size()];
+    switch (random() % 7) {
+      case 0:
+      case 1: {
+        const auto tokens = some_tokens(1 + random() % 40);
+        engine.prefill(*some.session, tokens);
+        some.tokens.insert(some.tokens.end(), tokens.begin(), tokens.end());
+        break;
+      }
+      case 2: {
+        std::vector<std::vector<int32_t>> tokens;
+        for (Running& r : running) {
+          tokens.push_back(some_tokens(1 + random() % 5));
+          r.tokens.insert(r.tokens.end(), tokens.back().begin(), tokens.back().end());
+        }
+        std::vector<runtime::StepPart> parts;
+        for (size_t i = 0; i < running.size(); ++i) parts.push_back({&*running[i].session, tokens[i]});
+        engine.step(parts);
+        break;
+      }
+      case 3:
+        other = some;
+        break;
+      case 4:
+        some.session->save(folder / "state");
+        other.session.emplace(runtime::Session::load(folder / "state", model));
+        other.tokens = some.tokens;
+        ++moved;
+        break;
+      case 5:
+        if (some.session->can_truncate(static_cast<int64_t>(some.tokens.size() / 2))) {
+          some.session->truncate(static_cast<int64_t>(some.tokens.size() / 2));
+          some.tokens.resize(some.tokens.size() / 2);
+        }
+        break;
+      default:
+        if (some.tokens.size() > 150) {
+          some.session.emplace(model, exact());
+          some.tokens.clear();
+        }
+    }
+  }
+  EXPECT_GT(moved, 2);
+  for (Running& r : running) {
+    r.tokens.push_back(7);
+    const at::Tensor expected = reference(r.tokens)[-1];
+    EXPECT_LT(distance(two.decode(*r.session, 7), expected), kFloat32) << "after " << r.tokens.size() << " tokens";
   }
 }
 

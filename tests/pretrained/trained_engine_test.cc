@@ -138,6 +138,22 @@ TEST(TrainedModelsInTheEngine, EveryOtherField) {
   }
 }
 
+TEST(TrainedModelsInTheEngine, RandomSchedulesEqualEachSessionAlone) {
+  const std::vector<std::pair<std::string, std::string>> all = {
+      {"softmax", "rotary"},  {"window", "sinusoidal"}, {"latte", "conv"},  {"latte", "rg_lru"},      {"macchiato", "conv"},
+      {"macchiato", "vapor"}, {"macchiato", "rg_lru"},  {"linear", "none"}, {"gated_linear", "none"},
+  };
+  for (const auto& [attention, position] : all) {
+    SCOPED_TRACE(attention + ", " + position);
+    const formats::TestFolder folder;
+    const auto reference = random_model(config_of(attention, position));
+    write(folder / "checkpoint.safetensors", reference);
+    expect_random_schedules_to_equal_each_alone(Model::open(folder / "."), random_tokens(1500),
+                                                [&](const auto& tokens) { return logits_of(reference, tokens); });
+    if (HasFatalFailure()) return;
+  }
+}
+
 // Which of them can go back, and how much a state takes.
 TEST(TrainedModelsInTheEngine, StatesSayWhatTheyCanAndTake) {
   const formats::TestFolder folder;
