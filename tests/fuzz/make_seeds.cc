@@ -84,11 +84,11 @@ int main(int argc, char** argv) {
        R"({"vocab_size": 65, "attention": "macchiato", "position": "conv", "num_latents": 8, "window": 4})");
 
   const std::string state = folder("state");
-  for (const auto& model : fuzz::state_models()) {
+  for (const auto& [name, model] : fuzz::state_models()) {
     runtime::Engine engine(model, {1, {}, 16});
     runtime::Session session(model);
     for (const int32_t token : {1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3}) engine.decode(session, token);
-    session.save(state + (model->shape().constant_state() ? "constant" : "growing"));
+    session.save(state + name);
   }
 
   const std::string hugging_face = folder("hugging_face");

@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "formats/error.h"
 #include "formats/hash.h"
@@ -41,14 +43,19 @@ void try_state(const std::string& bytes, const std::shared_ptr<const runtime::Mo
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   static const auto models = fuzz::state_models();
-  static runtime::Engine engines[] = {runtime::Engine(models[0], {1, {}, 16}), runtime::Engine(models[1], {1, {}, 16})};
+  static std::vector<std::unique_ptr<runtime::Engine>> engines = [] {
+    std::vector<std::unique_ptr<runtime::Engine>> all;
+    for (const auto& each : models)
+      all.push_back(std::make_unique<runtime::Engine>(each.model, runtime::EngineOptions{1, {}, 16}));
+    return all;
+  }();
   const std::string bytes(reinterpret_cast<const char*>(data), size);
   constexpr size_t kDigits = 32, kHeader = 80;  // the model's hash ends the header, the checksum the file
   for (size_t i = 0; i < models.size(); ++i) {
-    try_state(bytes, models[i], engines[i]);
+    try_state(bytes, models[i].model, *engines[i]);
     if (size < kHeader + kDigits) continue;
     std::string right = bytes;
-    std::memcpy(right.data() + kHeader - kDigits, models[i]->state_hash().data(), kDigits);
+    std::memcpy(right.data() + kHeader - kDigits, models[i].model->state_hash().data(), kDigits);
     const uint64_t content = size - kHeader - kDigits;
     const uint64_t note = std::min<uint64_t>(content, data[40] & 15);
     const uint64_t payload = content - note;
@@ -58,7 +65,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     hash.add(std::as_bytes(std::span(right).first(size - kDigits)));
     const std::string digits = hash.digits();
     std::memcpy(right.data() + size - kDigits, digits.data(), kDigits);
-    try_state(right, models[i], engines[i]);
+    try_state(right, models[i].model, *engines[i]);
   }
   return 0;
 }
