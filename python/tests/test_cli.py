@@ -370,6 +370,40 @@ def test_every_attention_generates_in_the_engine(tmp_path, text, attention):
     assert rows[0]["perplexity"] > 1
 
 
+def test_bench_decode_runs_trained_models(tmp_path, text):
+    folder = tmp_path / "run"
+    options = ["--attention", "macchiato", "--embed-dim", 64, "--window", 8]
+    assert latte("train", "--text", text, "--out", folder, *SHORT, *options).returncode == 0
+    short = ["--prompt", 8, "--tokens", 4, "--threads", 1, "--depths", "0,1000", "--json"]
+    for model in (folder, folder / "checkpoint.safetensors"):
+        result = latte("bench", "decode", "--model", model, *short, "--types", "F32,Q8_0")
+        assert result.returncode == 0, result.stderr
+        rows = json.loads(result.stdout)["rows"]
+        assert [(row["engine"], row["attention"], row["type"], row["depth"]) for row in rows] == [
+            ("latte", "macchiato", kind, depth) for kind in ("F32", "Q8_0") for depth in (0, 1000)
+        ]
+        assert all(row["decode_tokens_per_second"] > 0 and row["prefill_tokens_per_second"] > 0 for row in rows)
+        assert all(row["latents_trained"] for row in rows)
+        assert rows[0]["state_mb"] < rows[1]["state_mb"] == rows[3]["state_mb"]  # float16 either way
+    bench = ["bench", "decode", "--model", folder]
+    assert "sessions (macchiato)" in latte(*bench, "--sessions", 3, "--threads", 1).stdout
+    assert_fails(latte(*bench, "--engines", "llama.cpp"), "llama.cpp can't run", "--engines")
+    assert_fails(latte(*bench, "--attention", "full"), "trained with", "--attention")
+    assert_fails(latte(*bench, "--adapter", "x.gguf"), "--adapter", "checkpoint")
+    assert_fails(latte(*bench, "--types", "Q9"), "Q9")
+    assert_fails(latte("bench", "decode", "--model", tmp_path), "checkpoint.safetensors")
+
+
+def test_bench_decode_ends_where_learned_positions_do(tmp_path, text):
+    folder = tmp_path / "run"
+    options = ["--attention", "softmax", "--position", "learned"]  # as many as the context of SHORT, 16
+    assert latte("train", "--text", text, "--out", folder, *SHORT, *options).returncode == 0
+    bench = ["bench", "decode", "--model", folder, "--prompt", 4, "--tokens", 2, "--threads", 1, "--json"]
+    result = latte(*bench, "--depths", "0,12,13")
+    assert [row["depth"] for row in json.loads(result.stdout)["rows"]] == [0, 12] and "16 learned positions" in result.stderr
+    assert_fails(latte(*bench, "--depths", "13"), "16 learned positions", "--depths")
+
+
 def test_generate_refuses_what_it_cannot_read(run):
     assert_fails(latte("generate", run, "--prompt", "über"), "prompt")
     assert_fails(latte("generate", run, "--prompt", ""), "prompt is empty")

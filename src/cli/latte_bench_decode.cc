@@ -35,9 +35,9 @@ struct Options {
   std::string model;
   std::string adapter;
   std::vector<int64_t> depths = {0, 1024, 2048, 8192, 32768, 131072};
-  std::vector<std::string> types;  // empty: the file as it is
-  std::vector<std::string> engines = {"latte", "llama.cpp"};
-  std::vector<std::string> attention = {"macchiato", "full"};
+  std::vector<std::string> types;      // empty: the file as it is
+  std::vector<std::string> engines;    // empty: all that can run the model
+  std::vector<std::string> attention;  // empty: converted and not; of latte train's models, their own
   std::vector<int64_t> batches = {1};
   int64_t window = 512, sinks = 4, latents = 64;
   int64_t prompt = 512, tokens = 64;
@@ -83,12 +83,14 @@ class Bench {
       std::printf("%-10s %-10s %-6s %8s %6s %16s %16s %12s %10s\n", "engine", "attention", "type", "depth", "batch",
                   "prefill tokens/s", "decode tokens/s", "resident MB", "state MB");
     }
+    if (runtime::is_checkpoint(options_.model)) return RunTrained(), Result();
+    if (options_.engines.empty()) options_.engines = {"latte", "llama.cpp"};
+    if (options_.attention.empty()) options_.attention = {"macchiato", "full"};
     if (options_.types.empty()) {
       RunFile(options_.model, NameOfType(options_.model));
     }
     for (const std::string& type : options_.types) {
-      const auto wanted = formats::tensor_type_named(Lower(type));
-      if (!wanted) throw std::runtime_error("--types: " + type + " isn't a type");
+      const formats::TensorType wanted = TypeNamed(type);
       if (type == NameOfType(options_.model)) {
         RunFile(options_.model, type);
         continue;
@@ -96,7 +98,7 @@ class Bench {
       const auto file =
           std::filesystem::temp_directory_path() / ("latte-bench-" + std::to_string(::getpid()) + "-" + type + ".gguf");
       const Removed removed{file};
-      runtime::quantize_model(options_.model, file.string(), *wanted);
+      runtime::quantize_model(options_.model, file.string(), wanted);
       if (options_.adapter.empty()) {
         RunFile(file.string(), type);
         continue;
@@ -107,10 +109,10 @@ class Bench {
       const formats::GgufFile base(options_.model);
       adapter.check_fits(base);
       formats::write_merged(merged.path.string(), adapter.spec(), base, adapter.file().tensors());
-      runtime::quantize_model(merged.path.string(), quantised.path.string(), *wanted);
+      runtime::quantize_model(merged.path.string(), quantised.path.string(), wanted);
       RunFile(file.string(), type, quantised.path.string());
     }
-    return {{"rows", rows_}, {"model", options_.model}, {"threads", threads_}};
+    return Result();
   }
 
  private:
@@ -126,6 +128,74 @@ class Bench {
     for (char& c : text) c = c == 'K' ? c : static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
     return text;
   }
+  static formats::TensorType TypeNamed(const std::string& type) {
+    const auto wanted = formats::tensor_type_named(Lower(type));
+    if (!wanted) throw std::runtime_error("--types: " + type + " isn't a type");
+    return *wanted;
+  }
+  nlohmann::json Result() const { return {{"rows", rows_}, {"model", options_.model}, {"threads", threads_}}; }
+
+  // A model of latte train runs with the attention that it was trained with, in float32 or in types that are made while loading.
+  void RunTrained() {
+    if (!options_.adapter.empty()) {
+      throw std::runtime_error(options_.model + ": --adapter is for GGUF files, this is a checkpoint of latte train");
+    }
+    if (std::find(options_.engines.begin(), options_.engines.end(), "llama.cpp") != options_.engines.end()) {
+      throw std::runtime_error(options_.model + ": llama.cpp can't run models of latte train: leave --engines out");
+    }
+    if (!options_.attention.empty()) {
+      throw std::runtime_error(options_.model +
+                               ": a model of latte train has the attention that it was trained with: leave --attention out");
+    }
+    for (const std::string& type : options_.types.empty() ? std::vector<std::string>{"F32"} : options_.types) {
+      type_ = type;
+      runtime::ModelOptions model_options;
+      model_options.type = TypeNamed(type);
+      if (*model_options.type != formats::TensorType::kF32 && !formats::can_quantize(*model_options.type)) {
+        throw std::runtime_error("--types: " + type + " can't be written");
+      }
+      const double before = ResidentMegabytes();
+      const auto model = Model::open(options_.model, model_options);
+      const std::string attention = NameOfAttention(model->shape());
+      LeaveOutDeeper(model->shape());
+      std::vector<std::unique_ptr<Contestant>> contestants;
+      AddLatte(model, attention, before, contestants);
+      if (options_.sessions == 0) RunDepths(contestants);
+    }
+  }
+
+  // Depths that learned positions don't reach.
+  void LeaveOutDeeper(const runtime::ModelShape& shape) {
+    const int64_t most = shape.learned_positions;
+    if (most == 0 || options_.sessions > 0) return;
+    const int64_t behind = std::max(options_.prompt, options_.tokens + 1);
+    const auto kept =
+        std::remove_if(options_.depths.begin(), options_.depths.end(), [&](int64_t depth) { return depth + behind > most; });
+    if (kept == options_.depths.begin()) {
+      throw std::runtime_error(options_.model + ": has " + std::to_string(most) + " learned positions, fewer than --depths and " +
+                               std::to_string(behind) + " tokens behind them: choose smaller --depths, --prompt, --tokens");
+    }
+    for (auto depth = kept; depth != options_.depths.end(); ++depth) {
+      std::fprintf(stderr, "latte: a depth is left out: the model has %lld learned positions\n", static_cast<long long>(most));
+    }
+    options_.depths.erase(kept, options_.depths.end());
+  }
+
+  // `before`: megabytes in front of the model. Reports, rather than adds, where memory of sessions is asked for.
+  void AddLatte(const std::shared_ptr<const Model>& model, const std::string& attention, double before,
+                std::vector<std::unique_ptr<Contestant>>& contestants) {
+    vocabulary_ = model->shape().vocab_size;
+    const int64_t deepest = DeepestOf(!model->shape().constant_state());
+    auto contestant =
+        std::make_unique<LatteContestant>(model, threads_, deepest + options_.prompt + 2 * options_.tokens, attention);
+    contestant->resident = ResidentMegabytes() - before;
+    if (options_.sessions > 0) {
+      ReportSessions(*contestant);
+    } else {
+      contestants.push_back(std::move(contestant));
+    }
+  }
+
   // The type that most weights have.
   static std::string NameOfType(const std::string& path) {
     const formats::GgufFile file(path);
@@ -156,17 +226,8 @@ class Bench {
         model_options.attention = {options_.window, options_.sinks, 0};
       }
       const double before = ResidentMegabytes();
-      auto model = Model::open(attention == "macchiato" && !converted.empty() ? converted : path, model_options);
-      vocabulary_ = model->shape().vocab_size;
-      const int64_t deepest = DeepestOf(!model->shape().constant_state());
-      auto contestant =
-          std::make_unique<LatteContestant>(model, threads_, deepest + options_.prompt + 2 * options_.tokens, attention);
-      contestant->resident = ResidentMegabytes() - before;
-      if (options_.sessions > 0) {
-        ReportSessions(*contestant);
-      } else {
-        contestants.push_back(std::move(contestant));
-      }
+      const auto model = Model::open(attention == "macchiato" && !converted.empty() ? converted : path, model_options);
+      AddLatte(model, attention, before, contestants);
     }
     if (options_.sessions > 0) return;
     if (wants(options_.engines, "llama.cpp")) {
@@ -176,6 +237,10 @@ class Bench {
         contestants.back()->resident = ResidentMegabytes() - before;
       }
     }
+    RunDepths(contestants);
+  }
+
+  void RunDepths(std::vector<std::unique_ptr<Contestant>>& contestants) {
     std::mt19937 random(1);
     std::uniform_int_distribution<int32_t> token(0, static_cast<int32_t>(std::min<int64_t>(vocabulary_, 20000)) - 1);
     text_.resize(static_cast<size_t>(options_.depths.back()));
@@ -196,12 +261,15 @@ class Bench {
 
   struct Runner {
     Contestant* contestant;
+    int64_t batch;
     std::vector<double> reads, writes, first_writes;
     double spent = 0.0;
+    double resident = 0.0;  // the contestant's, with so many sessions
   };
 
   void RunDepth(std::vector<std::unique_ptr<Contestant>>& contestants, int64_t depth) {
     std::vector<Runner> runners;
+    std::vector<Contestant*> there;
     for (const auto& contestant : contestants) {
       if (contestant->out || (contestant->attention == "full" && depth > options_.full_depth)) continue;
       const double resident = contestant->resident;
@@ -217,34 +285,29 @@ class Bench {
         contestant->out = true;
         continue;
       }
-      runners.push_back({contestant.get(), {}, {}, {}, 0.0});
+      there.push_back(contestant.get());
+      for (const int64_t batch : options_.batches) {
+        if (batch == 1 || contestant->engine == "latte") runners.push_back({contestant.get(), batch, {}, {}, {}});
+      }
     }
-    for (const int64_t batch : options_.batches) {
+    // In turns, so that a machine whose speed changes meanwhile changes it for all of them.
+    for (int round = 0; round < 24; ++round) {
+      bool any = false;
       for (Runner& runner : runners) {
-        runner.contestant->batch = batch;
-        runner.reads.clear();
-        runner.writes.clear();
-        runner.spent = 0.0;
+        if (runner.spent > options_.budget && (round >= 3 || runner.spent > 4 * options_.budget)) continue;
+        any = true;
+        Measure(runner, round);
       }
-      // In turns, so that a machine whose speed changes meanwhile changes it for all of them.
-      for (int round = 0; round < 24; ++round) {
-        bool any = false;
-        for (Runner& runner : runners) {
-          if (runner.spent > options_.budget && (round >= 3 || runner.spent > 4 * options_.budget)) continue;
-          if (batch > 1 && runner.contestant->engine != "latte") continue;
-          any = true;
-          Measure(runner, round, batch);
-        }
-        if (!any) break;
-      }
-      Report(runners, depth);
+      if (!any) break;
     }
-    for (Runner& runner : runners) Booked(*runner.contestant, [&] { runner.contestant->Rest(); });
+    for (const int64_t batch : options_.batches) Report(runners, batch, depth);
+    for (Contestant* contestant : there) Booked(*contestant, [&] { contestant->Rest(); });
   }
 
   // One round; the first warms up, unless it took so long that it needn't.
-  void Measure(Runner& runner, int round, int64_t batch) {
+  void Measure(Runner& runner, int round) {
     Contestant& contestant = *runner.contestant;
+    const int64_t batch = contestant.batch = runner.batch;
     try {
       Booked(contestant, [&] {
         contestant.GoBack();
@@ -266,6 +329,7 @@ class Bench {
         if (batch == 1) runner.reads.push_back(read);
         runner.writes.push_back(written);
       });
+      runner.resident = contestant.resident;
     } catch (const runtime::MemoryError& error) {
       std::fprintf(stderr, "latte: %s: %s (%s, batch %lld) skipped\n", error.what(), contestant.engine.c_str(),
                    contestant.attention.c_str(), static_cast<long long>(batch));
@@ -278,15 +342,15 @@ class Bench {
     return runner.reads.empty() ? 0.0 : static_cast<double>(options_.prompt) / Median(runner.reads);
   }
   double DecodeOf(const Runner& runner) const {
-    return static_cast<double>(options_.tokens * runner.contestant->batch) / Median(runner.writes);
+    return static_cast<double>(options_.tokens * runner.batch) / Median(runner.writes);
   }
 
-  void Report(std::vector<Runner>& runners, int64_t depth) {
+  void Report(std::vector<Runner>& runners, int64_t batch, int64_t depth) {
     const Runner* other = nullptr;  // llama.cpp with flash attention
     for (Runner& runner : runners) {
-      if (runner.writes.empty()) continue;
+      if (runner.batch != batch || runner.writes.empty()) continue;
       if (runner.contestant->engine == "latte") {
-        Report(*runner.contestant, depth, PrefillOf(runner), DecodeOf(runner));
+        Report(runner, depth, PrefillOf(runner), DecodeOf(runner));
         if (!runner.first_writes.empty()) {
           rows_.back()["decode_over_first_depth"] = Median(runner.first_writes) / Median(runner.writes);
         }
@@ -311,17 +375,18 @@ class Bench {
       if (reads[0] < kClearly * reads[1] && writes[0] < kClearly * writes[1]) with->contestant->out = true;
       if (reads[1] < kClearly * reads[0] && writes[1] < kClearly * writes[0]) without.contestant->out = true;
     }
-    Report(first ? *with->contestant : *without.contestant, depth, std::max(reads[0], reads[1]), std::max(writes[0], writes[1]));
+    Report(first ? *with : without, depth, std::max(reads[0], reads[1]), std::max(writes[0], writes[1]));
   }
 
-  void Report(const Contestant& contestant, int64_t depth, double prefill, double decode) {
+  void Report(const Runner& runner, int64_t depth, double prefill, double decode) {
+    const Contestant& contestant = *runner.contestant;
     nlohmann::json row = {{"engine", contestant.engine},
                           {"attention", contestant.attention},
                           {"type", type_},
                           {"depth", depth},
-                          {"batch", contestant.batch},
+                          {"batch", runner.batch},
                           {"decode_tokens_per_second", decode},
-                          {"resident_mb", contestant.resident}};
+                          {"resident_mb", runner.resident}};
     if (prefill > 0.0) row["prefill_tokens_per_second"] = prefill;
     if (!contestant.reading_rates.empty()) {
       const auto [slowest, fastest] = std::minmax_element(contestant.reading_rates.begin(), contestant.reading_rates.end());
@@ -331,11 +396,12 @@ class Bench {
     }
     if (contestant.engine == "latte") row["state_mb"] = contestant.StateMegabytes();
     if (contestant.engine == "llama.cpp") row["flash_attention"] = contestant.flash;
-    if (contestant.attention == "macchiato") row["latents_trained"] = !options_.adapter.empty();
+    if (contestant.attention == "macchiato")
+      row["latents_trained"] = !options_.adapter.empty() || runtime::is_checkpoint(options_.model);
     if (!options_.json) {
       std::printf("%-10s %-10s %-6s %8lld %6lld %16.1f %16.1f %12.1f %10.2f\n", contestant.engine.c_str(),
                   contestant.attention.c_str(), type_.c_str(), static_cast<long long>(depth),
-                  static_cast<long long>(contestant.batch), prefill, decode, contestant.resident, contestant.StateMegabytes());
+                  static_cast<long long>(runner.batch), prefill, decode, runner.resident, contestant.StateMegabytes());
       std::fflush(stdout);
     }
     rows_.push_back(std::move(row));
@@ -377,15 +443,15 @@ void AddBenchDecode(CLI::App& bench, int& exit_code) {
   auto options = std::make_shared<Options>();
   CLI::App* command = bench.add_subcommand(
       "decode", "Tokens a second, reading and writing, at growing depths, beside llama.cpp on the same file");
-  command->add_option("--model", options->model, "GGUF file")->required();
+  command->add_option("--model", options->model, "GGUF file, or a run's folder of latte train (or its checkpoint)")->required();
   command->add_option("--adapter", options->adapter,
                       "Adapter of the converted model; without it, random latents, which cost the same");
   command->add_option("--depths", options->depths, "Tokens read before")->delimiter(',')->check(CLI::Range(0, 1 << 24));
-  command->add_option("--types", options->types, "Weight types, such as Q4_1,Q4_0,BF16; made from the file")->delimiter(',');
-  command->add_option("--engines", options->engines, "Whom to measure")
+  command->add_option("--types", options->types, "Weight types, such as Q4_1,Q4_0,BF16; made from the model")->delimiter(',');
+  command->add_option("--engines", options->engines, "Whom to measure; all that can run the model")
       ->delimiter(',')
       ->check(CLI::IsMember({"latte", "llama.cpp"}));
-  command->add_option("--attention", options->attention, "latte's")
+  command->add_option("--attention", options->attention, "latte's, of a GGUF file; macchiato,full")
       ->delimiter(',')
       ->check(CLI::IsMember({"macchiato", "window", "full"}));
   command->add_option("--batch", options->batches, "Sessions in one step (latte)")->delimiter(',')->check(CLI::Range(1, 512));
@@ -409,12 +475,15 @@ void AddBenchDecode(CLI::App& bench, int& exit_code) {
       "filled\n"
       "with copies of what it read, which costs it the same as a text of its own. decode_over_first_depth in JSON is latte's "
       "rate\n"
-      "over that at the first depth of 1000 tokens or more, taken in turns.\n\n"
+      "over that at the first depth of 1000 tokens or more, taken in turns. Models of latte train run with their own attention, "
+      "in\n"
+      "F32 unless --types says otherwise, and llama.cpp can't run them.\n\n"
       "Examples:\n"
       "  latte bench decode --model SmolLM2-135M-Instruct.Q4_1.gguf --depths 0,2048,8192,32768\n"
       "  latte bench decode --model model.gguf --adapter adapter.gguf --types Q4_1,BF16 --plot figures/decode --json\n"
       "  latte bench decode --model model.gguf --engines latte --batch 1,8,64 --depths 1024\n"
-      "  latte bench decode --model model.gguf --attention macchiato --sessions 1000");
+      "  latte bench decode --model model.gguf --attention macchiato --sessions 1000\n"
+      "  latte bench decode --model runs/demo --depths 0,1000,100000");
   command->callback([options, &exit_code] {
     const nlohmann::json result = Bench(*options).Run();
     if (!options->plot.empty()) {

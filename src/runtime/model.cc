@@ -29,10 +29,14 @@ int loading_threads(int wanted) {
 
 }  // namespace
 
+bool is_checkpoint(const std::string& path) {
+  std::error_code ignored;
+  return std::filesystem::is_directory(path, ignored) || path.ends_with(".safetensors");
+}
+
 std::shared_ptr<const Model> Model::open(const std::string& path, const ModelOptions& options) {
   ggml_cpu_init();  // its tables of half-precision numbers
-  std::error_code ignored;
-  if (std::filesystem::is_directory(path, ignored) || path.ends_with(".safetensors")) {
+  if (is_checkpoint(path)) {
     const std::shared_ptr<Model> model(new Model(formats::checkpoint_path(path), options));
     model->load_checkpoint();
     return model;

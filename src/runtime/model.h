@@ -76,6 +76,9 @@ struct ModelOptions {
   int threads = 0;            // for loading; 0: as many as there are CPUs
 };
 
+// Whether Model::open takes `path` for a checkpoint of latte train (the file, or its run's folder) rather than a GGUF file.
+bool is_checkpoint(const std::string& path);
+
 class Model {
  public:
   // A GGUF file, or a checkpoint of latte train (the file, or its run's folder). Throws FileError, FormatError, ModelError,
