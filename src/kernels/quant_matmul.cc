@@ -105,7 +105,7 @@ HWY_INLINE void QuantTile(const Place& at, const Activations& x) {
   constexpr int32_t kOffset = kOffsetOf(kFormat);
   constexpr bool kHighBits = kBitsOf(kFormat) > 4 && kBitsOf(kFormat) < 8;
   // One token: the high half of four bits stays where it is, 16 times too large, which costs less than to shift each vector.
-  constexpr bool kInPlace = kTokens == 1 && kBitsOf(kFormat) == 4;
+  constexpr bool kInPlace = kTokens == 1 && (kFormat == WeightFormat::kQ4_0 || kFormat == WeightFormat::kQ4_1);
   const auto* quants = reinterpret_cast<const uint8_t*>(at.group) + at.lane * 4;
   const auto* scales = reinterpret_cast<const hwy::float16_t*>(at.group + at.blocks * kBytes) + at.lane;
   const auto low = hn::Set(du8, uint8_t{0x0F});
@@ -130,6 +130,10 @@ HWY_INLINE void QuantTile(const Place& at, const Activations& x) {
         w[kQuads / 2 + i] = kInPlace ? hn::AndNot(low, both) : hn::ShiftRight<4>(both);
       }
       if constexpr (kHighBits) AddHighBits<kFormat>(quants + kQuads / 2 * 64, w);
+      if constexpr (kFormat == WeightFormat::kIQ4_NL) {
+        const auto table = hn::LoadDup128(du8, kIQ4Table);
+        for (int i = 0; i < kQuads; ++i) w[i] = hn::TableLookupBytes(table, w[i]);
+      }
     }
     if constexpr (kTokens == 1) {
       for (int64_t line = 0; line < kLines; ++line) hwy::Prefetch(ahead + line * 64);
@@ -314,6 +318,10 @@ void MatMul(const PackedMatrix& matrix, const Activations& x, int64_t first_toke
       return run(Product<WeightFormat::kQ5_0>);
     case WeightFormat::kQ5_1:
       return run(Product<WeightFormat::kQ5_1>);
+    case WeightFormat::kIQ4_NL:
+      return run(Product<WeightFormat::kIQ4_NL>);
+    case WeightFormat::kQ3_K:
+      return run(Product<WeightFormat::kQ3_K>);
     case WeightFormat::kQ6_K:
       return run(Product<WeightFormat::kQ6_K>);
     case WeightFormat::kQ8_0:

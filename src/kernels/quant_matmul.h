@@ -24,13 +24,29 @@ constexpr int64_t kGroupRows = 16;
 constexpr int64_t kQuantBlock = 32;  // columns that share a scale
 
 // How a row lies in ggml's files.
-enum class RowLayout : uint8_t { kQ4_0, kQ4_1, kQ5_0, kQ5_1, kQ8_0, kQ4_K, kQ5_K, kQ6_K, kBFloat16, kFloat16, kFloat32 };
+enum class RowLayout : uint8_t {
+  kQ4_0,
+  kQ4_1,
+  kQ5_0,
+  kQ5_1,
+  kQ8_0,
+  kIQ4_NL,
+  kQ3_K,
+  kQ4_K,
+  kQ5_K,
+  kQ6_K,
+  kIQ4_XS,
+  kBFloat16,
+  kFloat16,
+  kFloat32
+};
 
-// How it is packed. Numbers name the bits of a quant, then ggml's first type of that form: _0 is scale * (quant - offset), _1
-// scale * quant + minimum, kQ6_K like _0 with a scale for 16 columns.
-enum class WeightFormat : uint8_t { kQ4_0, kQ4_1, kQ5_0, kQ5_1, kQ6_K, kQ8_0, kBFloat16, kFloat16, kFloat32 };
+// How it is packed. Names are those of ggml's first type of that form: _0 is scale * (quant - offset), _1 scale * quant +
+// minimum, kQ3_K (in four bits) and kQ6_K like _0 with a scale for 16 columns, kIQ4_NL scale * (a table's entry).
+enum class WeightFormat : uint8_t { kQ4_0, kQ4_1, kQ5_0, kQ5_1, kIQ4_NL, kQ3_K, kQ6_K, kQ8_0, kBFloat16, kFloat16, kFloat32 };
 
-// The scales and minima of K types, products of two numbers, are rounded to float16, by half a unit; all else stays exact.
+// The scales and minima of K types and IQ4_XS, products of two numbers, are rounded to float16, by half a unit; all else stays
+// exact.
 constexpr WeightFormat FormatOf(RowLayout layout) {
   switch (layout) {
     case RowLayout::kQ4_0:
@@ -43,6 +59,11 @@ constexpr WeightFormat FormatOf(RowLayout layout) {
     case RowLayout::kQ5_1:
     case RowLayout::kQ5_K:
       return WeightFormat::kQ5_1;
+    case RowLayout::kIQ4_NL:
+    case RowLayout::kIQ4_XS:
+      return WeightFormat::kIQ4_NL;
+    case RowLayout::kQ3_K:
+      return WeightFormat::kQ3_K;
     case RowLayout::kQ6_K:
       return WeightFormat::kQ6_K;
     case RowLayout::kQ8_0:
@@ -58,10 +79,12 @@ constexpr WeightFormat FormatOf(RowLayout layout) {
 }
 
 constexpr bool IsQuantised(WeightFormat format) { return format <= WeightFormat::kQ8_0; }
+// Whether a scale is of 16 columns, so that products need Activations::half_sums.
+constexpr bool HasHalfScales(WeightFormat format) { return format == WeightFormat::kQ3_K || format == WeightFormat::kQ6_K; }
 
 // A multiple of this many columns is needed.
 constexpr int64_t ColumnStep(RowLayout layout) {
-  if (layout >= RowLayout::kQ4_K && layout <= RowLayout::kQ6_K) return 256;
+  if (layout >= RowLayout::kQ3_K && layout <= RowLayout::kIQ4_XS) return 256;
   const WeightFormat format = FormatOf(layout);
   return IsQuantised(format) ? kQuantBlock : format == WeightFormat::kBFloat16 ? 2 : 1;
 }
@@ -105,7 +128,7 @@ struct Activations {
   float* scales = nullptr;       // kInt8: [tile][columns / 32][token]
   float* scaled_sums = nullptr;  // likewise: scale * sum of the block's quants
   int32_t* sums = nullptr;       // likewise: sum of the block's quants
-  int32_t* half_sums = nullptr;  // likewise, or null: of its first 16; kQ6_K's products read it
+  int32_t* half_sums = nullptr;  // likewise, or null: of its first 16, for HasHalfScales()
   uint16_t* bfloats = nullptr;   // kBFloat16: [tile][columns / 2][token][2]
   float* values = nullptr;       // kFloat32: [tile][columns][token]
 };

@@ -12,9 +12,12 @@ namespace {
 
 using namespace testing;
 
-constexpr RowLayout kLayouts[] = {RowLayout::kQ4_0,     RowLayout::kQ4_1,    RowLayout::kQ5_0,   RowLayout::kQ5_1,
-                                  RowLayout::kQ8_0,     RowLayout::kQ4_K,    RowLayout::kQ5_K,   RowLayout::kQ6_K,
-                                  RowLayout::kBFloat16, RowLayout::kFloat16, RowLayout::kFloat32};
+constexpr RowLayout kLayouts[] = {RowLayout::kQ4_0,    RowLayout::kQ4_1,   RowLayout::kQ5_0,   RowLayout::kQ5_1,
+                                  RowLayout::kQ8_0,    RowLayout::kIQ4_NL, RowLayout::kQ3_K,   RowLayout::kQ4_K,
+                                  RowLayout::kQ5_K,    RowLayout::kQ6_K,   RowLayout::kIQ4_XS, RowLayout::kBFloat16,
+                                  RowLayout::kFloat16, RowLayout::kFloat32};
+
+constexpr int kIQ4Values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
 bool IsSuper(RowLayout layout) { return ColumnStep(layout) > kQuantBlock; }
 
@@ -62,6 +65,33 @@ void AppendSuperBlock(RowLayout layout, Random& random, Weights* w) {
       const int nibble = low[c / 128 * 64 + quarter % 2 * 32 + i] >> (quarter / 2 * 4) & 15;
       const int top = high[c / 128 * 32 + i] >> (2 * quarter) & 3;
       value_of(scale * static_cast<int8_t>(scales[c / 16]), nibble + 16 * top - 32, 0.0);
+    }
+    return;
+  }
+  if (layout == RowLayout::kQ3_K) {
+    const std::vector<int> third = bytes(32), low = bytes(64), scales = bytes(12);
+    append(third);
+    append(low);
+    append(scales);
+    Append(w->bytes, d);
+    for (size_t c = 0; c < 256; ++c) {
+      const size_t j = c / 16;  // of 16 scales
+      const int six = (j < 8 ? scales[j] % 16 : scales[j - 8] / 16) + 16 * (scales[8 + j % 4] >> (2 * (j / 4)) & 3);
+      const int two = low[c / 128 * 32 + c % 32] >> (c % 128 / 32 * 2) & 3;
+      value_of(scale * (six - 32), (third[c % 32] >> (c / 32) & 1) != 0 ? two : two - 4, 0.0);
+    }
+    return;
+  }
+  if (layout == RowLayout::kIQ4_XS) {
+    const std::vector<int> high = bytes(2), scales = bytes(4), low = bytes(128);
+    Append(w->bytes, d);
+    append(high);
+    append(scales);
+    append(low);
+    for (size_t c = 0; c < 256; ++c) {
+      const size_t block = c / 32, i = c % 32;
+      const int six = (scales[block / 2] >> (block % 2 * 4) & 15) + 16 * ((high[0] + 256 * high[1]) >> (2 * block) & 3);
+      value_of(scale * (six - 32), kIQ4Values[low[block * 16 + i % 16] >> (i / 16 * 4) & 15], 0.0);
     }
     return;
   }
@@ -135,6 +165,9 @@ Weights MakeWeights(RowLayout layout, int64_t rows, int64_t columns, Random& ran
           quants[i + kQuantBlock / 2] = (both >> 4) + static_cast<int>(fifths >> (i + 16) & 1) * 16 - offset;
         }
       }
+      if (layout == RowLayout::kIQ4_NL) {
+        for (int& q : quants) q = kIQ4Values[q + 8];
+      }
       for (const int q : quants) w.values.push_back(q * scale + minimum);
     }
   }
@@ -180,7 +213,7 @@ struct Rows {
     activations.scales = scales.data();
     activations.scaled_sums = scaled_sums.data();
     activations.sums = sums.data();
-    activations.half_sums = format == WeightFormat::kQ6_K ? half_sums.data() : nullptr;
+    activations.half_sums = HasHalfScales(format) ? half_sums.data() : nullptr;
     activations.bfloats = bfloats.data();
     activations.values = floats.data();
     // In two pieces, as threads put them.

@@ -75,6 +75,7 @@ constexpr int64_t kBlocksOfSuper = kSuperBlock / kQuantBlock;
 constexpr int64_t BlockBytes(RowLayout layout) {
   switch (layout) {
     case RowLayout::kQ4_0:
+    case RowLayout::kIQ4_NL:
       return 18;
     case RowLayout::kQ4_1:
       return 20;
@@ -84,6 +85,10 @@ constexpr int64_t BlockBytes(RowLayout layout) {
       return 24;
     case RowLayout::kQ8_0:
       return 34;
+    case RowLayout::kQ3_K:
+      return 110;
+    case RowLayout::kIQ4_XS:
+      return 136;
     case RowLayout::kQ4_K:
       return 144;
     case RowLayout::kQ5_K:
@@ -104,6 +109,7 @@ void ReadBlock(RowLayout layout, const std::byte* row, int64_t index, Block* out
   if (!super) out->scales[0] = HalfAt(at);
   switch (layout) {
     case RowLayout::kQ4_0:
+    case RowLayout::kIQ4_NL:
       return ReadHalves(at + 2, out);
     case RowLayout::kQ4_1:
       out->minimum = HalfAt(at + 2);
@@ -118,6 +124,24 @@ void ReadBlock(RowLayout layout, const std::byte* row, int64_t index, Block* out
     case RowLayout::kQ8_0:
       for (int64_t i = 0; i < kQuantBlock; ++i) out->quants[i] = ByteAt(at + 2, i) ^ 0x80;
       return;
+    case RowLayout::kQ3_K:  // third bits [32] with block in bit `block`, low bits [2][32] of four blocks each, scales [12], scale
+      for (int64_t i = 0; i < kQuantBlock; ++i) {
+        const int low = ByteAt(at + 32 + block / 4 * 32, i) >> (2 * (block % 4)) & 3;
+        out->quants[i] = static_cast<uint8_t>(low | (ByteAt(at, i) >> block & 1) << 2);
+      }
+      for (int64_t i = 0; i < 2; ++i) {  // of 16 scales, four bits lie as halves of bytes 0 … 7, two more in bytes 8 … 11
+        const int64_t j = 2 * block + i;
+        const int low = j < 8 ? ByteAt(at + 96, j) & 15 : ByteAt(at + 96, j - 8) >> 4;
+        const int high = ByteAt(at + 104, j % 4) >> (2 * (j / 4)) & 3;
+        out->scales[i] = HalfOf(FloatOf(HalfAt(at + 108)) * static_cast<float>((low | high << 4) - 32));
+      }
+      return;
+    case RowLayout::kIQ4_XS: {  // scale, the upper two bits of eight scales, their low halves [4], halves [8][16]
+      const int low = ByteAt(at + 4, block / 2) >> (4 * (block % 2)) & 15;
+      const int high = HalfAt(at + 2) >> (2 * block) & 3;
+      out->scales[0] = HalfOf(FloatOf(HalfAt(at)) * static_cast<float>((low | high << 4) - 32));
+      return ReadHalves(at + 8 + block * 16, out);
+    }
     case RowLayout::kQ4_K:  // scale, minimum, six-bit pairs [12], halves [4][32]
       ReadScale6(at, at + 4, block, out);
       return ReadNibbles(at + 16, block, out);
@@ -147,6 +171,8 @@ void ReadBlock(RowLayout layout, const std::byte* row, int64_t index, Block* out
   }
 }
 
+constexpr int64_t kHighBits = 256;  // bytes of a block's low bits, in front of the others
+
 void PackBlock(WeightFormat format, const Block& block, std::byte* quants, std::byte* scales) {
   const int64_t bits = kBitsOf(format);
   for (int64_t quad = 0; quad < kQuantBlock / 4; ++quad) {
@@ -157,7 +183,7 @@ void PackBlock(WeightFormat format, const Block& block, std::byte* quants, std::
         continue;
       }
       quants[quad % 4 * 64 + i] |= quad < 4 ? q & std::byte{15} : q << 4;
-      std::byte* high = quants + 4 * 64;
+      std::byte* high = quants + kHighBits;
       if (bits == 5) high[i] |= q >> 4 << quad;
       if (bits == 6) high[quad / 4 * 64 + i] |= q >> 4 << (2 * (quad % 4));
     }
@@ -172,7 +198,7 @@ Block UnpackBlock(WeightFormat format, const std::byte* quants, const std::byte*
   const int64_t bits = kBitsOf(format);
   for (int64_t quad = 0; quad < kQuantBlock / 4; ++quad) {
     for (int64_t i = 0; i < 4; ++i) {
-      const std::byte* high = quants + 4 * 64;
+      const std::byte* high = quants + kHighBits;
       std::byte q = quants[quad * 64 + i];
       if (bits < 8) q = quad < 4 ? q & std::byte{15} : quants[(quad - 4) * 64 + i] >> 4;
       if (bits == 5) q |= (high[i] >> quad & std::byte{1}) << 4;
@@ -256,7 +282,8 @@ void UnpackRow(const PackedMatrix& matrix, int64_t row, float* out) {
     const Block block = UnpackBlock(format, group + b * kBlockQuantBytes(format) + lane * 4, scales);
     for (int64_t i = 0; i < kQuantBlock; ++i) {
       const float scale = FloatOf(block.scales[i * kScalesOf(format) / kQuantBlock]);
-      out[b * kQuantBlock + i] = scale * static_cast<float>(block.quants[i] - kOffsetOf(format)) + FloatOf(block.minimum);
+      const int quant = format == WeightFormat::kIQ4_NL ? kIQ4Table[block.quants[i]] : block.quants[i];
+      out[b * kQuantBlock + i] = scale * static_cast<float>(quant - kOffsetOf(format)) + FloatOf(block.minimum);
     }
   }
 }

@@ -29,6 +29,12 @@ std::optional<kernels::RowLayout> layout_of(formats::TensorType type) {
       return kernels::RowLayout::kQ5_1;
     case formats::TensorType::kQ8_0:
       return kernels::RowLayout::kQ8_0;
+    case formats::TensorType::kIQ4_NL:
+      return kernels::RowLayout::kIQ4_NL;
+    case formats::TensorType::kIQ4_XS:
+      return kernels::RowLayout::kIQ4_XS;
+    case formats::TensorType::kQ3_K:
+      return kernels::RowLayout::kQ3_K;
     case formats::TensorType::kQ4_K:
       return kernels::RowLayout::kQ4_K;
     case formats::TensorType::kQ5_K:
@@ -107,7 +113,7 @@ Matrix::Matrix(const formats::GgufTensorSpec& spec, const std::byte* data, int64
     packed_.data = packed;
     const auto form = kernels::FormOf(format);
     forms_.int8 = form == kernels::ActivationForm::kInt8;
-    forms_.half_sums = format == kernels::WeightFormat::kQ6_K;
+    forms_.half_sums = kernels::HasHalfScales(format);
     forms_.bfloat16 = form == kernels::ActivationForm::kBFloat16;
     forms_.float32 = form == kernels::ActivationForm::kFloat32;
     return;
