@@ -1,5 +1,6 @@
 #include "cli/latte_text.h"
 
+#include <sys/time.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -28,17 +29,30 @@ runtime::ModelOptions ModelOptionsOf(const ModelChoice& choice) {
 
 std::atomic<int> interrupts = 0;  // lock-free, as a signal's handler needs it
 
-void CountInterrupt(int) { interrupts.fetch_add(1); }
+// A signal that comes just before a read blocks doesn't wake it: so this repeats until the reading is over.
+void Wake(bool on) {
+  constexpr suseconds_t kPeriod = 50000;  // microseconds
+  itimerval timer = {};
+  if (on) timer.it_value.tv_usec = timer.it_interval.tv_usec = kPeriod;
+  ::setitimer(ITIMER_REAL, &timer, nullptr);
+}
+
+void CountInterrupt(int) {
+  interrupts.fetch_add(1);
+  Wake(true);
+}
+
+void Ignore(int) {}
 
 void OnInterrupt(int) {
   if (interrupts.fetch_add(1) > 0) ::_exit(130);
 }
 
-void OnSignal(void (*handler)(int), int flags) {
+void OnSignal(void (*handler)(int), int flags, int signal = SIGINT) {
   struct sigaction action = {};
   action.sa_handler = handler;
   action.sa_flags = flags;
-  ::sigaction(SIGINT, &action, nullptr);
+  ::sigaction(signal, &action, nullptr);
 }
 
 }  // namespace
@@ -169,8 +183,15 @@ Interrupt::~Interrupt() { OnSignal(SIG_DFL, 0); }
 int Interrupt::Count() { return interrupts.load(); }
 void Interrupt::Forget(int count) { interrupts.fetch_sub(count); }
 
-InterruptedReads::InterruptedReads() { OnSignal(CountInterrupt, 0); }
-InterruptedReads::~InterruptedReads() { OnSignal(OnInterrupt, SA_RESTART); }
+InterruptedReads::InterruptedReads() {
+  OnSignal(Ignore, 0, SIGALRM);
+  OnSignal(CountInterrupt, 0);
+}
+InterruptedReads::~InterruptedReads() {
+  OnSignal(OnInterrupt, SA_RESTART);
+  Wake(false);
+  OnSignal(SIG_DFL, 0, SIGALRM);
+}
 
 PromptProgress::PromptProgress(int64_t total) : total_(total), shown_(::isatty(STDERR_FILENO) != 0 && total > 2048) {}
 
