@@ -39,7 +39,7 @@ struct Sizes {
 };
 
 Sizes SizesOf(const formats::LanguageModelConfig& config) {
-  const auto head_dim = static_cast<double>(config.embed_dim / config.num_heads);
+  const auto head_dim = static_cast<double>(config.embed_dim) / static_cast<double>(config.num_heads);
   const auto kv_heads = static_cast<double>(config.num_kv_heads.value_or(config.num_heads));
   const double latents = static_cast<double>(config.num_latents.value_or(config.embed_dim / config.num_heads));
   Sizes sizes{kv_heads * latents * (head_dim + 3) * 4, 0, kv_heads * 2 * head_dim * 2};

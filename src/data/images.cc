@@ -13,7 +13,7 @@
 namespace latte {
 namespace {
 
-constexpr size_t kPixels = 32 * 32, kRecord = 1 + 3 * kPixels;
+constexpr size_t kPixels = size_t{32} * 32, kRecord = 1 + 3 * kPixels;
 constexpr int32_t kClasses = 10;
 
 // ITU-R BT.601's luma.

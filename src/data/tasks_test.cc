@@ -446,7 +446,8 @@ TEST_F(LoaderTest, MaskedTextAsksForItsOwnBytes) {
   int64_t asked = 0, masked = 0, changed = 0;
   for (int64_t i = 0; i < 30; ++i) {
     for (int64_t t = 0; t < 100; ++t) {
-      const int64_t original = text[static_cast<size_t>(i * 100 + t)], token = batch.tokens[i][t].item<int64_t>();
+      const int64_t original = static_cast<unsigned char>(text[static_cast<size_t>(i * 100 + t)]),
+                    token = batch.tokens[i][t].item<int64_t>();
       const int64_t target = batch.targets[i][t].item<int64_t>();
       if (target == kNoTarget) {
         EXPECT_EQ(token, original);

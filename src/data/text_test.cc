@@ -11,7 +11,6 @@
 namespace latte {
 namespace {
 
-using formats::contains;
 using formats::error_text;
 using formats::FileError;
 using formats::FormatError;

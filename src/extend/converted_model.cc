@@ -10,7 +10,7 @@ namespace {
 
 std::string latent_name(size_t block, const std::string& name) { return "blk." + std::to_string(block) + ".latte_" + name; }
 
-void copy_in(const formats::GgufTensor& tensor, at::Tensor parameter) {
+void copy_in(const formats::GgufTensor& tensor, const at::Tensor& parameter) {
   std::vector<float> values = tensor.floats();
   parameter.copy_(torch::from_blob(values.data(), parameter.sizes(), torch::kFloat32));
 }

@@ -70,7 +70,7 @@ int64_t read_in_pieces(models::Decoder& model, const at::Tensor& tokens,
   return state ? bytes_of(*state) : 0;
 }
 
-TextEvaluator::TextEvaluator(std::vector<int64_t> tokens, models::Decoder original)
+TextEvaluator::TextEvaluator(const std::vector<int64_t>& tokens, models::Decoder original)
     : tokens_(torch::tensor(at::ArrayRef<int64_t>(tokens), torch::kLong)), original_(std::move(original)) {}
 
 int64_t TextEvaluator::windows(int64_t length) const {

@@ -42,7 +42,7 @@ class TextEvaluator {
  public:
   // Stretches are taken from the start of `tokens`, one after the other. `original` reads those within its trained context, for
   // KL; without it there is none.
-  TextEvaluator(std::vector<int64_t> tokens, models::Decoder original);
+  TextEvaluator(const std::vector<int64_t>& tokens, models::Decoder original);
 
   // How many stretches of `length` tokens, each followed by one more, the text has.
   int64_t windows(int64_t length) const;

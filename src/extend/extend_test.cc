@@ -37,7 +37,7 @@ class ExtendTest : public ::testing::Test {
     options_.match_sequences = 2;
     options_.match_steps = 6;
     options_.context = 64;
-    options_.tokens = 64 * 6;
+    options_.tokens = int64_t{64} * 6;
     options_.least_window = 4;
     options_.dtype = "float32";
     options_.storage = "f32";
@@ -78,7 +78,7 @@ TEST_F(ExtendTest, MatchingLowersTheError) {
 }
 
 TEST_F(ExtendTest, TrainingBringsTheModelCloser) {
-  options_.tokens = 64 * 40;
+  options_.tokens = int64_t{64} * 40;
   options_.lr = 4e-4;
   options_.match_sequences = 0;  // closed latents: the attention weights do it
   const Report report = run_extend(options_, run());
@@ -176,7 +176,7 @@ TEST_F(ExtendTest, AMergedModelIsTheAdapterOnItsBase) {
 }
 
 TEST_F(ExtendTest, ARunIsStoppedAndResumed) {
-  options_.tokens = 64 * 3;
+  options_.tokens = int64_t{64} * 3;
   const Report first = run_extend(options_, run());
   EXPECT_EQ(first.step, 3);
   EXPECT_EQ(first.layers.size(), 2U);
@@ -187,7 +187,7 @@ TEST_F(ExtendTest, ARunIsStoppedAndResumed) {
   EXPECT_THROW(run_extend(options_, run()), OptionError);  // it is there already
   ExtendOptions more = options_of_run(run().out);
   EXPECT_EQ(more, options_);
-  more.tokens = 64 * 5;
+  more.tokens = int64_t{64} * 5;
   const Report second = resume_extend(more, run());
   EXPECT_EQ(second.step, 5);
   EXPECT_TRUE(second.layers.empty());
@@ -281,7 +281,7 @@ TEST(ExtendOptions, ComeBackFromJson) {
   EXPECT_EQ(options.training_windows(), (std::vector<int64_t>{32, 64, 100}));
   options.context = 4096;
   options.first_context = 1024;
-  options.tokens = 4096 * 9;
+  options.tokens = int64_t{4096} * 9;
   for (int64_t step = 0; step < 9; ++step) EXPECT_EQ(options.context_of(step), 1024 << step / 3) << step;
   options.first_context = 1000;
   EXPECT_THROW(options.validate(), OptionError);

@@ -45,7 +45,7 @@ inline void write_tiny_model(const std::string& path, uint64_t seed = 3) {
   torch::manual_seed(seed);
   const formats::GgufMetadata metadata = tiny_metadata();
   formats::GgufTensorSpec embedding{"token_embd.weight", formats::TensorType::kF32, {98, 32}};
-  const auto tokens = metadata.strings("tokenizer.ggml.tokens");
+  const auto& tokens = metadata.strings("tokenizer.ggml.tokens");
   embedding.shape[0] = static_cast<int64_t>(tokens.size());
   const auto config = formats::decoder_config(metadata, std::vector<formats::GgufTensorSpec>{embedding});
   std::vector<at::Tensor> values;

@@ -11,7 +11,7 @@ namespace latte::models {
 namespace {
 
 // One tensor into one parameter, a block of rows at a time, so that no float32 copy of a large tensor is made.
-void load(const formats::PretrainedFile& file, const std::string& name, at::Tensor parameter) {
+void load(const formats::PretrainedFile& file, const std::string& name, const at::Tensor& parameter) {
   constexpr int64_t kBlockElements = int64_t{1} << 20;
   const auto flat = parameter.dim() == 1 ? parameter.unsqueeze(0) : parameter;
   const int64_t rows = flat.size(0), columns = flat.size(1);

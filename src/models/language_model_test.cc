@@ -233,7 +233,8 @@ at::Tensor nano_gpt(const LanguageModel& model, const at::Tensor& tokens) {
         torch::cat({p[attention + "query_proj.weight"], p[attention + "key_proj.weight"], p[attention + "value_proj.weight"]});
     const auto qkv = torch::matmul(norm(x, block + "attention_norm"), c_attn.t()).split(dim, 2);
     const auto split = [&](const at::Tensor& y) { return y.view({batch, time, heads, dim / heads}).transpose(1, 2); };
-    auto scores = torch::matmul(split(qkv[0]), split(qkv[1]).transpose(-2, -1)) / std::sqrt(static_cast<double>(dim / heads));
+    auto scores = torch::matmul(split(qkv[0]), split(qkv[1]).transpose(-2, -1)) /
+                  std::sqrt(static_cast<double>(dim) / static_cast<double>(heads));
     scores = scores.masked_fill(torch::ones({time, time}, torch::kBool).triu(1), -INFINITY);
     const auto y = torch::matmul(scores.softmax(-1), split(qkv[2])).transpose(1, 2).reshape({batch, time, dim});
     x = x + torch::matmul(y, p[attention + "out_proj.weight"].t());

@@ -48,7 +48,8 @@ at::Tensor loss_of(LanguageModel& model, const at::Tensor& tokens, const at::Ten
 }
 
 TEST_P(SequenceParallel, GivesWhatTheWholeSequenceGives) {
-  const auto& [one, ranks] = GetParam();
+  const auto& one = std::get<0>(GetParam());
+  const int64_t ranks = std::get<1>(GetParam());
   const int64_t stretch = 6, time = ranks * stretch;
   torch::manual_seed(5);
   LanguageModel whole(config_of(one));

@@ -334,20 +334,20 @@ TEST(AttentionOptions, NamesAndShapesAreTheContract) {
   const std::vector<std::pair<std::string, std::vector<int64_t>>> expected{
       {"query_logits_proj.weight", {kHeads * 6, kDim}},
       {"query_logits_proj.bias", {kHeads * 6}},
-      {"key_logits_proj.weight", {2 * 5, kDim}},
-      {"key_logits_proj.bias", {2 * 5}},
-      {"value_proj.weight", {2 * 6, kDim}},
-      {"value_proj.bias", {2 * 6}},
+      {"key_logits_proj.weight", {int64_t{2} * 5, kDim}},
+      {"key_logits_proj.bias", {int64_t{2} * 5}},
+      {"value_proj.weight", {int64_t{2} * 6, kDim}},
+      {"value_proj.bias", {int64_t{2} * 6}},
       {"out_proj.weight", {kDim, kDim}},
       {"out_proj.bias", {kDim}},
-      {"decay_proj.weight", {2 * 5, kDim}},
-      {"decay_proj.bias", {2 * 5}},
+      {"decay_proj.weight", {int64_t{2} * 5, kDim}},
+      {"decay_proj.bias", {int64_t{2} * 5}},
       {"conv.weight", {kDim, 4}},
       {"conv.bias", {kDim}},
       {"query_proj.weight", {kDim, kDim}},
       {"query_proj.bias", {kDim}},
-      {"key_proj.weight", {2 * 6, kDim}},
-      {"key_proj.bias", {2 * 6}},
+      {"key_proj.weight", {int64_t{2} * 6, kDim}},
+      {"key_proj.bias", {int64_t{2} * 6}},
   };
   EXPECT_EQ(parameters.size(), expected.size());
   for (const auto& [name, shape] : expected) {

@@ -8,7 +8,7 @@
 namespace latte::nn {
 namespace {
 
-at::Tensor randn(std::vector<int64_t> shape) { return torch::randn(shape, torch::kFloat64); }
+at::Tensor randn(const std::vector<int64_t>& shape) { return torch::randn(shape, torch::kFloat64); }
 
 // The recurrence, a token at a time.
 at::Tensor by_recurrence(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& log_decay) {

@@ -60,7 +60,7 @@ class StateBeforeFunction : public torch::autograd::Function<StateBeforeFunction
   static at::Tensor forward(AutogradContext* context, const at::Tensor& state, int64_t address) {
     auto& peers = *reinterpret_cast<SequencePeers*>(address);
     const auto own = state.contiguous();
-    const auto before = exclusive_scan(peers, own, /*backwards=*/false);
+    auto before = exclusive_scan(peers, own, /*backwards=*/false);
     remember(context, peers);
     context->save_for_backward({own, before});
     return before;

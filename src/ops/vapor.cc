@@ -28,7 +28,8 @@ at::Tensor Composed(const at::Tensor& x, const OptionalTensor& positions, double
 at::Tensor Cpu(const at::Tensor& x, const OptionalTensor& positions, double base, bool inverse) {
   if (!cpu::Fused(x)) return Composed(x, positions, base, inverse);
   CheckVapor(kName, x, positions, base);
-  const auto readable = cpu::Readable(x), out = cpu::Like(x);
+  const auto readable = cpu::Readable(x);
+  auto out = cpu::Like(x);
   kernels::VaporArgs args;
   args.dtype = cpu::DTypeOf(x);
   args.batch = x.size(0);

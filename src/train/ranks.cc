@@ -150,10 +150,10 @@ Ranks::Ranks(std::unique_ptr<Parts> parts) : parts_(std::move(parts)) {}
 Ranks::~Ranks() {
   // A failed collective may still hold these and their threads: they are given up with the process, which ends now.
   if (parts_->heartbeat && parts_->heartbeat->failed()) {
-    parts_->group.release();
-    parts_->sequence.release();
-    parts_->reducer.release();
-    parts_->heartbeat.release();
+    static_cast<void>(parts_->group.release());
+    static_cast<void>(parts_->sequence.release());
+    static_cast<void>(parts_->reducer.release());
+    static_cast<void>(parts_->heartbeat.release());
   }
 }
 

@@ -98,7 +98,8 @@ class RecoveryTest : public ::testing::Test {
 };
 
 TEST_F(RecoveryTest, EveryWriteMayFailAndNothingIsLost) {
-  const std::string path = std::getenv("PATH");
+  const char* found = std::getenv("PATH");
+  const std::string path = found == nullptr ? "" : found;
   const RunOptions undisturbed{.out = folder_ / "undisturbed", .quiet = true};
   start_run(model_, options_, undisturbed);
   const auto expected = tensors_of(undisturbed.out + "/checkpoint.safetensors");

@@ -38,7 +38,7 @@ bool leads(const RunOptions& run) { return !run.ranks || run.ranks->leads(); }
 std::string checkpoint_of(const RunOptions& run) { return (std::filesystem::path(run.out) / formats::kCheckpointName).string(); }
 
 // What `latte train --config` takes, to do the same again.
-void write_config(const RunFolder& folder, formats::LanguageModelConfig model, const TrainerOptions& options,
+void write_config(const RunFolder& folder, const formats::LanguageModelConfig& model, const TrainerOptions& options,
                   formats::FileOperations& files) {
   nlohmann::json object = {{"model", model.to_json()}, {"training", options.to_json()}};
   object["model"].erase("vocab_size");

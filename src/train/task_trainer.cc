@@ -16,7 +16,7 @@ using nlohmann::json;
 constexpr uint64_t kMaskStride = 0x9E3779B97F4A7C15;  // a batch's masks have nothing to do with the next one's
 
 models::EncoderConfig checked_config(const formats::CheckpointFile& checkpoint) {
-  const auto config = TaskRecord::from(checkpoint).model;
+  auto config = TaskRecord::from(checkpoint).model;
   check_parameter_count(checkpoint.file(), config.parameter_count());
   return config;
 }

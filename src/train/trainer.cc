@@ -12,7 +12,7 @@ namespace {
 
 // Checked before a model is built from it, so that a damaged one allocates nothing.
 formats::LanguageModelConfig checked_config(const formats::CheckpointFile& checkpoint) {
-  const auto config = TrainingRecord::from(checkpoint).model;
+  auto config = TrainingRecord::from(checkpoint).model;
   check_parameter_count(checkpoint.file(), config.parameter_count());
   return config;
 }
@@ -55,7 +55,7 @@ Trainer::Trainer(const formats::LanguageModelConfig& model, const TrainerOptions
   model_ = models::LanguageModel(model);
   if (ranks) model_->sequence_peers = ranks->sequence_peers();
   train_module(*model_);
-  if (has_validation()) {
+  if (Trainer::has_validation()) {
     validation_windows_ = corpus.windows(Split::kValidation, options.context, options.eval_batches * options.batch);
   }
 }
