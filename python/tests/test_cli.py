@@ -421,6 +421,17 @@ def test_generate_notices_a_full_disk(run):
     assert_fails(result, "No space left")
 
 
+def test_verify_runs_every_target():
+    files = sorted((Path(__file__).parents[2] / "tests" / "golden").glob("*.safetensors"))
+    result = latte("verify", *files, "--json")
+    assert result.returncode == 0, result.stdout + result.stderr
+    errors = {}
+    for row in json.loads(result.stdout)["rows"]:
+        errors.setdefault(row["target"], []).append(row["errors"])
+    # Targets round differently (the order of sums, fused products): equal errors would mean that one of them ran twice.
+    assert len({json.dumps(rows) for rows in errors.values()}) == len(errors)
+
+
 def test_reports_notice_a_full_disk(run, text):
     golden = Path(__file__).parents[2] / "tests" / "golden" / "causal_small.safetensors"
     for arguments in (["verify", golden], ["train", "--out", run, "--resume", "--steps", 7, "--json"]):

@@ -17,8 +17,8 @@
 #include "cli/torch_commands.h"
 #include "formats/error.h"
 #include "formats/safetensors.h"
-#include "kernels/targets.h"
 #include "ops/ops.h"
+#include "ops/targets.h"
 
 namespace latte::cli {
 namespace {
@@ -168,11 +168,11 @@ struct Row {
   bool passed = true;
 };
 
-Row Check(const Reference& reference, const kernels::Target& target, at::ScalarType dtype) {
+Row Check(const Reference& reference, const Target& target, at::ScalarType dtype) {
   Row row{reference.path, target.name, dtype == at::kFloat ? "float32" : dtype == at::kBFloat16 ? "bfloat16" : "float16"};
   Run run;
   {
-    const kernels::PinnedTarget pinned(target);
+    const PinnedTarget pinned(target);
     run = RunOperator(reference, dtype, false);
   }
   const double largest =
@@ -219,7 +219,7 @@ int Verify(const Options& options) {
       std::printf("%s (%s, %ld heads); relative errors, ‖a−b‖ / (‖b‖ + √n):\n", reference.path.c_str(),
                   reference.causal ? "causal" : "bidirectional", static_cast<long>(reference.heads));
     }
-    for (const kernels::Target& target : kernels::SupportedTargets()) {
+    for (const Target& target : SupportedTargets()) {
       for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16, at::kHalf}) {
         const Row row = Check(reference, target, dtype);
         passed = passed && row.passed;

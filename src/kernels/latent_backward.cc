@@ -9,6 +9,8 @@
 // clang-format off
 #include "hwy/highway.h"
 #include "kernels/latent_chunk-inl.h"
+#include "kernels/latent_gradient-inl.h"
+#include "kernels/latent_pairs-inl.h"
 // clang-format on
 #include <optional>
 #include <vector>
@@ -16,187 +18,15 @@
 HWY_BEFORE_NAMESPACE();
 namespace latte::kernels::HWY_NAMESPACE {
 
-// Scratch for the query heads' side of a chunk.
-struct QueryChunk {
-  QueryChunk(const Dims& dims, Scratch& scratch)
-      : probabilities(scratch.Take(kChunk * dims.latents_padded)),
-        shares(scratch.Take(kChunk * dims.latents_padded)),
-        grad_shares(scratch.Take(kChunk * dims.latents_padded)),
-        grad_out(scratch.Take(kChunk * dims.head_dim_padded)) {}
-  static size_t Floats(const Dims& dims) {
-    return 3 * Scratch::Rounded(kChunk * dims.latents_padded) + Scratch::Rounded(kChunk * dims.head_dim_padded);
-  }
-
-  float* probabilities;  // p [C, L]
-  float* shares;         // p / z [C, L]
-  float* grad_shares;    // [C, L]
-  float* grad_out;       // dy [C, D]
-  float gates[kChunk];   // p(0 | t)
-};
-
-// A chunk's operands as pairs of bfloat16 (Product Pairs). Rows of kChunk tokens; "of tokens": pairs along tokens [C / 2, …].
-struct PairedBackward {
-  PairedBackward(const Dims& dims, Scratch& scratch)
-      : latents(dims.latents_padded / 2),
-        columns(dims.head_dim_padded / 2),
-        weights(scratch.Take(kChunk * latents)),
-        weights_transposed(scratch.Take(kChunk * latents)),
-        weights_of_tokens(scratch.Take(kChunk * latents)),
-        values(scratch.Take(kChunk * columns)),
-        values_transposed(scratch.Take(kChunk * columns)),
-        values_of_tokens(scratch.Take(kChunk * columns)),
-        grad_sum(scratch.Take(dims.StateFloats() / 2)),
-        grad_sum_transposed(scratch.Take(dims.StateFloats() / 2)),
-        sum_transposed(scratch.Take(dims.StateFloats() / 2)),
-        state_rows(scratch.Take(dims.StateFloats() / 2)),
-        shares(scratch.Take(kChunk * latents)),
-        shares_of_tokens(scratch.Take(kChunk * latents)),
-        grad_out(scratch.Take(kChunk * columns)),
-        grad_out_of_tokens(scratch.Take(kChunk * columns)),
-        scores_of_tokens(scratch.Take(kChunk * kChunk / 2)),
-        grad_scores(scratch.Take(kChunk * kChunk / 2)),
-        grad_scores_of_tokens(scratch.Take(kChunk * kChunk / 2)) {}
-  static size_t Floats(const Dims& dims) {
-    return 5 * Scratch::Rounded(kChunk * dims.latents_padded / 2) + 5 * Scratch::Rounded(kChunk * dims.head_dim_padded / 2) +
-           4 * Scratch::Rounded(dims.StateFloats() / 2) + 3 * Scratch::Rounded(kChunk * kChunk / 2);
-  }
-
-  size_t latents, columns;       // L / 2, D / 2: the lengths of rows of pairs
-  float* weights;                // e [C, L / 2]
-  float* weights_transposed;     // [L / 2, C]
-  float* weights_of_tokens;      // [C / 2, L]
-  float* values;                 // v [C, D / 2]
-  float* values_transposed;      // [D / 2, C]
-  float* values_of_tokens;       // [C / 2, D]
-  float* grad_sum;               // dS, pairs along latents [L / 2, D]
-  float* grad_sum_transposed;    // dSᵀ [D / 2, L]
-  float* sum_transposed;         // Sᵀ [D / 2, L]
-  float* state_rows;             // S or dS on the way to these [L, D / 2]
-  float* shares;                 // p / z [C, L / 2]
-  float* shares_of_tokens;       // [C / 2, L]
-  float* grad_out;               // dy [C, D / 2]
-  float* grad_out_of_tokens;     // [C / 2, D]
-  float* scores_of_tokens;       // A [C / 2, C]
-  float* grad_scores;            // [C, C / 2]
-  float* grad_scores_of_tokens;  // [C / 2, C]
-};
-
-// Pairs along the columns of `count` rows, `row` floats apart and as long; `rows` [count, row / 2].
-HWY_INLINE void PairEachRow(size_t count, const float* from, size_t row, float* rows) {
-  for (size_t i = 0; i < count; ++i) PairColumns(F(), from + i * row, row, rows + i * row / 2);
-}
-
-// Pairs of neighbours among `count` rows; an odd last one's other is made zero. `pairs` [(count + 1) / 2, row].
-HWY_INLINE void PairAlong(size_t count, float* from, size_t row, float* pairs) {
-  if (count % 2 == 1) std::fill_n(from + count * row, row, 0.0f);
-  for (size_t i = 0; i < count; i += 2) PairRows(F(), from + i * row, from + (i + 1) * row, row, pairs + i / 2 * row);
-}
-
-void LoadGradOut(const LatentArgs& args, const Dims& dims, const Slice& slice, const LatentGradients& gradients, int64_t token,
-                 size_t count, int64_t head, float* grad_out) {
-  const F d;
-  for (size_t i = 0; i < count; ++i) {
-    LoadRow(d, args.dtype, gradients.grad_out.data, slice.Offset(gradients.grad_out, token + static_cast<int64_t>(i), head),
-            dims.head_dim, grad_out + i * dims.head_dim_padded, dims.head_dim_padded);
-  }
-}
-
-// Softmax backward of a token: `grad` [L] holds dp and becomes the gradient of the query logits, which is stored. With a window
-// also the gate's, and the gradient of the window's output. `towards_centre`: grad_out · c, where values are taken from a centre
-// c.
-void StoreQueryGradient(const LatentArgs& args, const Dims& dims, const Slice& slice, const LatentGradients& gradients,
-                        int64_t token, int64_t head, const float* probabilities, float gate, const float* grad_out,
-                        float towards_centre, float* grad) {
-  const F d;
-  const size_t lanes = hn::Lanes(d);
-  VF mean = hn::Zero(d);
-  for (size_t l = 0; l < dims.latents_padded; l += lanes) {
-    mean = hn::MulAdd(hn::Load(d, probabilities + l), hn::Load(d, grad + l), mean);
-  }
-  float expected = hn::ReduceSum(d, mean);
-  int64_t offset = slice.Offset(gradients.grad_query_logits, token, head);
-  if (args.window_out) {
-    const float* window = static_cast<const float*>(args.window_out.data) + slice.Offset(args.window_out, token, head);
-    float* grad_window =
-        static_cast<float*>(gradients.grad_window_out.data) + slice.Offset(gradients.grad_window_out, token, head);
-    VF sum = hn::Zero(d);
-    for (size_t j = 0; j < dims.head_dim; j += lanes) {
-      const size_t n = std::min(lanes, dims.head_dim - j);
-      const VF dy = hn::Load(d, grad_out + j);
-      sum = hn::MulAdd(dy, hn::LoadN(d, window + j, n), sum);
-      hn::StoreN(hn::Mul(dy, hn::Set(d, gate)), d, grad_window + j, n);
-    }
-    const float grad_gate = hn::ReduceSum(d, sum) - towards_centre;
-    expected += gate * grad_gate;
-    const float grad_gate_logit = gate * (grad_gate - expected);
-    StoreRow(d, args.dtype, &grad_gate_logit, 1, gradients.grad_query_logits.data, offset);
-    ++offset;
-  }
-  const VF centre = hn::Set(d, expected);
-  for (size_t l = 0; l < dims.latents_padded; l += lanes) {
-    hn::Store(hn::Mul(hn::Load(d, probabilities + l), hn::Sub(hn::Load(d, grad + l), centre)), d, grad + l);
-  }
-  StoreRow(d, args.dtype, grad, dims.latents, gradients.grad_query_logits.data, offset);
-}
-
-// The gradient that flows backward through the state of one slice.
-struct StateGradient {
-  StateGradient(const Dims& dims, Scratch& scratch)
-      : sum(scratch.Take(dims.StateFloats())),
-        normaliser(scratch.Take(dims.latents_padded)),
-        decay(scratch.Take(dims.latents_padded)),
-        centre(scratch.Take(dims.head_dim_padded)),
-        log_weight(dims.latents, 0.0) {
-    std::fill_n(centre, dims.head_dim_padded, 0.0f);
-    std::fill_n(sum, dims.StateFloats(), 0.0f);
-    std::fill_n(normaliser, dims.latents_padded, 0.0f);
-    std::fill_n(decay, dims.latents_padded, 0.0f);
-  }
-  static size_t Floats(const Dims& dims) {
-    return Scratch::Rounded(dims.StateFloats()) + 2 * Scratch::Rounded(dims.latents_padded) +
-           Scratch::Rounded(dims.head_dim_padded);
-  }
-
-  float* sum;                      // dS [L, D]
-  float* normaliser;               // dz [L]; of values taken from their centre: dz + dS c
-  float* decay;                    // dG [L]
-  float* centre;                   // c [D]: what values are taken from
-  std::vector<double> log_weight;  // of all weights so far together, [L]: what a decay's gradient is made of
-};
-
-void StoreKeyGradients(const LatentArgs& args, const Dims& dims, const Slice& slice, const LatentGradients& gradients,
-                       int64_t token, const float* grad_logits, const float* grad_values, StateGradient& carried, float* spare) {
-  const F d;
-  const bool masked = slice.Masked(args.key_mask, token);
-  StoreRow(d, args.dtype, grad_logits, dims.latents, gradients.grad_key_logits.data,
-           slice.Offset(gradients.grad_key_logits, token, slice.kv_head));
-  if (masked) {
-    std::fill_n(spare, dims.head_dim_padded, 0.0f);
-    StoreRow(d, args.dtype, spare, dims.head_dim, gradients.grad_values.data,
-             slice.Offset(gradients.grad_values, token, slice.kv_head));
-  } else {
-    StoreRow(d, args.dtype, grad_values, dims.head_dim, gradients.grad_values.data,
-             slice.Offset(gradients.grad_values, token, slice.kv_head));
-  }
-  if (!args.log_decay) return;
-  // Outputs depend on ratios of weights alone: a decay at r moves every weight before r against those from r on, so its gradient
-  // is what remains of the total when the weights from r on are taken away.
-  for (size_t l = 0; l < dims.latents; ++l) {
-    carried.log_weight[l] -= static_cast<double>(grad_logits[l]);
-    spare[l] = masked ? 0.0f : static_cast<float>(carried.log_weight[l]) + carried.decay[l];
-  }
-  StoreRow(d, args.dtype, spare, dims.latents, gradients.grad_log_decay.data,
-           slice.Offset(gradients.grad_log_decay, token, slice.kv_head));
-}
-
 // A stretch of a segment, and the state before it.
 struct Stretch {
   int64_t token;
   size_t count;
 };
 
-// The backward pass of several slices on one thread, causal. kPaired: bfloat16 inputs, multiplied as pairs, as in the forward
-// pass: the operands of products are rounded to bfloat16, sums are float32.
+// The backward pass of several slices on one thread, causal. kPaired: bfloat16 inputs, with weights and shares rounded to it, and
+// multiplied as pairs where that loses nothing, or only digits of the gradient of values. Gradients of logits are differences of
+// what the latents give: the products they come from are float32.
 template <bool kPaired>
 class CausalBackward {
  public:
@@ -257,56 +87,8 @@ class CausalBackward {
     return {dims_, snapshots_[i].get()};
   }
 
-  // Centre: what the latents give on average before the last segment or, of a short sequence, the mean of its first values.
-  void FindCentre(const Slice& slice, float* centre) {
-    const int64_t segments = (slice.sequence.length + kSegmentTokens - 1) / kSegmentTokens;
-    size_t rows = 0;
-    const auto add = [&](const float* row, float factor) {
-      ++rows;
-      for (size_t j = 0; j < dims_.head_dim; ++j) centre[j] += row[j] * factor;
-    };
-    if (segments > 1) {
-      const float* saved = gradients_.saved + SavedOffset(args_, dims_, slice, segments - 1);
-      for (size_t l = 0; l < dims_.latents; ++l) {
-        const float* row = saved + l * (dims_.head_dim + kStateExtra);
-        if (row[dims_.head_dim] > 0.0f) add(row, 1.0f / row[dims_.head_dim]);
-      }
-    } else {
-      const size_t count = static_cast<size_t>(std::min<int64_t>(kChunk, slice.sequence.length));
-      LoadChunk(args_, dims_, slice, 0, count, chunk_);
-      for (size_t i = 0; i < count; ++i) {
-        if (!slice.Masked(args_.key_mask, static_cast<int64_t>(i))) add(chunk_.values + i * dims_.head_dim_padded, 1.0f);
-      }
-    }
-    for (size_t j = 0; j < dims_.head_dim; ++j) {
-      centre[j] = rows > 0 ? centre[j] / static_cast<float>(rows) : 0.0f;
-      if (!std::isfinite(centre[j])) centre[j] = 0.0f;
-    }
-  }
-
-  // rows[i] -= factors[i] c, or -= c without factors.
-  void TakeFromCentre(size_t count, const float* factors, const float* centre, float* rows) {
-    const F d;
-    for (size_t i = 0; i < count; ++i) {
-      const VF factor = hn::Set(d, factors == nullptr ? 1.0f : factors[i]);
-      float* row = rows + i * dims_.head_dim_padded;
-      for (size_t j = 0; j < dims_.head_dim_padded; j += hn::Lanes(d)) {
-        hn::Store(hn::NegMulAdd(factor, hn::Load(d, centre + j), hn::Load(d, row + j)), d, row + j);
-      }
-    }
-  }
-
-  float Dot(const float* a, const float* b) const {
-    const F d;
-    VF sum = hn::Zero(d);
-    for (size_t j = 0; j < dims_.head_dim_padded; j += hn::Lanes(d))
-      sum = hn::MulAdd(hn::Load(d, a + j), hn::Load(d, b + j), sum);
-    return hn::ReduceSum(d, sum);
-  }
-
   StateGradient Start(const Slice& slice) {
     StateGradient carried(dims_, scratch_);
-    if constexpr (kPaired) FindCentre(slice, carried.centre);
     const float* grad = slice.PackedState(gradients_.grad_final_state, dims_, args_.kv_heads);
     if (grad == nullptr) return carried;
     const float* final_state = slice.PackedState(gradients_.final_state, dims_, args_.kv_heads);
@@ -315,7 +97,6 @@ class CausalBackward {
       const float* row = grad + l * packed_row;
       std::copy_n(row, dims_.head_dim, carried.sum + l * dims_.head_dim_padded);
       carried.normaliser[l] = row[dims_.head_dim];
-      if constexpr (kPaired) carried.normaliser[l] += Dot(carried.sum + l * dims_.head_dim_padded, carried.centre);
       carried.decay[l] = row[dims_.head_dim + 2];
       if (final_state == nullptr) continue;
       for (size_t j = 0; j <= dims_.head_dim; ++j) {
@@ -334,7 +115,6 @@ class CausalBackward {
       float* row = grad + l * packed_row;
       std::copy_n(carried.sum + l * dims_.head_dim_padded, dims_.head_dim, row);
       row[dims_.head_dim] = carried.normaliser[l];
-      if constexpr (kPaired) row[dims_.head_dim] -= Dot(carried.sum + l * dims_.head_dim_padded, carried.centre);
       double grad_maximum = 0.0;
       for (size_t j = 0; initial != nullptr && j <= dims_.head_dim; ++j) {
         grad_maximum += static_cast<double>(row[j]) * static_cast<double>(initial[l * packed_row + j]);
@@ -377,13 +157,10 @@ class CausalBackward {
     stretches_.clear();
     state_ = SnapshotOf(0);
     ReadState(dims_, gradients_.saved + SavedOffset(args_, dims_, slice, begin / kSegmentTokens), state_);
-    const float* centre = carried_[static_cast<size_t>(index)].centre;
-    if constexpr (kPaired) TakeFromCentre(dims_.latents, state_.normaliser, centre, state_.sum);
     for (int64_t token = begin; token < end;) {
       const int64_t next_chunk = (token / static_cast<int64_t>(kChunk) + 1) * static_cast<int64_t>(kChunk);
       const size_t left = static_cast<size_t>(std::min(end, next_chunk) - token);
       LoadChunk(args_, dims_, slice, token, left, chunk_);
-      if constexpr (kPaired) TakeFromCentre(left, nullptr, centre, chunk_.values);
       if (args_.log_decay) DecayState(dims_, chunk_.log_decay, state_);
       const size_t count = MeasureStretch(args_, dims_, chunk_, left, state_.maximum);
       stretches_.push_back({token, count});
@@ -394,10 +171,10 @@ class CausalBackward {
       std::copy_n(before.sum, State::Floats(dims_), state_.sum);
       prefetch_.Clear();
       FetchKeys(slice, token, std::min<size_t>(kChunk, static_cast<size_t>(end - token)));
-      WeighStretch<false>(dims_, chunk_, count, state_);
+      WeighStretch<false, kPaired>(dims_, chunk_, count, state_);
       if constexpr (kPaired) {
-        PairAlong(count, chunk_.weights, dims_.latents_padded, paired_->weights_of_tokens);
-        PairAlong(count, chunk_.values, dims_.head_dim_padded, paired_->values_of_tokens);
+        PairNeighbours(count, chunk_.weights, dims_.latents_padded, paired_->weights_of_tokens);
+        PairNeighbours(count, chunk_.values, dims_.head_dim_padded, paired_->values_of_tokens);
         AddProduct<Pairs>(args_, dims_, chunk_, (count + 1) / 2, paired_->weights_of_tokens,
                           {paired_->values_of_tokens, dims_.head_dim_padded}, state_, prefetch_);
       } else {
@@ -413,38 +190,30 @@ class CausalBackward {
     const size_t columns = dims_.head_dim_padded;
     const size_t count = stretch.count;
     LoadChunk(args_, dims_, slice, stretch.token, count, chunk_);
-    if constexpr (kPaired) TakeFromCentre(count, nullptr, carried.centre, chunk_.values);
     MeasureStretch(args_, dims_, chunk_, count, state_.maximum);
-    WeighStretch<true>(dims_, chunk_, count, state_);
+    WeighStretch<true, kPaired>(dims_, chunk_, count, state_);
     // What the state after the stretch asks of its keys and values.
     const size_t rounded = RoundUp(count, std::max<size_t>(4, lanes));
     if constexpr (kPaired) {
       PairedBackward& paired = *paired_;
       PairEachRow(count, chunk_.weights, row, paired.weights);
       PairEachRow(count, chunk_.values, columns, paired.values);
-      Transpose(rounded, paired.latents, paired.weights, paired.latents, paired.weights_transposed, kChunk);
-      Transpose(rounded, paired.columns, paired.values, paired.columns, paired.values_transposed, kChunk);
-      PairAlong(count, chunk_.weights, row, paired.weights_of_tokens);
-      PairEachRow(row, state_.sum, columns, paired.state_rows);
-      Transpose(row, paired.columns, paired.state_rows, paired.columns, paired.sum_transposed, row);
-      PairEachRow(row, carried.sum, columns, paired.state_rows);
-      Transpose(row, paired.columns, paired.state_rows, paired.columns, paired.grad_sum_transposed, row);
-      PairAlong(row, carried.sum, columns, paired.grad_sum);
+      Transpose(rounded, paired.latents, paired.weights, paired.latents, chunk_.weights_transposed, kChunk);
+      Transpose(rounded, paired.columns, paired.values, paired.columns, values_transposed_, kChunk);
+      PairNeighbours(row, carried.sum, columns, paired.grad_sum);
       MatMul<false, Pairs>(d, count, columns, paired.latents, Left{paired.weights, paired.latents, 1}, paired.grad_sum, columns,
                            grad_values_, columns, prefetch_);
-      MatMul<false, Pairs>(d, count, row, paired.columns, Left{paired.values, paired.columns, 1}, paired.grad_sum_transposed, row,
-                           grad_weights_, row, prefetch_);
     } else {
       TransposeWeights(dims_, chunk_, count);
       std::fill(chunk_.values + count * columns, chunk_.values + rounded * columns, 0.0f);
       Transpose(rounded, columns, chunk_.values, columns, values_transposed_, kChunk);
-      Transpose(row, columns, state_.sum, columns, sum_transposed_, row);
-      Transpose(row, columns, carried.sum, columns, grad_sum_transposed_, row);
       MatMul<false>(d, count, columns, dims_.latents, Left{chunk_.weights, row, 1}, carried.sum, columns, grad_values_, columns,
                     prefetch_);
-      MatMul<false>(d, count, row, dims_.head_dim, Left{chunk_.values, columns, 1}, grad_sum_transposed_, row, grad_weights_, row,
-                    prefetch_);
     }
+    Transpose(row, columns, state_.sum, columns, sum_transposed_, row);
+    Transpose(row, columns, carried.sum, columns, grad_sum_transposed_, row);
+    MatMul<false>(d, count, row, dims_.head_dim, Left{chunk_.values, columns, 1}, grad_sum_transposed_, row, grad_weights_, row,
+                  prefetch_);
     std::fill_n(grad_normalisers_, count * row, 0.0f);
     for (size_t g = 0; g < dims_.group; ++g) {
       QueryBackward(slice, stretch, slice.first_head + static_cast<int64_t>(g), carried);
@@ -481,29 +250,21 @@ class CausalBackward {
     LoadGradOut(args_, dims_, slice, gradients_, stretch.token, count, head, query_.grad_out);
     LoadProbabilities(args_, dims_, slice, stretch.token, count, head, query_.probabilities, query_.gates);
     for (size_t i = 0; i < count * row; i += lanes) {
-      const VF share = hn::Mul(hn::Load(d, query_.probabilities + i), hn::Load(d, chunk_.inverse_normaliser + i));
+      VF share = hn::Mul(hn::Load(d, query_.probabilities + i), hn::Load(d, chunk_.inverse_normaliser + i));
+      if constexpr (kPaired) share = RoundToBFloat16(d, share);
       hn::Store(share, d, query_.shares + i);
     }
-    if constexpr (kPaired) {
-      PairedQueryProducts(count, carried);
-    } else {
-      QueryProducts(count, carried);
-    }
+    QueryProducts(count, carried);
     for (size_t i = 0; i < count; ++i) {
       float* grad = query_.grad_shares + i * row;
-      const float towards_centre = kPaired ? Dot(query_.grad_out + i * columns, carried.centre) : 0.0f;
-      // A latent that has seen nothing gives zero, which lies at -c from the centre.
-      const VF unseen = hn::Set(d, -towards_centre);
       for (size_t l = 0; l < row; l += lanes) {
-        const VF inverse = hn::Load(d, chunk_.inverse_normaliser + i * row + l);
-        VF grad_p = hn::Mul(hn::Load(d, grad + l), inverse);
-        if constexpr (kPaired) grad_p = hn::IfThenElse(hn::Eq(inverse, hn::Zero(d)), unseen, grad_p);
+        const VF grad_p = hn::Mul(hn::Load(d, grad + l), hn::Load(d, chunk_.inverse_normaliser + i * row + l));
         float* grad_z = grad_normalisers_ + i * row + l;
         hn::Store(hn::NegMulAdd(grad_p, hn::Load(d, query_.shares + i * row + l), hn::Load(d, grad_z)), d, grad_z);
         hn::Store(grad_p, d, grad + l);
       }
       StoreQueryGradient(args_, dims_, slice, gradients_, stretch.token + static_cast<int64_t>(i), head,
-                         query_.probabilities + i * row, query_.gates[i], query_.grad_out + i * columns, towards_centre, grad);
+                         query_.probabilities + i * row, query_.gates[i], query_.grad_out + i * columns, grad);
     }
   }
 
@@ -512,51 +273,44 @@ class CausalBackward {
     const F d;
     const size_t row = dims_.latents_padded;
     const size_t columns = dims_.head_dim_padded;
-    TriangularScores(count, dims_.latents, query_.shares, row, chunk_.weights_transposed, scores_, kChunk, prefetch_);
-    TriangularScores(count, dims_.head_dim, query_.grad_out, columns, values_transposed_, grad_scores_, kChunk, prefetch_);
-    AddUpperProduct(count, columns, scores_, query_.grad_out, grad_values_, prefetch_);
+    if constexpr (kPaired) {
+      PairedQueryProducts(count, carried);
+    } else {
+      TriangularScores(count, dims_.latents, query_.shares, row, chunk_.weights_transposed, scores_, kChunk, prefetch_);
+      TriangularScores(count, dims_.head_dim, query_.grad_out, columns, values_transposed_, grad_scores_, kChunk, prefetch_);
+      AddUpperProduct(count, columns, scores_, query_.grad_out, grad_values_, prefetch_);
+      MatMul<true>(d, dims_.latents, columns, count, Left{query_.shares, 1, row}, query_.grad_out, columns, carried.sum, columns,
+                   prefetch_);
+    }
     AddUpperProduct(count, row, grad_scores_, query_.shares, grad_weights_, prefetch_);
     MatMul<false>(d, count, row, dims_.head_dim, Left{query_.grad_out, columns, 1}, sum_transposed_, row, query_.grad_shares, row,
                   prefetch_);
     AddLowerProduct(count, row, grad_scores_, chunk_.weights, query_.grad_shares, prefetch_);
-    MatMul<true>(d, dims_.latents, columns, count, Left{query_.shares, 1, row}, query_.grad_out, columns, carried.sum, columns,
-                 prefetch_);
   }
 
+  // Those of its products whose operands are bfloat16 as they are, and the one of the scores, rounded.
   void PairedQueryProducts(size_t count, StateGradient& carried) {
     const F d;
     const size_t row = dims_.latents_padded;
     const size_t columns = dims_.head_dim_padded;
     PairedBackward& paired = *paired_;
     PairEachRow(count, query_.shares, row, paired.shares);
-    PairAlong(count, query_.shares, row, paired.shares_of_tokens);
+    PairNeighbours(count, query_.shares, row, paired.shares_of_tokens);
     PairEachRow(count, query_.grad_out, columns, paired.grad_out);
-    PairAlong(count, query_.grad_out, columns, paired.grad_out_of_tokens);
-    TriangularScores<Pairs>(count, paired.latents, paired.shares, paired.latents, paired.weights_transposed, scores_, kChunk,
+    PairNeighbours(count, query_.grad_out, columns, paired.grad_out_of_tokens);
+    TriangularScores<Pairs>(count, paired.latents, paired.shares, paired.latents, chunk_.weights_transposed, scores_, kChunk,
                             prefetch_);
-    TriangularScores<Pairs>(count, paired.columns, paired.grad_out, paired.columns, paired.values_transposed, grad_scores_,
-                            kChunk, prefetch_);
+    TriangularScores<Pairs>(count, paired.columns, paired.grad_out, paired.columns, values_transposed_, grad_scores_, kChunk,
+                            prefetch_);
     // Beyond a strip's end scores are whatever was there; no product reads them.
-    PairEachRow(count, grad_scores_, kChunk, paired.grad_scores);
-    PairAlong(count, scores_, kChunk, paired.scores_of_tokens);
-    PairAlong(count, grad_scores_, kChunk, paired.grad_scores_of_tokens);
+    PairNeighbours(count, scores_, kChunk, paired.scores_of_tokens);
     const size_t pairs = (count + 1) / 2;
     for (size_t first = 0; first < count; first += kStrip) {
-      const size_t rows = std::min(kStrip, count - first);
       const size_t pair = first / 2;
-      // Values and weights of these tokens, from the tokens that read them.
-      MatMul<true, Pairs>(d, rows, columns, pairs - pair, Left{paired.scores_of_tokens + pair * kChunk + first, 1, kChunk},
+      MatMul<true, Pairs>(d, std::min(kStrip, count - first), columns, pairs - pair,
+                          Left{paired.scores_of_tokens + pair * kChunk + first, 1, kChunk},
                           paired.grad_out_of_tokens + pair * columns, columns, grad_values_ + first * columns, columns,
                           prefetch_);
-      MatMul<true, Pairs>(d, rows, row, pairs - pair, Left{paired.grad_scores_of_tokens + pair * kChunk + first, 1, kChunk},
-                          paired.shares_of_tokens + pair * row, row, grad_weights_ + first * row, row, prefetch_);
-    }
-    MatMul<false, Pairs>(d, count, row, paired.columns, Left{paired.grad_out, paired.columns, 1}, paired.sum_transposed, row,
-                         query_.grad_shares, row, prefetch_);
-    for (size_t first = 0; first < count; first += kStrip) {
-      const size_t rows = std::min(kStrip, count - first);
-      MatMul<true, Pairs>(d, rows, row, (first + rows + 1) / 2, Left{paired.grad_scores + first * kChunk / 2, kChunk / 2, 1},
-                          paired.weights_of_tokens, row, query_.grad_shares + first * row, row, prefetch_);
     }
     MatMul<true, Pairs>(d, dims_.latents, columns, pairs, Left{paired.shares_of_tokens, 1, row}, paired.grad_out_of_tokens,
                         columns, carried.sum, columns, prefetch_);
@@ -578,7 +332,7 @@ class CausalBackward {
   float* grad_scores_;          // [C, C]
   float* grad_weights_;         // de [C, L]
   float* grad_normalisers_;     // dz [C, L]
-  float* values_transposed_;    // vᵀ [D, C]
+  float* values_transposed_;    // vᵀ [D, C], or pairs [D / 2, C]
   float* grad_values_;          // dv [C, D]
   float* row_;
   std::vector<StateGradient> carried_;  // one a slice
@@ -628,7 +382,7 @@ void BidirectionalBackward(const LatentArgs& args, const LatentGradients& gradie
                     row);
       for (size_t i = 0; i < count; ++i) {
         StoreQueryGradient(args, dims, slice, gradients, token + static_cast<int64_t>(i), head, query.probabilities + i * row,
-                           query.gates[i], query.grad_out + i * columns, 0.0f, query.grad_shares + i * row);
+                           query.gates[i], query.grad_out + i * columns, query.grad_shares + i * row);
       }
     }
   }

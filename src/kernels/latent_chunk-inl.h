@@ -369,8 +369,9 @@ HWY_INLINE void DecayState(const Dims& dims, const float* log_decay, const State
 
 // Sets the stretch's carry and weights, moves the state to the chunk's reference and adds the weights to its normaliser;
 // kInverse: sets the inverse normalisers too. The state's maximum is left at the reference (or -inf) and its sum lacks the
-// stretch's values: AddValues.
-template <bool kInverse>
+// stretch's values: AddValues. kRounded: weights are rounded to bfloat16, for sums and normalisers alike, so that what a latent
+// gives stays an average.
+template <bool kInverse, bool kRounded = false>
 HWY_INLINE void WeighStretch(const Dims& dims, const Chunk& chunk, size_t count, const State& state) {
   const F d;
   const size_t lanes = hn::Lanes(d);
@@ -395,6 +396,7 @@ HWY_INLINE void WeighStretch(const Dims& dims, const Chunk& chunk, size_t count,
     float* HWY_RESTRICT inverse = chunk.inverse_normaliser + i * row;
     const auto distance = [&](size_t l) HWY_ATTR { return hn::Sub(hn::Load(d, logits + l), hn::Load(d, reference + l)); };
     ForEachExp(d, row, distance, [&](size_t l, VF weight) HWY_ATTR {
+      if constexpr (kRounded) weight = RoundToBFloat16(d, weight);
       const VF z = hn::Add(hn::Load(d, normaliser + l), weight);
       hn::Store(weight, d, weights + l);
       hn::Store(z, d, normaliser + l);

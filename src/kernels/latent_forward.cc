@@ -7,6 +7,7 @@
 // clang-format off
 #include "hwy/highway.h"
 #include "kernels/latent_chunk-inl.h"
+#include "kernels/latent_pairs-inl.h"
 // clang-format on
 #include <optional>
 #include <vector>
@@ -33,31 +34,6 @@ void StoreOutput(const LatentArgs& args, const Dims& dims, const Slice& slice, c
     StoreRow(d, args.dtype, row, dims.head_dim, outputs.out.data, slice.Offset(outputs.out, t, head));
   }
 }
-
-// A chunk's operands as pairs of bfloat16 (Product Pairs), and the state's.
-struct PairedChunk {
-  PairedChunk(const Dims& dims, Scratch& scratch)
-      : row((dims.latents_padded + kChunk) / 2),
-        shares(scratch.Take(kChunk * row)),
-        weights(scratch.Take(kChunk * dims.latents_padded / 2)),
-        weights_transposed(scratch.Take(kChunk * dims.latents_padded / 2)),
-        weights_of_tokens(scratch.Take(kChunk * dims.latents_padded / 2)),
-        sum(scratch.Take(row * dims.head_dim_padded)),
-        values(sum + dims.StateFloats() / 2) {}
-  static size_t Floats(const Dims& dims) {
-    const size_t row = (dims.latents_padded + kChunk) / 2;
-    return Scratch::Rounded(kChunk * row) + 3 * Scratch::Rounded(kChunk * dims.latents_padded / 2) +
-           Scratch::Rounded(row * dims.head_dim_padded);
-  }
-
-  size_t row;                 // of shares
-  float* shares;              // p / z and scores, pairs along latents and tokens [C, (L + C) / 2]
-  float* weights;             // e, pairs along latents [C, L / 2]
-  float* weights_transposed;  // [L / 2, C]
-  float* weights_of_tokens;   // e, pairs along tokens [C / 2, L]
-  float* sum;                 // S, pairs along latents [L / 2, D]
-  float* values;              // v, pairs along tokens [C / 2, D], behind the sum
-};
 
 // The forward pass of several slices on one thread. kPaired: bfloat16 inputs, multiplied as pairs: shares, weights, scores and
 // the state that is read are rounded to bfloat16, sums and the state that is kept are float32.
@@ -117,7 +93,7 @@ class ForwardPass {
           LoadChunk<false>(args_, dims_, turn.slice, token, count, chunk_);
         }
         FindReference(dims_, chunk_, count, state.maximum);
-        WeighStretch<false>(dims_, chunk_, count, state);
+        WeighStretch<false, kPaired>(dims_, chunk_, count, state);
         if constexpr (kPaired) PairTokens(count);
         Add(count, values, state);
       });
@@ -131,7 +107,7 @@ class ForwardPass {
           hn::Store(hn::Mul(hn::Load(d, sum + j), inverse), d, sum + j);
         }
       }
-      if constexpr (kPaired) PairState(state, state.sum);
+      if constexpr (kPaired) PairNeighbours(dims_.latents_padded, state.sum, dims_.head_dim_padded, state.sum);
     }
     read_queries_ = true;
     read_keys_ = false;
@@ -206,15 +182,13 @@ class ForwardPass {
     LoadChunk(args_, dims_, slice, token, left, chunk_);
     if (args_.log_decay) DecayState(dims_, chunk_.log_decay, state);
     const size_t count = MeasureStretch(args_, dims_, chunk_, left, state.maximum);
-    WeighStretch<true>(dims_, chunk_, count, state);
+    WeighStretch<true, kPaired>(dims_, chunk_, count, state);
     if constexpr (kPaired) {
       PairTokens(count);
-      PairState(state, paired_->sum);
-      for (size_t i = 0; i < count; ++i) {
-        PairColumns(d, chunk_.weights + i * dims_.latents_padded, dims_.latents_padded, paired_->weights + i * PairsOfLatents());
-      }
+      PairNeighbours(dims_.latents_padded, state.sum, dims_.head_dim_padded, paired_->sum);
+      PairEachRow(count, chunk_.weights, dims_.latents_padded, paired_->weights);
       const size_t rounded = RoundUp(count, std::max<size_t>(4, hn::Lanes(d)));
-      Transpose(rounded, PairsOfLatents(), paired_->weights, PairsOfLatents(), paired_->weights_transposed, kChunk);
+      Transpose(rounded, PairsOfLatents(), paired_->weights, PairsOfLatents(), chunk_.weights_transposed, kChunk);
     } else {
       TransposeWeights(dims_, chunk_, count);
     }
@@ -222,7 +196,7 @@ class ForwardPass {
       LoadShares<true>(slice, token, count, g);
       float* scores = shares_ + dims_.latents_padded;
       if constexpr (kPaired) {
-        TriangularScores<Pairs>(count, PairsOfLatents(), paired_->shares, paired_->row, paired_->weights_transposed, scores,
+        TriangularScores<Pairs>(count, PairsOfLatents(), paired_->shares, paired_->row, chunk_.weights_transposed, scores,
                                 shares_row_, prefetch_);
         for (size_t i = 0; i < count; ++i) {
           // Up to a whole vector; what lies beyond the strip is not read.
@@ -255,28 +229,10 @@ class ForwardPass {
 
   size_t PairsOfLatents() const { return dims_.latents_padded / 2; }
 
-  // The chunk's weights and values as pairs of tokens; an odd last one's other is zero.
+  // The chunk's weights and values as pairs of tokens.
   void PairTokens(size_t count) {
-    const F d;
-    const size_t row = dims_.latents_padded, columns = dims_.head_dim_padded;
-    if (count % 2 == 1) {
-      std::fill_n(chunk_.weights + count * row, row, 0.0f);
-      std::fill_n(chunk_.values + count * columns, columns, 0.0f);
-    }
-    for (size_t i = 0; i < count; i += 2) {
-      PairRows(d, chunk_.weights + i * row, chunk_.weights + (i + 1) * row, row, paired_->weights_of_tokens + i / 2 * row);
-      PairRows(d, chunk_.values + i * columns, chunk_.values + (i + 1) * columns, columns, paired_->values + i / 2 * columns);
-    }
-  }
-
-  // The state's sum as pairs of latents; `pairs` may be the sum itself.
-  void PairState(const State& state, float* pairs) {
-    const F d;
-    const size_t columns = dims_.head_dim_padded;
-    for (size_t l = 0; l < dims_.latents_padded; l += 2) {
-      const float* sum = state.sum + l * columns;
-      PairRows(d, sum, sum + columns, columns, pairs + l / 2 * columns);
-    }
+    PairNeighbours(count, chunk_.weights, dims_.latents_padded, paired_->weights_of_tokens);
+    PairNeighbours(count, chunk_.values, dims_.head_dim_padded, paired_->values);
   }
 
   void Add(size_t count, const Rows& values, const State& state) {

@@ -199,8 +199,8 @@ Block UnpackBlock(WeightFormat format, const std::byte* quants, const std::byte*
   for (int64_t quad = 0; quad < kQuantBlock / 4; ++quad) {
     for (int64_t i = 0; i < 4; ++i) {
       const std::byte* high = quants + kHighBits;
-      std::byte q = quants[quad * 64 + i];
-      if (bits < 8) q = quad < 4 ? q & std::byte{15} : quants[(quad - 4) * 64 + i] >> 4;
+      std::byte q = quants[(bits == 8 ? quad : quad % 4) * 64 + i];
+      if (bits < 8) q = quad < 4 ? q & std::byte{15} : q >> 4;
       if (bits == 5) q |= (high[i] >> quad & std::byte{1}) << 4;
       if (bits == 6) q |= (high[quad / 4 * 64 + i] >> (2 * (quad % 4)) & std::byte{3}) << 4;
       block.quants[4 * quad + i] = static_cast<uint8_t>(q);

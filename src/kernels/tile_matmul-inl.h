@@ -152,6 +152,13 @@ HWY_INLINE void MatMul(D d, size_t M, size_t N, size_t K, Left a, const float* b
   MatMul<kAccumulate>(d, M, N, K, a, b, b_row, c, c_row, nothing);
 }
 
+// `x`, rounded to the nearest bfloat16, even where two are as near.
+template <class D>
+HWY_INLINE hn::Vec<D> RoundToBFloat16(D d, hn::Vec<D> x) {
+  const hn::Rebind<hwy::bfloat16_t, D> half;
+  return hn::PromoteTo(d, hn::DemoteTo(half, x));
+}
+
 // out[0, n) = the pairs (row0[i], row1[i]), rounded to nearest even; n is a multiple of the vector length. `out` may be row0.
 template <class D>
 HWY_INLINE void PairRows(D d, const float* row0, const float* row1, size_t n, float* out) {

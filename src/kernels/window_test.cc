@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "kernels/recurrent_test_util.h"
+#include "kernels/rounding_test_util.h"
 #include "kernels/window_reference.h"
 
 namespace latte::kernels {
@@ -182,9 +183,6 @@ std::vector<double> Finite(std::vector<double> lse) {
 }
 
 constexpr double kTolerance = 1e-5;
-
-// What the outputs, which are float32, may differ by more: of bfloat16 inputs the weights may be rounded to bfloat16.
-double WeightRounding(DType dtype) { return dtype == DType::kBFloat16 ? 0x1p-9 : 0.0; }
 
 void ExpectForward(const WindowArgs& args, double tolerance = kTolerance) {
   const WindowReference expected = ReferenceWindow(args);

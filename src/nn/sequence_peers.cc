@@ -14,9 +14,12 @@ using torch::autograd::variable_list;
 
 constexpr double kGriffinPower = 8.0;  // the constant c of arXiv 2402.19427, equation 3
 
-SequencePeers& peers_of(AutogradContext* context) {
-  return *reinterpret_cast<SequencePeers*>(context->saved_data["peers"].toInt());
+// Autograd passes on and keeps integers, not pointers.
+SequencePeers& peers_at(int64_t address) {
+  return *reinterpret_cast<SequencePeers*>(address);  // NOLINT(performance-no-int-to-ptr)
 }
+
+SequencePeers& peers_of(AutogradContext* context) { return peers_at(context->saved_data["peers"].toInt()); }
 
 void remember(AutogradContext* context, SequencePeers& peers) {
   context->saved_data["peers"] = static_cast<int64_t>(reinterpret_cast<intptr_t>(&peers));
@@ -58,7 +61,7 @@ at::Tensor exclusive_scan(SequencePeers& peers, const at::Tensor& own, bool back
 class StateBeforeFunction : public torch::autograd::Function<StateBeforeFunction> {
  public:
   static at::Tensor forward(AutogradContext* context, const at::Tensor& state, int64_t address) {
-    auto& peers = *reinterpret_cast<SequencePeers*>(address);
+    auto& peers = peers_at(address);
     const auto own = state.contiguous();
     auto before = exclusive_scan(peers, own, /*backwards=*/false);
     remember(context, peers);
@@ -86,7 +89,7 @@ class StateBeforeFunction : public torch::autograd::Function<StateBeforeFunction
 class NeighbourFunction : public torch::autograd::Function<NeighbourFunction> {
  public:
   static at::Tensor forward(AutogradContext* context, const at::Tensor& edge, int64_t address) {
-    auto& peers = *reinterpret_cast<SequencePeers*>(address);
+    auto& peers = peers_at(address);
     remember(context, peers);
     return pass(peers, edge, /*backwards=*/false);
   }
@@ -108,7 +111,7 @@ class NeighbourFunction : public torch::autograd::Function<NeighbourFunction> {
 class FirstFunction : public torch::autograd::Function<FirstFunction> {
  public:
   static at::Tensor forward(AutogradContext* context, const at::Tensor& rows, int64_t address) {
-    auto& peers = *reinterpret_cast<SequencePeers*>(address);
+    auto& peers = peers_at(address);
     remember(context, peers);
     at::Tensor first = rows.clone(at::MemoryFormat::Contiguous);
     const int64_t rank = peers.rank(), size = peers.size();

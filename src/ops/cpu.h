@@ -59,9 +59,11 @@ inline at::Tensor Empty(at::IntArrayRef sizes, const at::TensorOptions& options)
   at::Tensor x = at::empty(sizes, options.memory_format(at::MemoryFormat::Contiguous));
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
-  const auto begin = (reinterpret_cast<uintptr_t>(x.data_ptr()) + kHugePage - 1) / kHugePage * kHugePage;
-  const auto end = (reinterpret_cast<uintptr_t>(x.data_ptr()) + x.nbytes()) / kHugePage * kHugePage;
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: refusal costs only time
+  char* const data = static_cast<char*>(x.data_ptr());
+  const auto address = reinterpret_cast<uintptr_t>(data);
+  const auto begin = (address + kHugePage - 1) / kHugePage * kHugePage;
+  const auto end = (address + x.nbytes()) / kHugePage * kHugePage;
+  if (end > begin) madvise(data + (begin - address), end - begin, MADV_HUGEPAGE);  // advice: refusal costs only time
 #endif
   return x;
 }

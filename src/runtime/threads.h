@@ -12,7 +12,8 @@
 
 namespace latte::runtime {
 
-class ThreadPool {
+// Its padding keeps what threads wait for on cache lines apart.
+class ThreadPool {  // NOLINT(clang-analyzer-optin.performance.Padding)
  public:
   // `threads` >= 1, the caller of run() counted. Thread i runs on CPU cpus[i]; unless given, on the i-th CPU that this process
   // may use, or, where there are fewer, unpinned. The caller is pinned during run() only.

@@ -1,8 +1,8 @@
-#include "kernels/targets.h"
+#include "ops/targets.h"
 
 #include "hwy/targets.h"
 
-namespace latte::kernels {
+namespace latte {
 
 std::vector<Target> SupportedTargets() {
   std::vector<Target> targets;
@@ -13,4 +13,4 @@ std::vector<Target> SupportedTargets() {
 PinnedTarget::PinnedTarget(const Target& target) { hwy::SetSupportedTargetsForTest(target.id); }
 PinnedTarget::~PinnedTarget() { hwy::SetSupportedTargetsForTest(0); }
 
-}  // namespace latte::kernels
+}  // namespace latte
