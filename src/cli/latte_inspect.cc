@@ -238,9 +238,9 @@ void print_adapter(const Report& report) {
   const formats::AdapterSpec& adapter = *report.adapter;
   int64_t with_latents = 0;
   for (int32_t latents : adapter.latents) with_latents += latents > 0 ? 1 : 0;
-  std::printf("%s  window %" PRId64 ", sinks %" PRId64 ", %" PRId64 " of %zu blocks with latents, %" PRId64 " converted\n",
+  std::printf("%s  window %" PRId64 ", sinks %" PRId64 ", %" PRId64 " of %zu blocks with latents%s, %" PRId64 " converted\n",
               is_adapter(report.metadata) ? "adapter     " : "merged      ", adapter.window, adapter.sinks, with_latents,
-              adapter.latents.size(), adapter.converted_blocks());
+              adapter.latents.size(), adapter.evicted ? " (of what left the window)" : "", adapter.converted_blocks());
   std::printf("base          %s, hash %s\n", formats::quote(adapter.base_name).c_str(),
               formats::quote(adapter.base_hash).c_str());
 }

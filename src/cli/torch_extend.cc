@@ -69,6 +69,11 @@ void AddFields(CLI::App& command, json& fields) {
       .add_flag_callback(
           "--no-forget", [&fields] { fields["forget"] = false; }, "Latents keep all they read")
       ->group(kAttention);
+  command
+      .add_flag_callback(
+          "--latents-read-all", [&fields] { fields["evicted"] = false; },
+          "Latents read sinks and window too, not only what left the window")
+      ->group(kAttention);
 
   constexpr const char* kMatching = "First stage: each layer's attention is matched to the original's";
   options.add<int64_t>("--match-sequences", "match_sequences", "Sequences it reads; 0 leaves the latents closed", kMatching);

@@ -1,12 +1,32 @@
 #include "extend/converted_attention.h"
 
 #include <algorithm>
+#include <limits>
 #include <tuple>
 #include <utility>
 
 #include "nn/attention.h"
+#include "ops/core.h"
 
 namespace latte::extend {
+namespace {
+
+constexpr double kNegativeInfinity = -std::numeric_limits<double>::infinity();
+// In DecoderAttentionState::more: of the window's tokens, which the latents haven't read yet; [B, W, Hkv, L] and [B, W, Hkv, D].
+constexpr const char* kWaitingLogits = "waiting_logits";
+constexpr const char* kWaitingValues = "waiting_values";
+
+// The rows of T tokens, of which the last `waiting` are kept back and the ones in front of them, kept back before, are given.
+struct Delayed {
+  Delayed(const at::Tensor& before, const at::Tensor& rows) {
+    const auto all = at::cat({before, rows}, 1);
+    given = all.slice(1, 0, rows.size(1));
+    waiting = all.slice(1, rows.size(1));
+  }
+  at::Tensor given, waiting;
+};
+
+}  // namespace
 
 ConvertedAttentionImpl::ConvertedAttentionImpl(const formats::DecoderConfig& config, std::shared_ptr<const models::Rope> rope,
                                                const FarOptions& far, LatentLogits latents)
@@ -48,9 +68,14 @@ at::Tensor ConvertedAttentionImpl::mix(const at::Tensor& x, const models::Attent
       share_sum_ += (shares * has_far.view({1, -1, 1})).sum({0, 1});
       share_count_ += has_far.sum().item<int64_t>() * x.size(0);
     }
-    attention.log_decay = std::move(inputs.log_decay);
-    std::tie(out, after) =
-        macchiato_attention(rotated_query, rotated_key, value, inputs.query_logits, inputs.key_logits, attention);
+    if (far_.evicted) {
+      std::tie(out, after) = window_attention(rotated_query, rotated_key, value, attention);
+      out = read_evicted(value, std::move(inputs), out, options, after ? &*after : nullptr, next);
+    } else {
+      attention.log_decay = std::move(inputs.log_decay);
+      std::tie(out, after) =
+          macchiato_attention(rotated_query, rotated_key, value, inputs.query_logits, inputs.key_logits, attention);
+    }
   } else {
     std::tie(out, after) = window_attention(rotated_query, rotated_key, value, attention);
   }
@@ -59,6 +84,40 @@ at::Tensor ConvertedAttentionImpl::mix(const at::Tensor& x, const models::Attent
     next->position = options.position() + x.size(1);
   }
   return out.to(x.scalar_type());
+}
+
+at::Tensor ConvertedAttentionImpl::read_evicted(const at::Tensor& value, LatentInputs inputs, const at::Tensor& window_out,
+                                                const models::DecoderAttentionOptions& options, MacchiatoState* after,
+                                                models::DecoderAttentionState* next) {
+  at::Tensor logits = inputs.key_logits;
+  const int64_t sinks_here = std::clamp<int64_t>(far_.sinks - options.position(), 0, logits.size(1));
+  if (sinks_here > 0) {
+    logits = at::cat({at::full_like(logits.slice(1, 0, sinks_here), kNegativeInfinity), logits.slice(1, sinks_here)}, 1);
+  }
+  at::Tensor logits_before, values_before, latents_before;
+  if (options.state) {
+    logits_before = options.state->more.at(kWaitingLogits);
+    values_before = options.state->more.at(kWaitingValues);
+    latents_before = options.state->macchiato->latents;
+  } else {
+    const int64_t batch = value.size(0);
+    logits_before = at::full({batch, far_.window, logits.size(2), logits.size(3)}, kNegativeInfinity, logits.options());
+    values_before = at::zeros({batch, far_.window, value.size(2), value.size(3)}, value.options());
+  }
+  const Delayed key_logits(logits_before, logits), values(values_before, value);
+  const auto [out, latents] =
+      CallLatentAttention({.query_logits = std::move(inputs.query_logits),
+                           .key_logits = key_logits.given,
+                           .values = values.given,
+                           .window_out = window_out,
+                           .log_decay = std::move(inputs.log_decay),
+                           .initial_state = latents_before.defined() ? OptionalTensor(latents_before) : std::nullopt},
+                          next != nullptr);
+  if (next) {
+    after->latents = latents;
+    next->more = {{kWaitingLogits, key_logits.waiting}, {kWaitingValues, values.waiting}};
+  }
+  return out;
 }
 
 models::DecoderAttentionResult ConvertedAttentionImpl::forward(const at::Tensor& x, const models::AttentionWeights& weights,
@@ -83,7 +142,7 @@ at::Tensor ConvertedAttentionImpl::mean_shares() const {
   return share_sum_ / static_cast<double>(std::max<int64_t>(1, share_count_));
 }
 
-FarOptions far_options(const formats::AdapterSpec& spec) { return {spec.window, spec.sinks, spec.far_limit}; }
+FarOptions far_options(const formats::AdapterSpec& spec) { return {spec.window, spec.sinks, spec.far_limit, spec.evicted}; }
 
 std::vector<ConvertedAttention> convert(models::Decoder& model, const formats::AdapterSpec& spec, bool forget) {
   const auto& config = model->config();

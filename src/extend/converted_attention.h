@@ -40,6 +40,11 @@ class ConvertedAttentionImpl : public models::DecoderAttentionImpl {
   at::Tensor mean_shares() const;  // float64 [H]; zero where nothing was recorded
 
  private:
+  // The mixture of `window_out` and of latents that read what left the window; sets their part of the states.
+  at::Tensor read_evicted(const at::Tensor& value, LatentInputs inputs, const at::Tensor& window_out,
+                          const models::DecoderAttentionOptions& options, MacchiatoState* after,
+                          models::DecoderAttentionState* next);
+
   formats::DecoderConfig config_;
   std::shared_ptr<const models::Rope> rope_;
   FarOptions far_;

@@ -37,10 +37,11 @@ models::Decoder tiny_model(at::ScalarType dtype = torch::kFloat64) {
   return model;
 }
 
-formats::AdapterSpec spec_of(int32_t latents, int64_t window = 8, int64_t sinks = 2) {
+formats::AdapterSpec spec_of(int32_t latents, int64_t window = 8, int64_t sinks = 2, bool evicted = false) {
   formats::AdapterSpec spec;
   spec.window = window;
   spec.sinks = sinks;
+  spec.evicted = evicted;
   spec.latents = {latents, latents};
   return spec;
 }
@@ -85,9 +86,14 @@ TEST(ConvertedAttention, LatentsOffEqualWindowAndSinks) {
   EXPECT_TRUE(close(macchiato->forward(tokens).logits, expected, 1e-9));
 }
 
-TEST(ConvertedAttention, IsTheMixtureOfItsDefinition) {
+// What latents read: every token as it comes, or what left the window.
+class LatentsOfConvertedAttention : public ::testing::TestWithParam<bool> {};
+INSTANTIATE_TEST_SUITE_P(, LatentsOfConvertedAttention, ::testing::Bool(),
+                         [](const auto& evicted) { return evicted.param ? "Evicted" : "All"; });
+
+TEST_P(LatentsOfConvertedAttention, AreTheMixtureOfTheirDefinition) {
   auto model = tiny_model();
-  const auto converted = convert(model, spec_of(3), true);
+  const auto converted = convert(model, spec_of(3, 8, 2, GetParam()), true);
   open_latents(converted);
   auto& latents = converted[0]->latents();
   const auto x = torch::randn({1, kTime, 16}, torch::kFloat64);
@@ -117,23 +123,27 @@ TEST(ConvertedAttention, IsTheMixtureOfItsDefinition) {
     }
     for (int64_t g = 0; g < 2; ++g) {
       for (int64_t l = 0; l < 3; ++l) {
-        key_logits[0][t][g][l] = latents->key_weight[g][l].dot(heads.key[0][t][g]) + latents->key_bias[g][l];
+        const int64_t from = GetParam() ? t - 8 : t;
+        key_logits[0][t][g][l] = GetParam() && from < 2
+                                     ? torch::full({}, -INFINITY, torch::kFloat64)
+                                     : latents->key_weight[g][l].dot(heads.key[0][from][g]) + latents->key_bias[g][l];
       }
     }
   }
   const auto log_shares = query_logits.log_softmax(-1);
   const auto decay = latents->decay.exp().neg().expand({1, kTime, 2, 3});
-  const auto weights =
-      log_shares.select(-1, 0).exp().transpose(1, 2).unsqueeze(-1) * window +
+  auto of_latents =
       nn::latent_attention_weights(log_shares.slice(-1, 1), key_logits, {.log_decay = decay, .key_mask = {}, .causal = true});
+  if (GetParam()) of_latents = torch::constant_pad_nd(of_latents.slice(-1, 8), {0, 8});  // column s is token s - 8's
+  const auto weights = log_shares.select(-1, 0).exp().transpose(1, 2).unsqueeze(-1) * window + of_latents;
   const auto values = heads.value.repeat_interleave(2, 2).transpose(1, 2);  // [1, H, T, D]
   EXPECT_TRUE(close(got, torch::matmul(weights, values).transpose(1, 2), 1e-9));
 }
 
-TEST(ConvertedAttention, PiecesGiveWhatTheWholeGives) {
+TEST_P(LatentsOfConvertedAttention, ReadPiecesAsTheyReadTheWhole) {
   const auto tokens = some_tokens();
   auto model = tiny_model();
-  open_latents(convert(model, spec_of(3), true));
+  open_latents(convert(model, spec_of(3, 8, 2, GetParam()), true));
   const auto whole = model->forward(tokens).logits;
   std::optional<models::DecoderState> state;
   std::vector<at::Tensor> pieces;

@@ -44,6 +44,7 @@ formats::AdapterSpec spec_of(const ExtendOptions& options, const formats::Decode
   spec.window = options.window;
   spec.sinks = options.sinks;
   spec.far_limit = options.far_limit;
+  spec.evicted = options.evicted && options.attention == "macchiato";
   for (int64_t block = 0; block < config.num_layers; ++block) {
     // Local layers have a window of their own already.
     const bool stays = options.attention == "full" || config.is_local(block);

@@ -29,11 +29,12 @@ struct LatentInputs {
   OptionalTensor log_decay;  // [B, T, Hkv, L], expanded
 };
 
-// What a token's far[t] depends on.
+// What a token's far[t] depends on, and whether latents read what left the window (formats/adapter.h).
 struct FarOptions {
   int64_t window = 128;
   int64_t sinks = 4;
   int64_t far_limit = 8192;
+  bool evicted = false;
 };
 
 class LatentLogitsImpl : public torch::nn::Module {

@@ -27,6 +27,7 @@ void for_each_field(Options& options, const Visit& visit) {
   visit("latents", options.latents);
   visit("far_limit", options.far_limit);
   visit("forget", options.forget);
+  visit("evicted", options.evicted);
   visit("train", options.train);
   visit("lora_rank", options.lora_rank);
   visit("loss", options.loss);

@@ -26,6 +26,7 @@ struct ExtendOptions {
   int64_t latents = 64;      // a key-value head
   int64_t far_limit = 8192;  // formats/adapter.h
   bool forget = true;        // latents have a decay each
+  bool evicted = true;       // latents read what left the window; else everything, sinks and window included
 
   // latents | attention: those and the attention's own weights | lora: those and low-rank changes of the attention's weights
   // (Hu et al. 2021, arXiv 2106.09685) | all: those and every weight of the blocks

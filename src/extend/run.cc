@@ -234,7 +234,7 @@ class Run {
 
 void require_same_model(const ExtendOptions& asked, const ExtendOptions& found) {
   const json ours = asked.to_json(), theirs = found.to_json();
-  for (const char* field : {"attention", "window", "sinks", "latents", "far_limit", "forget", "train", "lora_rank"}) {
+  for (const char* field : {"attention", "window", "sinks", "latents", "far_limit", "forget", "evicted", "train", "lora_rank"}) {
     if (ours.at(field) != theirs.at(field)) {
       throw OptionError(std::string(field) + " is " + ours.at(field).dump() + ", but the checkpoint's is " +
                         theirs.at(field).dump());

@@ -105,10 +105,12 @@ int64_t AdapterSpec::converted_blocks() const {
 }
 
 AdapterSpec AdapterSpec::from(const GgufMetadata& metadata) {
-  if (metadata.integer(kVersionKey, 0, std::numeric_limits<uint32_t>::max()) != kAdapterVersion) {
-    metadata.refuse(kVersionKey, std::to_string(kAdapterVersion) + ", the version that this latte reads");
+  const int64_t version = metadata.integer(kVersionKey, 0, std::numeric_limits<uint32_t>::max());
+  if (version < 1 || version > kAdapterVersion) {
+    metadata.refuse(kVersionKey, "1 … " + std::to_string(kAdapterVersion) + ", the versions that this latte reads");
   }
   AdapterSpec spec;
+  spec.evicted = version > 1 && metadata.boolean("latte.evicted");
   spec.window = metadata.integer("latte.window", 1, kLargestSize);
   spec.sinks = metadata.integer("latte.sinks", 0, kLargestSize);
   spec.far_limit = metadata.integer("latte.far_limit", 1, kLargestSize);
@@ -125,7 +127,9 @@ AdapterSpec AdapterSpec::from(const GgufMetadata& metadata) {
 }
 
 void AdapterSpec::put_into(GgufMetadata& metadata) const {
-  metadata.set(std::string(kVersionKey), kAdapterVersion);
+  metadata.set(std::string(kVersionKey),
+               evicted ? uint32_t{2} : uint32_t{1});  // whoever reads 1 alone can read what needs no more
+  if (evicted) metadata.set("latte.evicted", true);
   metadata.set("latte.window", static_cast<uint32_t>(window));
   metadata.set("latte.sinks", static_cast<uint32_t>(sinks));
   metadata.set("latte.far_limit", static_cast<uint32_t>(far_limit));

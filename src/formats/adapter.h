@@ -4,10 +4,11 @@
 //   general.type       "adapter"            (adapter only; a merged model keeps what the base has)
 //   general.architecture                    the base's: "llama", "gemma3"
 //   adapter.type       "latte"              (adapter only)
-//   latte.version      uint32 1
+//   latte.version      uint32 1, or 2 with latte.evicted
 //   latte.window       uint32, W            tokens of standard attention
 //   latte.sinks        uint32, S            first tokens of the text that stay readable
 //   latte.far_limit    uint32               largest count of tokens beyond the window that is told apart (below)
+//   latte.evicted      bool, absent: false   latents read a token when it leaves the window, sinks never (below)
 //   latte.latents      int32 array, one a block: L > 0 latents a key-value head beside window and sinks (Macchiato); 0 window and
 //                      sinks alone; -1 attention as in the base
 //   latte.base.hash    string               XXH3 (128 bits) of the base file's bytes, 32 hexadecimal digits
@@ -32,7 +33,9 @@
 //   key_logits[t, g, l]   = key.weight[g, l] · k[t, g] + key.bias[g, l]
 //   log_decay[t, g, l]    = -exp(decay[g, l])
 //
-// with the values as they are, and sink_query the query rotated as if at position min(t, W + S - 1).
+// with the values as they are, or, where latte.evicted, with key logits and values of token t - W in token t's place, key logits
+// -inf where that is a sink or before the text: window, sinks and latents then share nothing; and sink_query the query rotated as
+// if at position min(t, W + S - 1).
 #pragma once
 
 #include <cstdint>
@@ -46,13 +49,14 @@
 
 namespace latte::formats {
 
-constexpr uint32_t kAdapterVersion = 1;
-constexpr double kFarUnit = 1024.0;  // of far[t] in the gate
+constexpr uint32_t kAdapterVersion = 2;  // the newest; 1 is read as well
+constexpr double kFarUnit = 1024.0;      // of far[t] in the gate
 
 struct AdapterSpec {
   int64_t window = 128;
   int64_t sinks = 4;
   int64_t far_limit = 8192;
+  bool evicted = false;          // latents read what left the window, else everything
   std::vector<int32_t> latents;  // one a block
   std::string base_hash;
   std::string base_name;

@@ -116,7 +116,7 @@ TEST_F(AdapterTest, BadMetadataIsRefused) {
     write_gguf(folder_ / "bad.gguf", metadata, good.tensors());
     return error_text<FormatError>([&] { AdapterFile(folder_ / "bad.gguf"); });
   };
-  EXPECT_CONTAINS(with("latte.version", uint32_t{2}), "latte.version");
+  EXPECT_CONTAINS(with("latte.version", uint32_t{3}), "latte.version");
   EXPECT_CONTAINS(with("latte.window", uint32_t{0}), "latte.window");
   EXPECT_CONTAINS(with("latte.window", std::string("8")), "latte.window");
   EXPECT_CONTAINS(with("latte.latents", GgufArray(std::vector<int32_t>{-2, 0})), "latte.latents");

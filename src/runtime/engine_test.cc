@@ -21,12 +21,13 @@ using formats::error_text;
 
 class EngineTest : public ::testing::Test {
  protected:
-  std::shared_ptr<const Model> open(bool converted) const {
+  static std::shared_ptr<const Model> open(const TinyModel& tiny, bool converted) {
     ModelOptions options;
     options.threads = 2;
-    if (converted) options.adapter = tiny_.adapter();
-    return Model::open(tiny_.path(), options);
+    if (converted) options.adapter = tiny.adapter();
+    return Model::open(tiny.path(), options);
   }
+  std::shared_ptr<const Model> open(bool converted) const { return open(tiny_, converted); }
   static SessionOptions exact() {
     SessionOptions options;
     options.dtype = kernels::DType::kFloat32;
@@ -53,14 +54,17 @@ constexpr double kFloat32 = 1e-5;  // of sums over some hundreds of terms in a f
 constexpr double kFloat16 = 5e-3;  // keys and values rounded to 11 bits (5e-4 each), in three layers with sharp scores
 
 TEST_F(EngineTest, EqualsTheDefinitionHoweverItIsSplit) {
-  for (const bool converted : {false, true}) {
-    const auto model = open(converted);
-    const std::vector<int32_t> tokens = tiny_.tokens(60);
-    const auto expected = tiny_.logits(tokens, converted);
+  TinyModel reads_all({.evicted = false});
+  const std::pair<TinyModel*, bool> cases[] = {{&tiny_, false}, {&tiny_, true}, {&reads_all, true}};
+  for (const auto& [tiny, converted] : cases) {
+    const auto model = open(*tiny, converted);
+    const std::vector<int32_t> tokens = tiny->tokens(60);
+    const auto expected = tiny->logits(tokens, converted);
     for (const int threads : {1, 2, 3}) {
       Engine engine(model, {threads, {}, 16});
       for (const std::vector<int64_t>& pieces : std::vector<std::vector<int64_t>>{{60}, {1}, {2}, {13, 1, 1, 5}, {3, 31}}) {
-        SCOPED_TRACE(::testing::Message() << "converted " << converted << " threads " << threads << " pieces of " << pieces[0]);
+        SCOPED_TRACE(::testing::Message() << "converted " << converted << " evicted " << tiny->shape().evicted << " threads "
+                                          << threads << " pieces of " << pieces[0]);
         Session session(model, exact());
         size_t piece = 0;
         for (size_t read = 0; read < tokens.size();) {

@@ -61,6 +61,7 @@ void Model::convert(const formats::AdapterSpec& spec) {
     shape_.layers[i].window = spec.window;
     shape_.layers[i].sinks = spec.sinks;
     shape_.layers[i].latents = spec.latents[i];
+    shape_.layers[i].evicted = spec.evicted && spec.latents[i] > 0;
   }
   shape_.far_limit = spec.far_limit;
 }
@@ -81,6 +82,7 @@ void Model::load() {
       layer.window = choice.window;
       layer.sinks = choice.sinks;
       layer.latents = choice.latents;
+      layer.evicted = choice.latents > 0;
     }
     shape_.far_limit = choice.far_limit;
   }
@@ -109,6 +111,7 @@ void Model::load() {
   hash.add(options_.type ? static_cast<uint64_t>(*options_.type) + 1 : 0);
   for (const LayerShape& layer : shape_.layers) {
     for (const int64_t number : {layer.window, layer.sinks, layer.latents}) hash.add(static_cast<uint64_t>(number));
+    hash.add(static_cast<uint64_t>(layer.evicted));
   }
   state_hash_ = hash.digits();
   // What was repacked isn't read again: the pages of the file may go.

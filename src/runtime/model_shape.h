@@ -30,8 +30,9 @@ struct LayerShape {
   int64_t window = 0;
   int64_t sinks = 0;
   int64_t latents = 0;
-  int64_t rotary = 0;  // index in ModelShape::rotary
-  bool tokens = true;  // reads tokens, all or a window's
+  int64_t rotary = 0;    // index in ModelShape::rotary
+  bool tokens = true;    // reads tokens, all or a window's
+  bool evicted = false;  // the latents read a token when it leaves the window, sinks never (formats/adapter.h)
   Linear linear = Linear::kNone;
 
   bool has_sums() const { return latents > 0 || linear != Linear::kNone; }  // whose state sums up the past

@@ -85,6 +85,17 @@ Engine::Pass::Pass(const Model& model, const EngineOptions& options)
     return Turns{arena_.take_array<float>(rows * pairs), arena_.take_array<float>(rows * pairs)};
   };
   for (size_t i = 0; i < s.rotary.size(); ++i) turns_.push_back(take_turns(n));
+  for (const LayerShape& layer : s.layers) {
+    if (layer.evicted) evicted_window_ = layer.window;  // one for all: an adapter has one window
+  }
+  if (evicted_window_ > 0) {
+    for (size_t i = 0; i < s.rotary.size(); ++i) {
+      evicted_turns_.push_back(take_turns(n));
+      evicted_turns_.back().back = arena_.take_array<float>(n * pairs);
+    }
+    evicted_keys_ = arena_.take_array<float>(n * s.num_kv_heads * s.key_dim);
+    evicted_values_ = arena_.take_array<float>(n * s.num_kv_heads * s.head_dim);
+  }
   if (s.vapor >= 0) turns_[static_cast<size_t>(s.vapor)].back = arena_.take_array<float>(n * pairs);
   for (const LayerShape& layer : s.layers) {
     Turns& turns = sink_turns_.emplace_back();
@@ -197,6 +208,7 @@ void Engine::Pass::work(int thread) {
       }
     });
     attention_products(thread, index, inputs);
+    gather_evicted_of_steps(thread, index);
     pool_.barrier();
     if (shape_.mixer != Mixer::kNone) {
       mix(thread, index);
@@ -363,10 +375,15 @@ void Engine::Pass::turn_rows(int thread) {
   const Share share = share_of(rows_, thread, pool_.size());
   for (int64_t t = share.begin; t < share.end; ++t) {
     const Part& part = *part_of_[static_cast<size_t>(t)];
-    for (size_t r = 0; r < turns_.size(); ++r) {
-      turn(static_cast<int64_t>(r), part.position + t - part.first, turns_[r].cos + t * pairs, turns_[r].sin + t * pairs);
-      if (turns_[r].back == nullptr) continue;
-      for (int64_t i = t * pairs; i < (t + 1) * pairs; ++i) turns_[r].back[i] = -turns_[r].sin[i];
+    const auto turn_row = [&](size_t rotary, int64_t position, const Turns& turns) {
+      turn(static_cast<int64_t>(rotary), position, turns.cos + t * pairs, turns.sin + t * pairs);
+      if (turns.back == nullptr) return;
+      for (int64_t i = t * pairs; i < (t + 1) * pairs; ++i) turns.back[i] = -turns.sin[i];
+    };
+    const int64_t position = part.position + t - part.first;
+    for (size_t r = 0; r < turns_.size(); ++r) turn_row(r, position, turns_[r]);
+    for (size_t r = 0; r < evicted_turns_.size() && position >= evicted_window_; ++r) {
+      turn_row(r, position - evicted_window_, evicted_turns_[r]);
     }
   }
 }

@@ -83,6 +83,8 @@ class Engine::Pass {
   void prepare_sums(int64_t layer, const Part& part, int64_t kv_head);
   void finish_sums(int64_t layer, const Part& part, int64_t kv_head);
   void attend_linear(int64_t layer, const Part& part, int64_t kv_head);
+  void gather_evicted(int64_t layer, const Part& part, int64_t first, int64_t last, int64_t kv_head);
+  void gather_evicted_of_steps(int thread, int64_t layer);
   void latent_logits(const Own& own, int64_t layer, const Part& part, int64_t first, int64_t last, int64_t kv_head);
   void gates_to_shares(int64_t layer, const Part& part, int64_t kv_head);
   kernels::LatentArgs latent_args(int64_t layer, const Part& part) const;
@@ -126,6 +128,8 @@ class Engine::Pass {
   float* key_logits_ = nullptr;        // [rows, Hkv, L]
   float* decay_ = nullptr;             // [rows, Hkv, L], of gated linear attention [rows, Hkv, D]
   float* turned_values_ = nullptr;     // [rows, Hkv, D]
+  float* evicted_keys_ = nullptr;      // [rows, Hkv, Dk]: of the token that leaves the window
+  float* evicted_values_ = nullptr;    // [rows, Hkv, D]
   float* out_gate_ = nullptr;          // [rows, H, D]
   float* normed_ = nullptr;            // [rows, E]: the layer's input
   float* mixed_ = nullptr;             // [rows, E]: the same behind the mixer
@@ -138,6 +142,8 @@ class Engine::Pass {
   float* zeros_ = nullptr;             // [D]
   float* final_latents_ = nullptr;     // [Hkv, L, D + 3]
   std::vector<Turns> turns_;           // of each rotary: of all rows
+  std::vector<Turns> evicted_turns_;   // likewise, of the positions that leave the window; empty where no latents wait for them
+  int64_t evicted_window_ = 0;         // the window that they leave
   std::vector<Turns> sink_turns_;      // of each layer: where queries of sinks stay
   int64_t prompts_ = 0;
   int64_t heads_stride_ = 0, key_offset_ = 0, value_offset_ = 0, gate_offset_ = 0;

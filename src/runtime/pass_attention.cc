@@ -190,7 +190,10 @@ void Engine::Pass::gather_new(int thread, int64_t layer, const Part& part) {
   for (int64_t block = share.begin; block < share.end; block += kBlockTokens) {
     const int64_t end = std::min(share.end, block + kBlockTokens);
     if (attention.latents > 0 && !s.latents_of_input) {
-      for (int64_t h = 0; h < s.num_kv_heads; ++h) latent_logits(own, layer, part, block, end, h);
+      for (int64_t h = 0; h < s.num_kv_heads; ++h) {
+        if (attention.evicted) gather_evicted(layer, part, block, end, h);
+        latent_logits(own, layer, part, block, end, h);
+      }
     }
     for (int64_t t = block; t < end; ++t) {
       float* row = heads_ + (part.first + t) * heads_stride_;

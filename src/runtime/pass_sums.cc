@@ -74,8 +74,50 @@ void Engine::Pass::mix(int thread, int64_t layer) {
   }
 }
 
+// Keys and values that leave the window as a part's tokens [first, last) come, as the cache holds them, whether they have been
+// there or came in the same piece.
+void Engine::Pass::gather_evicted(int64_t layer, const Part& part, int64_t first, int64_t last, int64_t kv_head) {
+  const ModelShape& s = shape_;
+  const LayerShape& attention = layer_shape(layer);
+  const int64_t pairs = s.rotary_dims / 2;
+  const Turns& turns = turns_[static_cast<size_t>(attention.rotary)];
+  const kernels::KeyValueCache ring = part.session->ring(layer, kv_head);
+  for (int64_t t = part.first + first; t < part.first + last; ++t) {
+    const int64_t position = part.position + t - part.first - attention.window;
+    float* key = evicted_keys_ + (t * s.num_kv_heads + kv_head) * s.key_dim;
+    float* value = evicted_values_ + (t * s.num_kv_heads + kv_head) * s.head_dim;
+    if (position < attention.sinks) {
+      std::fill_n(key, s.key_dim, 0.0f);
+      std::fill_n(value, s.head_dim, 0.0f);
+      continue;
+    }
+    if (position < part.position) {
+      const int64_t slot = position % attention.window;
+      kernels::LoadSlots(ring, slot, slot + 1, key, s.key_dim, value, s.head_dim);
+    } else {
+      const int64_t row = t - attention.window;
+      const float* heads = heads_ + row * heads_stride_;
+      copy_head(heads + key_offset_ + kv_head * s.key_dim, model_.layers()[static_cast<size_t>(layer)].key_norm, key);
+      kernels::RotateRow(s.pairs, pairs, turns.cos + row * pairs, turns.sin + row * pairs, key);
+      kernels::RoundRow(ring.dtype, s.key_dim, key);
+      std::copy_n(heads + value_offset_ + kv_head * s.head_dim, s.head_dim, value);
+      kernels::RoundRow(ring.dtype, s.head_dim, value);
+    }
+  }
+}
+
+// Before the new tokens take their places in the rings.
+void Engine::Pass::gather_evicted_of_steps(int thread, int64_t layer) {
+  if (!layer_shape(layer).evicted) return;
+  for (const Part& part : parts_) {
+    for (int64_t h = 0; part.count == 1 && h < shape_.num_kv_heads; ++h) {
+      if ((h + part.first) % pool_.size() == thread) gather_evicted(layer, part, 0, 1, h);
+    }
+  }
+}
+
 // Logits of a part's tokens [first, last), at most kBlockTokens, for one key-value head and its queries: read from heads that
-// aren't rotated yet.
+// aren't rotated yet, or from keys that leave the window, rotated back.
 void Engine::Pass::latent_logits(const Own& own, int64_t layer, const Part& part, int64_t first, int64_t last, int64_t kv_head) {
   const ModelShape& s = shape_;
   const LayerShape& attention = layer_shape(layer);
@@ -84,10 +126,20 @@ void Engine::Pass::latent_logits(const Own& own, int64_t layer, const Part& part
   const int64_t latents = attention.latents;
   const int64_t row = part.first + first;
   const int64_t count = last - first;
+  const int64_t pairs = s.rotary_dims / 2;
+  const auto has_key = [&](int64_t t) {
+    return !attention.evicted || part.position + first + t - attention.window >= attention.sinks;
+  };
 
   const Matrix& key = latent.key[static_cast<size_t>(kv_head)];
   for (int64_t t = 0; t < count; ++t) {
-    copy_head(heads_ + (row + t) * heads_stride_ + key_offset_ + kv_head * s.key_dim, weights.key_norm, own.key);
+    if (attention.evicted) {
+      std::copy_n(evicted_keys_ + ((row + t) * s.num_kv_heads + kv_head) * s.key_dim, s.key_dim, own.key);
+      const Turns& turns = evicted_turns_[static_cast<size_t>(attention.rotary)];
+      if (has_key(t)) kernels::RotateRow(s.pairs, pairs, turns.cos + (row + t) * pairs, turns.back + (row + t) * pairs, own.key);
+    } else {
+      copy_head(heads_ + (row + t) * heads_stride_ + key_offset_ + kv_head * s.key_dim, weights.key_norm, own.key);
+    }
     own.key_inputs.put(weights.key_head_forms, own.key, t);
   }
   float* key_logits = key_logits_ + (row * s.num_kv_heads + kv_head) * latents;
@@ -95,7 +147,9 @@ void Engine::Pass::latent_logits(const Own& own, int64_t layer, const Part& part
   key.multiply(own.key_inputs, 0, count, 0, key.groups(), key_logits, key_stride);
   const float* key_bias = latent.key_bias + kv_head * latents;
   for (int64_t t = 0; t < count; ++t) {
-    for (int64_t l = 0; l < latents; ++l) key_logits[t * key_stride + l] += key_bias[l];
+    float* logits = key_logits + t * key_stride;
+    for (int64_t l = 0; l < latents; ++l) logits[l] += key_bias[l];
+    if (!has_key(t)) std::fill_n(logits, latents, kMinusInfinity);
   }
 
   const auto far = [&](int64_t t) { return part.position + first + t + 1 - attention.window - attention.sinks; };
@@ -177,9 +231,9 @@ kernels::LatentArgs Engine::Pass::latent_args(int64_t layer, const Part& part) c
   args.head_dim = s.head_dim;
   args.query_logits = {query_logits_ + part.first * s.num_heads * logits, 0, s.num_heads * logits, logits};
   args.key_logits = {key_logits_ + part.first * s.num_kv_heads * latents, 0, s.num_kv_heads * latents, latents};
-  if (s.vapor >= 0) {
+  if (s.vapor >= 0 || attention.evicted) {
     const int64_t stride = s.num_kv_heads * s.head_dim;
-    args.values = {turned_values_ + part.first * stride, 0, stride, s.head_dim};
+    args.values = {(attention.evicted ? evicted_values_ : turned_values_) + part.first * stride, 0, stride, s.head_dim};
   } else {
     args.values = {heads_ + part.first * heads_stride_ + value_offset_, 0, heads_stride_, s.head_dim};
   }

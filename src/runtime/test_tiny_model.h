@@ -20,6 +20,7 @@ struct TinyShape {
   int64_t embed = 32, heads = 4, kv_heads = 2, head_dim = 8, hidden = 64, vocabulary = 50, layers = 3;
   // Of the converted model: layer 0 keeps its attention, layer 1 has no latents.
   int64_t window = 7, sinks = 3, latents = 5, far_limit = 20;
+  bool evicted = true;
 };
 
 class TinyModel {
@@ -61,6 +62,7 @@ class TinyModel {
     spec.window = shape.window;
     spec.sinks = shape.sinks;
     spec.far_limit = shape.far_limit;
+    spec.evicted = shape.evicted;
     spec.latents = {-1, 0};
     while (static_cast<int64_t>(spec.latents.size()) < shape.layers) spec.latents.push_back(static_cast<int32_t>(shape.latents));
     spec.base_hash = formats::hash_of_file(path());
@@ -218,11 +220,12 @@ inline std::vector<std::vector<double>> TinyModel::logits(const std::vector<int3
             mixture.push_back(query_logits[static_cast<size_t>(l)] + number("query.bias", h * s.latents + l));
             std::vector<double> weights;
             std::vector<Row> all;
-            for (int64_t r = 0; r <= t; ++r) {
+            const int64_t read_first = s.evicted ? s.sinks : 0, delay = s.evicted ? s.window : 0;
+            for (int64_t r = read_first; r <= t - delay; ++r) {
               const Row key_logits =
                   times(block + "latte_key.weight", head(keys[static_cast<size_t>(r)], g), static_cast<size_t>(g) * rows, rows);
               weights.push_back(key_logits[static_cast<size_t>(l)] + number("key.bias", g * s.latents + l) -
-                                static_cast<double>(t - r) * std::exp(number("decay", g * s.latents + l)));
+                                static_cast<double>(t - delay - r) * std::exp(number("decay", g * s.latents + l)));
               all.push_back(head(values[static_cast<size_t>(r)], g));
             }
             sources.push_back(mean(weights, all, dim));

@@ -32,7 +32,8 @@ constexpr double kQuantised = 1e-2;  // nats a token: what rounding activations 
 // A base, and an adapter for it whose latents are random and open: every part of the mixture carries.
 class Converted {
  public:
-  Converted(const std::string& base, std::string adapter, int64_t window, int64_t sinks, int64_t latents, double key_scale)
+  Converted(const std::string& base, std::string adapter, int64_t window, int64_t sinks, int64_t latents, double key_scale,
+            bool evicted = true)
       : base_(base), adapter_(std::move(adapter)) {
     const formats::GgufFile file(base);
     std::vector<formats::GgufTensorSpec> specs(file.tensors().begin(), file.tensors().end());
@@ -40,6 +41,7 @@ class Converted {
     spec_.window = window;
     spec_.sinks = sinks;
     spec_.far_limit = 3 * window;
+    spec_.evicted = evicted;
     for (int64_t block = 0; block < config.num_layers; ++block) {
       // Of layers that read everything one keeps that, and one has no latents.
       spec_.latents.push_back(config.is_local(block) || block == 1 ? -1 : block == 2 ? 0 : static_cast<int32_t>(latents));
@@ -99,8 +101,10 @@ TEST(EngineAgainstLibtorch, SmallModelsOfEveryArchitecture) {
     SCOPED_TRACE(architecture);
     const formats::TestFolder folder;
     write_small_model(folder / "base.gguf", small_metadata(architecture));
-    const Converted converted(folder / "base.gguf", folder / "adapter.gguf", 13, 3, 5, 0.3);
     const auto tokens = narrow(small_tokens(150));
+    const Converted reads_all(folder / "base.gguf", folder / "all.gguf", 13, 3, 5, 0.3, /*evicted=*/false);
+    expect_the_same_on_every_way(reads_all.open(), tokens, reads_all.reference(tokens), {150, 37, 1});
+    const Converted converted(folder / "base.gguf", folder / "adapter.gguf", 13, 3, 5, 0.3);
     expect_the_same_on_every_way(converted.open(), tokens, converted.reference(tokens), {150, 37, 1});
     const auto plain = converted.plain_reference(tokens);
     const auto model = converted.open(false);
