@@ -19,6 +19,7 @@ enum class TensorType : uint32_t {
   kQ5_0 = 6,
   kQ5_1 = 7,
   kQ8_0 = 8,
+  kQ2_K = 10,
   kQ3_K = 11,
   kQ4_K = 12,
   kQ5_K = 13,
@@ -31,9 +32,9 @@ enum class TensorType : uint32_t {
 
 // Whether this ggml knows the type. The functions below take known types only.
 bool is_known(TensorType type);
-std::string_view name_of(TensorType type);  // ggml's: "f32", "q4_K"
-std::optional<TensorType> tensor_type_named(std::string_view name);
-int64_t block_size(TensorType type);  // elements a block: a row holds whole blocks
+std::string_view name_of(TensorType type);                           // ggml's: "f32", "q4_K"
+std::optional<TensorType> tensor_type_named(std::string_view name);  // capital or small letters
+int64_t block_size(TensorType type);                                 // elements a block: a row holds whole blocks
 
 // Bytes of a tensor whose rows have `columns` elements; nothing where columns are no whole blocks, a number is negative, or the
 // product doesn't fit in 63 bits.

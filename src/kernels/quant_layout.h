@@ -7,9 +7,13 @@
 
 namespace latte::kernels {
 
-constexpr bool kHasMinimum(WeightFormat format) { return format == WeightFormat::kQ4_1 || format == WeightFormat::kQ5_1; }
+constexpr bool kHasMinimum(WeightFormat format) {
+  return format == WeightFormat::kQ4_1 || format == WeightFormat::kQ5_1 || format == WeightFormat::kQ2_K;
+}
 constexpr int64_t kBitsOf(WeightFormat format) {
   switch (format) {
+    case WeightFormat::kQ2_K:
+      return 2;
     case WeightFormat::kQ4_0:
     case WeightFormat::kQ4_1:
     case WeightFormat::kQ3_K:
@@ -37,6 +41,6 @@ constexpr uint8_t kIQ4Table[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 15
 
 // Of a block of a group: bytes of its quants; float16 numbers behind them.
 constexpr int64_t kBlockQuantBytes(WeightFormat format) { return kGroupRows * kQuantBlock * kBitsOf(format) / 8; }
-constexpr int64_t kBlockScales(WeightFormat format) { return kGroupRows * (kScalesOf(format) + (kHasMinimum(format) ? 1 : 0)); }
+constexpr int64_t kBlockScales(WeightFormat format) { return kGroupRows * kScalesOf(format) * (kHasMinimum(format) ? 2 : 1); }
 
 }  // namespace latte::kernels

@@ -83,7 +83,7 @@ HWY_INLINE void AddHighBits(const uint8_t* high, hn::Vec<DU8>* HWY_RESTRICT w) {
     w[7] = hn::OrAnd(w[7], ShiftBytes<-3>(bits), fifth);
   } else if constexpr (kBitsOf(kFormat) == 6) {
     const auto both = hn::Set(d, uint8_t{0x30});
-    for (int plane = 0; plane < 2; ++plane, w += 4) {
+    for (int64_t plane = 0; plane < 2; ++plane, w += 4) {
       const auto bits = hn::LoadU(d, high + plane * 64);
       w[0] = hn::OrAnd(w[0], ShiftBytes<4>(bits), both);
       w[1] = hn::OrAnd(w[1], ShiftBytes<2>(bits), both);
@@ -99,7 +99,7 @@ HWY_INLINE void QuantTile(const Place& at, const Activations& x) {
   const DI di;
   const DU8 du8;
   const D16 d16;
-  constexpr int kQuads = kQuantBlock / 4;
+  constexpr int64_t kQuads = kQuantBlock / 4;
   constexpr int64_t kBytes = kBlockQuantBytes(kFormat);
   constexpr int64_t kScales = kBlockScales(kFormat);
   constexpr int32_t kOffset = kOffsetOf(kFormat);
@@ -117,14 +117,24 @@ HWY_INLINE void QuantTile(const Place& at, const Activations& x) {
   const int8_t* xq = x.quants + at.token * at.columns;
   const int64_t first = at.token * at.blocks;
   VF sum[kTokens];
-  for (int t = 0; t < kTokens; ++t) sum[t] = hn::Zero(df);
+  for (int64_t t = 0; t < kTokens; ++t) sum[t] = hn::Zero(df);
   for (int64_t b = 0; b < at.blocks; ++b, quants += kBytes, scales += kScales, xq += kTileTokens * kQuantBlock) {
     const float* xs = x.scales + first + b * kTileTokens;
     hn::Vec<DU8> w[kQuads];
     if constexpr (kFormat == WeightFormat::kQ8_0) {
-      for (int i = 0; i < kQuads; ++i) w[i] = hn::LoadU(du8, quants + i * 64);
+      for (int64_t i = 0; i < kQuads; ++i) w[i] = hn::LoadU(du8, quants + i * 64);
+    } else if constexpr (kBitsOf(kFormat) == 2) {
+      const auto two = hn::Set(du8, uint8_t{0x03});
+      for (int64_t plane = 0; plane < 2; ++plane) {
+        const auto bits = hn::LoadU(du8, quants + plane * 64);
+        hn::Vec<DU8>* out = w + plane * 4;
+        out[0] = hn::And(bits, two);
+        out[1] = hn::And(ShiftBytes<-2>(bits), two);
+        out[2] = hn::And(ShiftBytes<-4>(bits), two);
+        out[3] = hn::And(ShiftBytes<-6>(bits), two);
+      }
     } else {
-      for (int i = 0; i < kQuads / 2; ++i) {
+      for (int64_t i = 0; i < kQuads / 2; ++i) {
         const auto both = hn::LoadU(du8, quants + i * 64);
         w[i] = hn::And(both, low);
         w[kQuads / 2 + i] = kInPlace ? hn::AndNot(low, both) : hn::ShiftRight<4>(both);
@@ -132,7 +142,7 @@ HWY_INLINE void QuantTile(const Place& at, const Activations& x) {
       if constexpr (kHighBits) AddHighBits<kFormat>(quants + kQuads / 2 * 64, w);
       if constexpr (kFormat == WeightFormat::kIQ4_NL) {
         const auto table = hn::LoadDup128(du8, kIQ4Table);
-        for (int i = 0; i < kQuads; ++i) w[i] = hn::TableLookupBytes(table, w[i]);
+        for (int64_t i = 0; i < kQuads; ++i) w[i] = hn::TableLookupBytes(table, w[i]);
       }
     }
     if constexpr (kTokens == 1) {
@@ -142,42 +152,52 @@ HWY_INLINE void QuantTile(const Place& at, const Activations& x) {
     const VF scale = Promote(df, hn::LoadU(d16, scales));
     if constexpr (kScalesOf(kFormat) == 2) {
       const VF second_scale = Promote(df, hn::LoadU(d16, scales + kGroupRows));
-      for (int t = 0; t < kTokens; ++t) {
+      VF minimum = hn::Zero(df), second_minimum = hn::Zero(df);
+      if constexpr (kHasMinimum(kFormat)) {
+        minimum = Promote(df, hn::LoadU(d16, scales + 2 * kGroupRows));
+        second_minimum = Promote(df, hn::LoadU(d16, scales + 3 * kGroupRows));
+      }
+      for (int64_t t = 0; t < kTokens; ++t) {
         const int8_t* q = xq + t * kQuantBlock;
         const int32_t sum_of_first = x.half_sums[first + b * kTileTokens + t];
+        const int32_t sum_of_second = x.sums[first + b * kTileTokens + t] - sum_of_first;
         VI dot = hn::Set(di, -kOffset * sum_of_first);
-        VI second = hn::Set(di, -kOffset * (x.sums[first + b * kTileTokens + t] - sum_of_first));
-        for (int i = 0; i < kQuads / 2; ++i) {
+        VI second = hn::Set(di, -kOffset * sum_of_second);
+        for (int64_t i = 0; i < kQuads / 2; ++i) {
           dot = hn::SumOfMulQuadAccumulate(di, w[i], Broadcast4(q + 4 * i), dot);
           second = hn::SumOfMulQuadAccumulate(di, w[kQuads / 2 + i], Broadcast4(q + 16 + 4 * i), second);
         }
-        const VF both = hn::MulAdd(hn::ConvertTo(df, dot), scale, hn::Mul(hn::ConvertTo(df, second), second_scale));
+        VF both = hn::MulAdd(hn::ConvertTo(df, dot), scale, hn::Mul(hn::ConvertTo(df, second), second_scale));
+        if constexpr (kHasMinimum(kFormat)) {
+          both = hn::MulAdd(minimum, hn::Set(df, static_cast<float>(sum_of_first)), both);
+          both = hn::MulAdd(second_minimum, hn::Set(df, static_cast<float>(sum_of_second)), both);
+        }
         sum[t] = hn::MulAdd(both, hn::Set(df, xs[t]), sum[t]);
       }
       continue;
     }
-    for (int t = 0; t < kTokens; ++t) {
+    for (int64_t t = 0; t < kTokens; ++t) {
       const int8_t* q = xq + t * kQuantBlock;
       VI dot = kOffset == 0 ? hn::Zero(di) : hn::Set(di, -kOffset * x.sums[first + b * kTileTokens + t]);
       if constexpr (kTokens == 1) {
         VI other = hn::Zero(di);
-        for (int i = 0; i < kQuads / 2; ++i) {
+        for (int64_t i = 0; i < kQuads / 2; ++i) {
           dot = hn::SumOfMulQuadAccumulate(di, w[i], Broadcast4(q + 4 * i), dot);
           other = hn::SumOfMulQuadAccumulate(di, w[kQuads / 2 + i], Broadcast4(q + 16 + 4 * i), other);
         }
         dot = hn::Add(dot, kInPlace ? hn::ShiftRight<4>(other) : other);
       } else {
-        for (int i = 0; i < kQuads; ++i) dot = hn::SumOfMulQuadAccumulate(di, w[i], Broadcast4(q + 4 * i), dot);
+        for (int64_t i = 0; i < kQuads; ++i) dot = hn::SumOfMulQuadAccumulate(di, w[i], Broadcast4(q + 4 * i), dot);
       }
       sum[t] = hn::MulAdd(hn::ConvertTo(df, dot), hn::Mul(scale, hn::Set(df, xs[t])), sum[t]);
     }
     if constexpr (kHasMinimum(kFormat)) {
       const VF minimum = Promote(df, hn::LoadU(d16, scales + kGroupRows));
       const float* xm = x.scaled_sums + first + b * kTileTokens;
-      for (int t = 0; t < kTokens; ++t) sum[t] = hn::MulAdd(minimum, hn::Set(df, xm[t]), sum[t]);
+      for (int64_t t = 0; t < kTokens; ++t) sum[t] = hn::MulAdd(minimum, hn::Set(df, xm[t]), sum[t]);
     }
   }
-  for (int t = 0; t < std::min<int64_t>(kTokens, at.tokens); ++t) StoreSums(sum[t], at.rows, at.out + t * at.out_stride);
+  for (int64_t t = 0; t < std::min<int64_t>(kTokens, at.tokens); ++t) StoreSums(sum[t], at.rows, at.out + t * at.out_stride);
 }
 
 template <int kTokens>
@@ -186,11 +206,11 @@ HWY_INLINE void BFloatTile(const Place& at, const Activations& x) {
   const DBF dbf;
   const auto* weights = reinterpret_cast<const hwy::bfloat16_t*>(at.group) + at.lane * 2;
   VF sum[kTokens], odd[kTokens];
-  for (int t = 0; t < kTokens; ++t) sum[t] = odd[t] = hn::Zero(df);
+  for (int64_t t = 0; t < kTokens; ++t) sum[t] = odd[t] = hn::Zero(df);
   const uint16_t* row = x.bfloats + at.token * at.columns;
   const auto step = [&](int64_t c, VF* HWY_RESTRICT sums) {
     const auto w = hn::LoadU(dbf, weights + c * kGroupRows);
-    for (int t = 0; t < kTokens; ++t) {
+    for (int64_t t = 0; t < kTokens; ++t) {
       uint32_t two;
       std::memcpy(&two, row + c * kTileTokens + t * 2, sizeof(two));
       const auto v = hn::BitCast(dbf, hn::Set(hn::RebindToUnsigned<DF>(), two));
@@ -216,7 +236,7 @@ HWY_INLINE void BFloatTile(const Place& at, const Activations& x) {
     sum[0] = hn::Add(hn::Add(sum[0], odd[0]), hn::Add(third[0], fourth[0]));
   }
   for (; c < at.columns; c += 2) step(c, sum);
-  for (int t = 0; t < std::min<int64_t>(kTokens, at.tokens); ++t) StoreSums(sum[t], at.rows, at.out + t * at.out_stride);
+  for (int64_t t = 0; t < std::min<int64_t>(kTokens, at.tokens); ++t) StoreSums(sum[t], at.rows, at.out + t * at.out_stride);
 }
 
 template <class T, int kTokens>
@@ -231,17 +251,17 @@ HWY_INLINE void FloatTile(const Place& at, const Activations& x) {
     } else {
       w = Promote(df, hn::LoadU(D16(), weights + c * kGroupRows));
     }
-    for (int t = 0; t < kTokens; ++t) sums[t] = hn::MulAdd(w, hn::Set(df, row[c * kTileTokens + t]), sums[t]);
+    for (int64_t t = 0; t < kTokens; ++t) sums[t] = hn::MulAdd(w, hn::Set(df, row[c * kTileTokens + t]), sums[t]);
   };
   // Sums of blocks are added up, rather than one sum of all: models have activations a thousand times as large as the others, and
   // each term that follows such a one would be rounded to its precision.
   constexpr int64_t kBlock = 32;
   VF sum[kTokens];
-  for (int t = 0; t < kTokens; ++t) sum[t] = hn::Zero(df);
+  for (int64_t t = 0; t < kTokens; ++t) sum[t] = hn::Zero(df);
   for (int64_t begin = 0; begin < at.columns; begin += kBlock) {
     const int64_t end = std::min(at.columns, begin + kBlock);
     VF even[kTokens], odd[kTokens];
-    for (int t = 0; t < kTokens; ++t) even[t] = odd[t] = hn::Zero(df);
+    for (int64_t t = 0; t < kTokens; ++t) even[t] = odd[t] = hn::Zero(df);
     int64_t c = begin;
     if constexpr (kTokens <= 2) {  // or each product would wait for the one before
       for (; c + 2 <= end; c += 2) {
@@ -250,9 +270,9 @@ HWY_INLINE void FloatTile(const Place& at, const Activations& x) {
       }
     }
     for (; c < end; ++c) step(c, even);
-    for (int t = 0; t < kTokens; ++t) sum[t] = hn::Add(sum[t], kTokens <= 2 ? hn::Add(even[t], odd[t]) : even[t]);
+    for (int64_t t = 0; t < kTokens; ++t) sum[t] = hn::Add(sum[t], kTokens <= 2 ? hn::Add(even[t], odd[t]) : even[t]);
   }
-  for (int t = 0; t < std::min<int64_t>(kTokens, at.tokens); ++t) StoreSums(sum[t], at.rows, at.out + t * at.out_stride);
+  for (int64_t t = 0; t < std::min<int64_t>(kTokens, at.tokens); ++t) StoreSums(sum[t], at.rows, at.out + t * at.out_stride);
 }
 
 template <WeightFormat kFormat, int kTokens>
@@ -320,6 +340,8 @@ void MatMul(const PackedMatrix& matrix, const Activations& x, int64_t first_toke
       return run(Product<WeightFormat::kQ5_1>);
     case WeightFormat::kIQ4_NL:
       return run(Product<WeightFormat::kIQ4_NL>);
+    case WeightFormat::kQ2_K:
+      return run(Product<WeightFormat::kQ2_K>);
     case WeightFormat::kQ3_K:
       return run(Product<WeightFormat::kQ3_K>);
     case WeightFormat::kQ6_K:

@@ -6,8 +6,9 @@
 //   quants: blocks of 32 columns. 8 bits: byte [quad][row][4], columns 4 quad … 4 quad + 3. Fewer: their low 4 bits as byte
 //           [quad < 4][row][4], its low half columns 4 quad …, its high half columns 16 + 4 quad …; then the fifth bits, byte
 //           [row][4] with quad in bit `quad`, or the fifth and sixth, byte [quad / 4][row][4] with quad in bits 2 (quad % 4) …
+//           Two bits lie as those last ones do, alone.
 //   scales: float16 [block][row]; formats with minima: [block][scale, minimum][row]; with two scales, of columns 0 … 15 and
-//           16 … 31: [block][2][row]
+//           16 … 31: [block][2][row], and behind them as many minima
 // Float formats: bfloat16 [pair of columns][row][2], float16 and float32 [column][row].
 // Rows that fill up the last group are zero. Groups start at multiples of 64 bytes.
 //
@@ -31,6 +32,7 @@ enum class RowLayout : uint8_t {
   kQ5_1,
   kQ8_0,
   kIQ4_NL,
+  kQ2_K,
   kQ3_K,
   kQ4_K,
   kQ5_K,
@@ -42,8 +44,22 @@ enum class RowLayout : uint8_t {
 };
 
 // How it is packed. Names are those of ggml's first type of that form: _0 is scale * (quant - offset), _1 scale * quant +
-// minimum, kQ3_K (in four bits) and kQ6_K like _0 with a scale for 16 columns, kIQ4_NL scale * (a table's entry).
-enum class WeightFormat : uint8_t { kQ4_0, kQ4_1, kQ5_0, kQ5_1, kIQ4_NL, kQ3_K, kQ6_K, kQ8_0, kBFloat16, kFloat16, kFloat32 };
+// minimum, kQ3_K (in four bits) and kQ6_K like _0 and kQ2_K like _1 with a scale for 16 columns, kIQ4_NL scale * (a table's
+// entry).
+enum class WeightFormat : uint8_t {
+  kQ4_0,
+  kQ4_1,
+  kQ5_0,
+  kQ5_1,
+  kIQ4_NL,
+  kQ2_K,
+  kQ3_K,
+  kQ6_K,
+  kQ8_0,
+  kBFloat16,
+  kFloat16,
+  kFloat32
+};
 
 // The scales and minima of K types and IQ4_XS, products of two numbers, are rounded to float16, by half a unit; all else stays
 // exact.
@@ -62,6 +78,8 @@ constexpr WeightFormat FormatOf(RowLayout layout) {
     case RowLayout::kIQ4_NL:
     case RowLayout::kIQ4_XS:
       return WeightFormat::kIQ4_NL;
+    case RowLayout::kQ2_K:
+      return WeightFormat::kQ2_K;
     case RowLayout::kQ3_K:
       return WeightFormat::kQ3_K;
     case RowLayout::kQ6_K:
@@ -80,11 +98,13 @@ constexpr WeightFormat FormatOf(RowLayout layout) {
 
 constexpr bool IsQuantised(WeightFormat format) { return format <= WeightFormat::kQ8_0; }
 // Whether a scale is of 16 columns, so that products need Activations::half_sums.
-constexpr bool HasHalfScales(WeightFormat format) { return format == WeightFormat::kQ3_K || format == WeightFormat::kQ6_K; }
+constexpr bool HasHalfScales(WeightFormat format) {
+  return format == WeightFormat::kQ2_K || format == WeightFormat::kQ3_K || format == WeightFormat::kQ6_K;
+}
 
 // A multiple of this many columns is needed.
 constexpr int64_t ColumnStep(RowLayout layout) {
-  if (layout >= RowLayout::kQ3_K && layout <= RowLayout::kIQ4_XS) return 256;
+  if (layout >= RowLayout::kQ2_K && layout <= RowLayout::kIQ4_XS) return 256;
   const WeightFormat format = FormatOf(layout);
   return IsQuantised(format) ? kQuantBlock : format == WeightFormat::kBFloat16 ? 2 : 1;
 }

@@ -12,10 +12,10 @@ namespace {
 
 using namespace testing;
 
-constexpr RowLayout kLayouts[] = {RowLayout::kQ4_0,    RowLayout::kQ4_1,   RowLayout::kQ5_0,   RowLayout::kQ5_1,
-                                  RowLayout::kQ8_0,    RowLayout::kIQ4_NL, RowLayout::kQ3_K,   RowLayout::kQ4_K,
-                                  RowLayout::kQ5_K,    RowLayout::kQ6_K,   RowLayout::kIQ4_XS, RowLayout::kBFloat16,
-                                  RowLayout::kFloat16, RowLayout::kFloat32};
+constexpr RowLayout kLayouts[] = {RowLayout::kQ4_0,     RowLayout::kQ4_1,    RowLayout::kQ5_0,   RowLayout::kQ5_1,
+                                  RowLayout::kQ8_0,     RowLayout::kIQ4_NL,  RowLayout::kQ2_K,   RowLayout::kQ3_K,
+                                  RowLayout::kQ4_K,     RowLayout::kQ5_K,    RowLayout::kQ6_K,   RowLayout::kIQ4_XS,
+                                  RowLayout::kBFloat16, RowLayout::kFloat16, RowLayout::kFloat32};
 
 constexpr int kIQ4Values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
@@ -65,6 +65,18 @@ void AppendSuperBlock(RowLayout layout, Random& random, Weights* w) {
       const int nibble = low[c / 128 * 64 + quarter % 2 * 32 + i] >> (quarter / 2 * 4) & 15;
       const int top = high[c / 128 * 32 + i] >> (2 * quarter) & 3;
       value_of(scale * static_cast<int8_t>(scales[c / 16]), nibble + 16 * top - 32, 0.0);
+    }
+    return;
+  }
+  if (layout == RowLayout::kQ2_K) {
+    const std::vector<int> pairs = bytes(16), low = bytes(64);
+    append(pairs);
+    append(low);
+    Append(w->bytes, d);
+    Append(w->bytes, least);
+    for (size_t c = 0; c < 256; ++c) {
+      const int two = low[c / 128 * 32 + c % 32] >> (c % 128 / 32 * 2) & 3;
+      value_of(scale * (pairs[c / 16] % 16), two, minimum * (pairs[c / 16] / 16));
     }
     return;
   }

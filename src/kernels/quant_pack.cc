@@ -32,7 +32,7 @@ uint16_t HalfOf(float value) {
 struct Block {
   uint8_t quants[kQuantBlock];
   uint16_t scales[2];  // the second: of kScalesOf() 2
-  uint16_t minimum;
+  uint16_t minima[2];  // likewise
 };
 
 uint8_t ByteAt(const std::byte* bytes, int64_t i) { return static_cast<uint8_t>(bytes[i]); }
@@ -58,7 +58,7 @@ void ReadScale6(const std::byte* super, const std::byte* packed, int64_t block, 
   const int scale = block < 4 ? at(block) & 63 : (at(block + 4) & 15) | (at(block - 4) >> 6) << 4;
   const int minimum = block < 4 ? at(block + 4) & 63 : at(block + 4) >> 4 | (at(block) >> 6) << 4;
   out->scales[0] = HalfOf(FloatOf(HalfAt(super)) * static_cast<float>(scale));
-  out->minimum = HalfOf(-FloatOf(HalfAt(super + 2)) * static_cast<float>(minimum));
+  out->minima[0] = HalfOf(-FloatOf(HalfAt(super + 2)) * static_cast<float>(minimum));
 }
 
 // Bytes [4][32], blocks 2 i in the low halves of row i and 2 i + 1 in the high ones.
@@ -85,6 +85,8 @@ constexpr int64_t BlockBytes(RowLayout layout) {
       return 24;
     case RowLayout::kQ8_0:
       return 34;
+    case RowLayout::kQ2_K:
+      return 84;
     case RowLayout::kQ3_K:
       return 110;
     case RowLayout::kIQ4_XS:
@@ -105,24 +107,34 @@ void ReadBlock(RowLayout layout, const std::byte* row, int64_t index, Block* out
   const bool super = ColumnStep(layout) == kSuperBlock;
   const int64_t block = index % kBlocksOfSuper;  // within its super-block
   const std::byte* at = row + (super ? index / kBlocksOfSuper : index) * BlockBytes(layout);
-  out->minimum = 0;
+  out->minima[0] = 0;
   if (!super) out->scales[0] = HalfAt(at);
   switch (layout) {
     case RowLayout::kQ4_0:
     case RowLayout::kIQ4_NL:
       return ReadHalves(at + 2, out);
     case RowLayout::kQ4_1:
-      out->minimum = HalfAt(at + 2);
+      out->minima[0] = HalfAt(at + 2);
       return ReadHalves(at + 4, out);
     case RowLayout::kQ5_0:
       ReadHalves(at + 6, out);
       return ReadFifthBits(at + 2, out);
     case RowLayout::kQ5_1:
-      out->minimum = HalfAt(at + 2);
+      out->minima[0] = HalfAt(at + 2);
       ReadHalves(at + 8, out);
       return ReadFifthBits(at + 4, out);
     case RowLayout::kQ8_0:
       for (int64_t i = 0; i < kQuantBlock; ++i) out->quants[i] = ByteAt(at + 2, i) ^ 0x80;
+      return;
+    case RowLayout::kQ2_K:  // pairs [16] of a scale (low half) and a minimum, bits [2][32] of four blocks each, scale, minimum
+      for (int64_t i = 0; i < kQuantBlock; ++i) {
+        out->quants[i] = static_cast<uint8_t>(ByteAt(at + 16 + block / 4 * 32, i) >> (2 * (block % 4)) & 3);
+      }
+      for (int64_t i = 0; i < 2; ++i) {
+        const int pair = ByteAt(at, 2 * block + i);
+        out->scales[i] = HalfOf(FloatOf(HalfAt(at + 80)) * static_cast<float>(pair & 15));
+        out->minima[i] = HalfOf(-FloatOf(HalfAt(at + 82)) * static_cast<float>(pair >> 4));
+      }
       return;
     case RowLayout::kQ3_K:  // third bits [32] with block in bit `block`, low bits [2][32] of four blocks each, scales [12], scale
       for (int64_t i = 0; i < kQuantBlock; ++i) {
@@ -182,6 +194,10 @@ void PackBlock(WeightFormat format, const Block& block, std::byte* quants, std::
         quants[quad * 64 + i] = q;
         continue;
       }
+      if (bits == 2) {
+        quants[quad / 4 * 64 + i] |= q << (2 * (quad % 4));
+        continue;
+      }
       quants[quad % 4 * 64 + i] |= quad < 4 ? q & std::byte{15} : q << 4;
       std::byte* high = quants + kHighBits;
       if (bits == 5) high[i] |= q >> 4 << quad;
@@ -189,8 +205,10 @@ void PackBlock(WeightFormat format, const Block& block, std::byte* quants, std::
     }
   }
   const auto put = [&](int64_t place, uint16_t half) { std::memcpy(scales + place * kGroupRows * 2, &half, sizeof(half)); };
-  for (int64_t i = 0; i < kScalesOf(format); ++i) put(i, block.scales[i]);
-  if (kHasMinimum(format)) put(kScalesOf(format), block.minimum);
+  for (int64_t i = 0; i < kScalesOf(format); ++i) {
+    put(i, block.scales[i]);
+    if (kHasMinimum(format)) put(kScalesOf(format) + i, block.minima[i]);
+  }
 }
 
 Block UnpackBlock(WeightFormat format, const std::byte* quants, const std::byte* scales) {
@@ -199,15 +217,21 @@ Block UnpackBlock(WeightFormat format, const std::byte* quants, const std::byte*
   for (int64_t quad = 0; quad < kQuantBlock / 4; ++quad) {
     for (int64_t i = 0; i < 4; ++i) {
       const std::byte* high = quants + kHighBits;
-      std::byte q = quants[(bits == 8 ? quad : quad % 4) * 64 + i];
-      if (bits < 8) q = quad < 4 ? q & std::byte{15} : q >> 4;
+      std::byte q = quants[(bits == 8 ? quad : bits == 2 ? quad / 4 : quad % 4) * 64 + i];
+      if (bits == 2) {
+        q = q >> (2 * (quad % 4)) & std::byte{3};
+      } else if (bits < 8) {
+        q = quad < 4 ? q & std::byte{15} : q >> 4;
+      }
       if (bits == 5) q |= (high[i] >> quad & std::byte{1}) << 4;
       if (bits == 6) q |= (high[quad / 4 * 64 + i] >> (2 * (quad % 4)) & std::byte{3}) << 4;
       block.quants[4 * quad + i] = static_cast<uint8_t>(q);
     }
   }
-  for (int64_t i = 0; i < kScalesOf(format); ++i) block.scales[i] = HalfAt(scales + i * kGroupRows * 2);
-  if (kHasMinimum(format)) block.minimum = HalfAt(scales + kScalesOf(format) * kGroupRows * 2);
+  for (int64_t i = 0; i < kScalesOf(format); ++i) {
+    block.scales[i] = HalfAt(scales + i * kGroupRows * 2);
+    if (kHasMinimum(format)) block.minima[i] = HalfAt(scales + (kScalesOf(format) + i) * kGroupRows * 2);
+  }
   return block;
 }
 
@@ -281,9 +305,10 @@ void UnpackRow(const PackedMatrix& matrix, int64_t row, float* out) {
     const std::byte* scales = group + blocks * kBlockQuantBytes(format) + (b * kBlockScales(format) + lane) * 2;
     const Block block = UnpackBlock(format, group + b * kBlockQuantBytes(format) + lane * 4, scales);
     for (int64_t i = 0; i < kQuantBlock; ++i) {
-      const float scale = FloatOf(block.scales[i * kScalesOf(format) / kQuantBlock]);
+      const int64_t part = i * kScalesOf(format) / kQuantBlock;
+      const float scale = FloatOf(block.scales[part]);
       const int quant = format == WeightFormat::kIQ4_NL ? kIQ4Table[block.quants[i]] : block.quants[i];
-      out[b * kQuantBlock + i] = scale * static_cast<float>(quant - kOffsetOf(format)) + FloatOf(block.minimum);
+      out[b * kQuantBlock + i] = scale * static_cast<float>(quant - kOffsetOf(format)) + FloatOf(block.minima[part]);
     }
   }
 }

@@ -33,6 +33,8 @@ std::optional<kernels::RowLayout> layout_of(formats::TensorType type) {
       return kernels::RowLayout::kIQ4_NL;
     case formats::TensorType::kIQ4_XS:
       return kernels::RowLayout::kIQ4_XS;
+    case formats::TensorType::kQ2_K:
+      return kernels::RowLayout::kQ2_K;
     case formats::TensorType::kQ3_K:
       return kernels::RowLayout::kQ3_K;
     case formats::TensorType::kQ4_K:

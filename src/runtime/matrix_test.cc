@@ -73,7 +73,7 @@ TEST(Matrix, MultipliesInEveryTypeThatGgmlWrites) {
     }
   }
   EXPECT_GE(types, 12);
-  EXPECT_EQ(packed, 14);  // those of kernels::RowLayout
+  EXPECT_EQ(packed, 15);  // those of kernels::RowLayout
 }
 
 }  // namespace
