@@ -95,7 +95,7 @@ class Conversation {
   // The next message; nothing at the end of input, and where a second Ctrl-C follows one at the prompt or in an answer.
   std::optional<std::string> Ask() {
     for (;;) {
-      const std::optional<std::string> message = ReadMessage();
+      std::optional<std::string> message = ReadMessage();
       if (!interrupted_) return message;
       left_ = !lines_.terminal() || Interrupt::Count() > 1;
       if (left_) return std::nullopt;

@@ -321,7 +321,7 @@ class Converter {
       refuse(place, "$ref " + formats::quote(target) + " leads nowhere");
     }
     // Named before it is made: it may contain itself.
-    const std::string name = "ref" + std::to_string(references_.size());
+    std::string name = "ref" + std::to_string(references_.size());
     references_.emplace(target, name);
     const std::string body = rule_of(*found, target.substr(1), depth + 1);
     rules_.emplace_back(name, body);

@@ -249,7 +249,7 @@ const formats::GgufTensor* Model::find(const std::string& name) const {
   return file_->find(name);
 }
 
-const formats::GgufTensor& Model::tensor(const std::string& name, std::vector<int64_t> shape) const {
+const formats::GgufTensor& Model::tensor(const std::string& name, const std::vector<int64_t>& shape) const {
   const formats::GgufTensor* found = find(name);
   if (found == nullptr) throw ModelError(path_ + ": tensor " + name + " is missing, expected " + in_brackets(shape));
   if (found->shape != shape) {
@@ -284,8 +284,8 @@ Matrix Model::converted(formats::GgufTensorSpec spec, std::span<const std::byte>
   return Matrix(spec, kept, rows, columns, arena_, pool);
 }
 
-const float* Model::floats(const std::string& name, std::vector<int64_t> shape) {
-  const formats::GgufTensor& found = tensor(name, std::move(shape));
+const float* Model::floats(const std::string& name, const std::vector<int64_t>& shape) {
+  const formats::GgufTensor& found = tensor(name, shape);
   if (!formats::can_dequantize(found.type)) {
     throw ModelError(path_ + ": tensor " + name + ": type " + std::string(formats::name_of(found.type)) + " can't be read");
   }

@@ -115,11 +115,11 @@ class Model {
   void convert(const formats::AdapterSpec& spec);
 
   const formats::GgufTensor* find(const std::string& name) const;  // the adapter's, else the file's
-  const formats::GgufTensor& tensor(const std::string& name, std::vector<int64_t> shape) const;
+  const formats::GgufTensor& tensor(const std::string& name, const std::vector<int64_t>& shape) const;
   Matrix matrix(const std::string& name, int64_t rows, int64_t columns, ThreadPool& pool);
   Matrix converted(formats::GgufTensorSpec spec, std::span<const std::byte> data, formats::TensorType type, int64_t rows,
                    int64_t columns, ThreadPool& pool);
-  const float* floats(const std::string& name, std::vector<int64_t> shape);
+  const float* floats(const std::string& name, const std::vector<int64_t>& shape);
 
   class Checkpoint;
 

@@ -17,7 +17,8 @@
 
 namespace latte::runtime {
 
-class Engine::Pass {
+// One an engine: members stand in the order of a layer.
+class Engine::Pass {  // NOLINT(clang-analyzer-optin.performance.Padding)
  public:
   Pass(const Model& model, const EngineOptions& options);
 
