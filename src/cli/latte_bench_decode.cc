@@ -21,6 +21,7 @@
 #include "cli/latte_commands.h"
 #include "cli/latte_text.h"
 #include "formats/adapter.h"
+#include "formats/atomic_file.h"
 #include "formats/gguf.h"
 #include "runtime/error.h"
 #include "runtime/quantize.h"
@@ -75,10 +76,17 @@ class Bench {
  public:
   explicit Bench(const Options& options) : options_(options) {
     threads_ = options.threads > 0 ? options.threads : std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
-    std::sort(options_.depths.begin(), options_.depths.end());
+    for (std::vector<int64_t>* list : {&options_.depths, &options_.batches}) {
+      std::sort(list->begin(), list->end());
+      list->erase(std::unique(list->begin(), list->end()), list->end());
+    }
+    for (std::string& type : options_.types) {
+      std::transform(type.begin(), type.end(), type.begin(), [](unsigned char c) { return std::toupper(c); });
+    }
   }
 
   nlohmann::json Run() {
+    if (!runtime::is_checkpoint(options_.model)) formats::GgufFile(options_.model);  // fails in front of the table
     if (!options_.json && options_.sessions == 0) {
       std::printf("%-10s %-10s %-6s %8s %6s %16s %16s %12s %10s\n", "engine", "attention", "type", "depth", "batch",
                   "prefill tokens/s", "decode tokens/s", "resident MB", "state MB");
@@ -123,15 +131,8 @@ class Bench {
       std::filesystem::remove(path, ignored);
     }
   };
-  static std::string Lower(std::string text) {
-    // ggml writes "q4_0", but "q4_K".
-    for (char& c : text) c = c == 'K' ? c : static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
-    return text;
-  }
   static formats::TensorType TypeNamed(const std::string& type) {
-    const auto wanted = formats::tensor_type_named(Lower(type));
-    if (!wanted) throw std::runtime_error("--types: " + type + " isn't a type");
-    return *wanted;
+    return *formats::tensor_type_named(type);  // CheckType() has seen it
   }
   nlohmann::json Result() const { return {{"rows", rows_}, {"model", options_.model}, {"threads", threads_}}; }
 
@@ -151,9 +152,6 @@ class Bench {
       type_ = type;
       runtime::ModelOptions model_options;
       model_options.type = TypeNamed(type);
-      if (*model_options.type != formats::TensorType::kF32 && !formats::can_quantize(*model_options.type)) {
-        throw std::runtime_error("--types: " + type + " can't be written");
-      }
       const double before = ResidentMegabytes();
       const auto model = Model::open(options_.model, model_options);
       const std::string attention = NameOfAttention(model->shape());
@@ -262,7 +260,7 @@ class Bench {
   struct Runner {
     Contestant* contestant;
     int64_t batch;
-    std::vector<double> reads, writes, first_writes;
+    std::vector<double> reads, writes, first_reads, first_writes;
     double spent = 0.0;
     double resident = 0.0;  // the contestant's, with so many sessions
   };
@@ -287,7 +285,7 @@ class Bench {
       }
       there.push_back(contestant.get());
       for (const int64_t batch : options_.batches) {
-        if (batch == 1 || contestant->engine == "latte") runners.push_back({contestant.get(), batch, {}, {}, {}});
+        if (batch == 1 || contestant->engine == "latte") runners.push_back({contestant.get(), batch, {}, {}, {}, {}});
       }
     }
     // In turns, so that a machine whose speed changes meanwhile changes it for all of them.
@@ -323,7 +321,11 @@ class Bench {
           });
         };
         const double written = write();
-        if (batch == 1 && contestant.GoToFirst()) runner.first_writes.push_back(write());
+        if (batch == 1 && contestant.GoToFirst()) {
+          runner.first_reads.push_back(SecondsOf([&] { contestant.Read(prompt_); }));
+          contestant.GoToFirst();
+          runner.first_writes.push_back(write());
+        }
         runner.spent += read + written;
         if (round == 0 && runner.spent < options_.budget) return;
         if (batch == 1) runner.reads.push_back(read);
@@ -352,6 +354,7 @@ class Bench {
       if (runner.contestant->engine == "latte") {
         Report(runner, depth, PrefillOf(runner), DecodeOf(runner));
         if (!runner.first_writes.empty()) {
+          rows_.back()["prefill_over_first_depth"] = Median(runner.first_reads) / Median(runner.reads);
           rows_.back()["decode_over_first_depth"] = Median(runner.first_writes) / Median(runner.writes);
         }
       } else if (other == nullptr && runner.contestant->flash) {
@@ -393,6 +396,7 @@ class Bench {
       row["reading_tokens_per_second"] = Median(contestant.reading_rates);
       row["reading_slowest"] = *slowest;
       row["reading_fastest"] = *fastest;
+      row["reading_rates"] = contestant.reading_rates;
     }
     if (contestant.engine == "latte") row["state_mb"] = contestant.StateMegabytes();
     if (contestant.engine == "llama.cpp") row["flash_attention"] = contestant.flash;
@@ -425,7 +429,7 @@ class Bench {
                      {"resident_mb_per_session", each}});
     if (options_.json) return;
     std::printf("%lld sessions (%s) at depth %lld: %.2f MB each by the process's size, %.2f MB by Session::bytes_needed\n",
-                static_cast<long long>(options_.sessions), contestant.attention.c_str(), static_cast<long long>(kRead + 1), each,
+                static_cast<long long>(options_.sessions), contestant.attention.c_str(), static_cast<long long>(kRead) + 1, each,
                 needed);
   }
 
@@ -446,38 +450,59 @@ void AddBenchDecode(CLI::App& bench, int& exit_code) {
   command->add_option("--model", options->model, "GGUF file, or a run's folder of latte train (or its checkpoint)")->required();
   command->add_option("--adapter", options->adapter,
                       "Adapter of the converted model; without it, random latents, which cost the same");
-  command->add_option("--depths", options->depths, "Tokens read before")->delimiter(',')->check(CLI::Range(0, 1 << 24));
-  command->add_option("--types", options->types, "Weight types, such as Q4_1,Q4_0,BF16; made from the model")->delimiter(',');
+  command->add_option("--depths", options->depths, "Tokens read before")
+      ->delimiter(',')
+      ->check(CLI::Range(0, 1 << 24))
+      ->capture_default_str();
+  command->add_option("--types", options->types, "Weight types, such as Q4_1,Q4_0,BF16; made from the model")
+      ->delimiter(',')
+      ->check(CheckType);
   command->add_option("--engines", options->engines, "Whom to measure; all that can run the model")
       ->delimiter(',')
       ->check(CLI::IsMember({"latte", "llama.cpp"}));
   command->add_option("--attention", options->attention, "latte's, of a GGUF file; macchiato,full")
       ->delimiter(',')
       ->check(CLI::IsMember({"macchiato", "window", "full"}));
-  command->add_option("--batch", options->batches, "Sessions in one step (latte)")->delimiter(',')->check(CLI::Range(1, 512));
+  command->add_option("--batch", options->batches, "Sessions in one step (latte)")
+      ->delimiter(',')
+      ->check(CLI::Range(1, 512))
+      ->capture_default_str();
   command->add_option("--window", options->window, "Without an adapter: tokens of standard attention")
-      ->check(CLI::Range(1, 1 << 20));
-  command->add_option("--sinks", options->sinks, "Likewise: first tokens that stay readable")->check(CLI::Range(0, 1024));
-  command->add_option("--latents", options->latents, "Likewise: latents a key-value head")->check(CLI::Range(1, 4096));
-  command->add_option("--prompt", options->prompt, "Tokens read at each depth")->check(CLI::Range(1, 1 << 16));
-  command->add_option("--tokens", options->tokens, "Tokens written at each depth, a round")->check(CLI::Range(1, 1 << 16));
-  command->add_option("--full-depth", options->full_depth, "Greatest depth of attention that reads everything");
-  command->add_option("--seconds", options->seconds, "Longest way to a depth; who needs longer drops out");
-  command->add_option("--threads", options->threads, "0: one a CPU")->check(CLI::Range(0, 1024));
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
+  command->add_option("--sinks", options->sinks, "Likewise: first tokens that stay readable")
+      ->check(CLI::Range(0, 1024))
+      ->capture_default_str();
+  command->add_option("--latents", options->latents, "Likewise: latents a key-value head")
+      ->check(CLI::Range(1, 4096))
+      ->capture_default_str();
+  command->add_option("--prompt", options->prompt, "Tokens read at each depth")
+      ->check(CLI::Range(1, 1 << 16))
+      ->capture_default_str();
+  command->add_option("--tokens", options->tokens, "Tokens written at each depth, a round")
+      ->check(CLI::Range(1, 1 << 16))
+      ->capture_default_str();
+  command->add_option("--full-depth", options->full_depth, "Greatest depth of attention that reads everything")
+      ->check(CLI::Range(0, 1 << 24))
+      ->capture_default_str();
+  command->add_option("--seconds", options->seconds, "Longest way to a depth; who needs longer drops out")
+      ->check(CLI::Range(0.0, 1e9))
+      ->capture_default_str();
+  command->add_option("--threads", options->threads, "0: one a CPU")->check(CLI::Range(0, 1024))->capture_default_str();
   command
       ->add_option("--sessions", options->sessions,
                    "Instead of speed: the memory of so many live sessions, each with a text read and stepped in turn")
-      ->check(CLI::Range(1, 1 << 20));
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
   command->add_option("--plot", options->plot, "Draw the speeds over the depths as PREFIX.svg and PREFIX.png (gnuplot)");
   command->add_flag("--json", options->json, "One JSON object");
   command->footer(
       "llama.cpp runs with and without flash attention, and its row has the better of both. Beyond 2048 tokens its cache is "
       "filled\n"
-      "with copies of what it read, which costs it the same as a text of its own. decode_over_first_depth in JSON is latte's "
-      "rate\n"
-      "over that at the first depth of 1000 tokens or more, taken in turns. Models of latte train run with their own attention, "
-      "in\n"
-      "F32 unless --types says otherwise, and llama.cpp can't run them.\n\n"
+      "with copies of what it read, which costs it the same as a text of its own. In JSON, prefill_ and\n"
+      "decode_over_first_depth are latte's rates over those at the first depth of 1000 tokens or more, taken in turns, and\n"
+      "reading_rates those of each 2048 tokens on the way. Models of latte train run with their own attention, in F32 unless\n"
+      "--types says otherwise, and llama.cpp can't run them.\n\n"
       "Examples:\n"
       "  latte bench decode --model SmolLM2-135M-Instruct.Q4_1.gguf --depths 0,2048,8192,32768\n"
       "  latte bench decode --model model.gguf --adapter adapter.gguf --types Q4_1,BF16 --plot figures/decode --json\n"
@@ -485,6 +510,7 @@ void AddBenchDecode(CLI::App& bench, int& exit_code) {
       "  latte bench decode --model model.gguf --attention macchiato --sessions 1000\n"
       "  latte bench decode --model runs/demo --depths 0,1000,100000");
   command->callback([options, &exit_code] {
+    if (!options->plot.empty()) const formats::AtomicFile place(options->plot + ".svg");  // fails now rather than at the end
     const nlohmann::json result = Bench(*options).Run();
     if (!options->plot.empty()) {
       const std::string problem = PlotDecode(result, options->plot);

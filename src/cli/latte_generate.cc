@@ -9,6 +9,7 @@
 
 #include "cli/latte_commands.h"
 #include "cli/latte_text.h"
+#include "formats/atomic_file.h"
 #include "formats/mapped_file.h"
 
 namespace latte::cli {
@@ -95,6 +96,15 @@ json ToJson(const Figures& figures, const std::vector<CostMeter::Row>& rows) {
           {"positions", positions}};
 }
 
+// A token that was chosen.
+struct Choice {
+  int32_t token = 0;
+  double logprob = 0.0;
+  std::string text;
+};
+
+std::string InQuotes(const std::string& text) { return json(text).dump(-1, ' ', false, json::error_handler_t::replace); }
+
 void Print(const Figures& figures, const std::vector<CostMeter::Row>& rows, const std::string& reason, uint32_t seed) {
   std::fprintf(stderr, "\n%12s %14s %14s\n", "position", "ms a token", "state");
   for (const CostMeter::Row& row : rows) {
@@ -107,7 +117,24 @@ void Print(const Figures& figures, const std::vector<CostMeter::Row>& rows, cons
                static_cast<long long>(figures.written), figures.write_rate, reason.c_str(), ResidentMegabytes(), seed);
 }
 
-// What is read first. A model without a token for the beginning of a text begins with a new line.
+// Of a text that isn't given: a model without a token for it begins with a new line, or a space where its characters have none.
+std::vector<int32_t> Beginning(const TokenText& text) {
+  const auto bos = text.tokenizer() == nullptr ? std::nullopt : text.tokenizer()->bos();
+  // Where a file names none, libllama has a number that is a letter's in some vocabularies.
+  if (bos && text.tokenizer()->piece(*bos).empty()) {
+    return {static_cast<int32_t>(*bos)};
+  }
+  for (const char* begin : {"\n", " "}) {
+    try {
+      return text.Encode(begin, false);
+    } catch (const formats::TokenError&) {
+      continue;
+    }
+  }
+  throw std::runtime_error("the model has neither a new line nor a space to begin a text with: --prompt gives its beginning");
+}
+
+// What is read first.
 std::vector<int32_t> ReadPrompt(const Options& options, const TokenText& text, std::string& prompt) {
   const bool continues = !options.load.empty();
   const bool given = options.prompt || !options.prompt_file.empty();
@@ -116,10 +143,7 @@ std::vector<int32_t> ReadPrompt(const Options& options, const TokenText& text, s
   if (options.prompt) prompt = *options.prompt;
   try {
     std::vector<int32_t> tokens = text.Encode(prompt, !continues);
-    if (tokens.empty() && !given) {
-      const auto bos = text.tokenizer() == nullptr ? std::nullopt : text.tokenizer()->bos();
-      tokens = bos ? std::vector<int32_t>{static_cast<int32_t>(*bos)} : text.Encode("\n", false);
-    }
+    if (tokens.empty() && !given) tokens = Beginning(text);
     if (tokens.empty()) throw std::runtime_error("the prompt is empty");
     return tokens;
   } catch (const formats::TokenError& error) {
@@ -128,6 +152,7 @@ std::vector<int32_t> ReadPrompt(const Options& options, const TokenText& text, s
 }
 
 int Generate(Options& options) {
+  if (!options.save.empty()) const formats::AtomicFile place(options.save);  // fails now rather than behind a long text
   const auto loading = Clock::now();
   Loaded loaded(options.model);
   runtime::Sampler sampler = MakeSampler(loaded, options.sampling);
@@ -139,6 +164,7 @@ int Generate(Options& options) {
     // These models say nothing of how far their attention carries: there is room for what is asked.
     loaded.session_options.context = static_cast<int64_t>(tokens.size()) + options.tokens + 1;
   }
+  sampler.note(tokens);
   runtime::Session session = options.load.empty() ? runtime::Session(loaded.model, loaded.session_options)
                                                   : runtime::Session::load(options.load, loaded.model);
   const Interrupt interrupt;
@@ -152,7 +178,7 @@ int Generate(Options& options) {
   figures.read = session.position() - before;  // fewer than there are after Ctrl-C
   figures.read_rate = static_cast<double>(figures.read) / std::max(SecondsSince(reading), 1e-9);
 
-  json logprobs = json::array();
+  std::vector<Choice> choices;  // with --logprobs
   StopFilter filter(options.sampling.stop);
   std::string text;
   const auto show = [&](const std::string& piece) {
@@ -167,10 +193,7 @@ int Generate(Options& options) {
     const auto begin = Clock::now();
     const int32_t token = sampler.choose(logits);
     ++figures.written;
-    if (options.logprobs) {
-      logprobs.push_back({{"token", token}, {"logprob", runtime::log_probability(logits, token)}});
-      if (!options.json) std::fprintf(stderr, "%d\t%.4f\n", token, logprobs.back()["logprob"].get<double>());
-    }
+    if (options.logprobs) choices.push_back({token, runtime::log_probability(logits, token), loaded.text.Piece(token)});
     if (loaded.text.EndsGeneration(token)) {
       reason = "end";
       break;
@@ -198,11 +221,15 @@ int Generate(Options& options) {
                 {"prompt_tokens", figures.read},
                 {"tokens", figures.written},
                 {"seed", *options.sampling.seed}};
-    if (options.logprobs) out["logprobs"] = logprobs;
+    if (options.logprobs) {
+      json& logprobs = out["logprobs"] = json::array();
+      for (const Choice& c : choices) logprobs.push_back({{"token", c.token}, {"logprob", c.logprob}, {"text", c.text}});
+    }
     if (options.stats) out["stats"] = ToJson(figures, meter.rows());
     Write(out.dump(-1, ' ', false, json::error_handler_t::replace) + "\n");
   } else {
     Write("\n");
+    for (const Choice& c : choices) std::fprintf(stderr, "%8d %9.4f  %s\n", c.token, c.logprob, InQuotes(c.text).c_str());
     if (options.stats) Print(figures, meter.rows(), reason, *options.sampling.seed);
   }
   if (reason == "full" && figures.written < options.tokens) {
@@ -232,7 +259,8 @@ void AddGenerate(CLI::App& app, int& exit_code) {
   command->add_flag(
       "--stats", options->stats,
       "Tokens a second and memory; what a token costs near positions 100, 1,000, 10,000 … and the state's size there");
-  command->add_flag("--logprobs", options->logprobs, "ln p of each token");
+  command->add_flag("--logprobs", options->logprobs,
+                    "ln p of each token, from the model's own logits: in JSON, or as a table behind the text on standard error");
   command->add_flag("--json", options->json, "One JSON object instead of the text");
   command->footer(
       "Ctrl-C ends the text, or the reading of a long prompt, and exits with 130; --save then keeps what was reached.\n\n"
@@ -242,8 +270,9 @@ void AddGenerate(CLI::App& app, int& exit_code) {
       "  latte generate SmolLM2-135M-Instruct.Q4_1.gguf --prompt 'The lighthouse keeper' --tokens 100 --stats\n"
       "  latte generate model.gguf --adapter adapter.gguf --prompt-file book.txt --save book.state\n"
       "  latte generate model.gguf --adapter adapter.gguf --load book.state --prompt 'In short,' --temperature 0\n"
-      "  latte generate model.gguf --prompt 'Anna is 31. As JSON: ' \\\n"
-      "    --json-schema '{\"properties\": {\"name\": {\"type\": \"string\"}, \"age\": {\"type\": \"integer\"}}}'");
+      "  latte generate model.gguf --prompt 'Anna is 31. As JSON: ' --json-schema \\\n"
+      "    '{\"properties\": {\"name\": {\"type\": \"string\"}, \"age\": {\"type\": \"integer\"}}, \"required\": [\"name\", "
+      "\"age\"]}'");
   command->callback([options, &exit_code] { exit_code = Generate(*options); });
 }
 

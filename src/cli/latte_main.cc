@@ -19,6 +19,7 @@
 
 #include "cli/fail.h"
 #include "cli/latte_commands.h"
+#include "cli/shortened_file.h"
 
 namespace {
 
@@ -115,6 +116,7 @@ int RunTorch(std::string_view name, char** argv) {
 // The commands that live in this program.
 int RunHere(int argc, char** argv) {
   std::signal(SIGXFSZ, SIG_IGN);  // a limit on file sizes becomes an error that is reported, as a full disk is
+  latte::cli::ExplainShortenedFiles();
   int exit_code = 0;
   CLI::App app("Latent attention: linear-time training, constant-cost decoding.", "latte");
   app.require_subcommand(1);

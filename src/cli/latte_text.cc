@@ -23,6 +23,7 @@ runtime::ModelOptions ModelOptionsOf(const ModelChoice& choice) {
   runtime::ModelOptions options;
   options.adapter = choice.adapter;
   options.threads = choice.threads;
+  if (!choice.type.empty()) options.type = formats::tensor_type_named(choice.type);
   if (choice.adapter.empty() && choice.window > 0) options.attention = {choice.window, choice.sinks, 0};
   return options;
 }
@@ -55,15 +56,39 @@ void OnSignal(void (*handler)(int), int flags, int signal = SIGINT) {
   ::sigaction(signal, &action, nullptr);
 }
 
+std::string TypesToWrite() {
+  std::string names;
+  for (uint32_t i = 0; i < 256; ++i) {
+    const auto type = static_cast<formats::TensorType>(i);
+    if (!formats::is_known(type) || !formats::can_quantize(type)) continue;
+    names += (names.empty() ? "" : ", ") + std::string(formats::name_of(type));
+  }
+  return names;
+}
+
 }  // namespace
+
+std::string CheckType(const std::string& name) {
+  const auto type = formats::tensor_type_named(name);
+  if (type && (formats::can_quantize(*type) || *type == formats::TensorType::kF32)) return {};
+  return name + ": no type that can be written; one of " + TypesToWrite();
+}
 
 void AddModelOptions(CLI::App& command, ModelChoice& choice) {
   command.add_option("model,--model", choice.model, "GGUF file, or a run's folder of latte train (or its checkpoint)")
       ->required();
-  command.add_option("--adapter", choice.adapter, "Adapter that converts it");
-  command.add_option("--window", choice.window, "Unconverted models: read the last tokens and the sinks alone")
-      ->check(CLI::Range(1, 1 << 24));
-  command.add_option("--sinks", choice.sinks, "With --window: first tokens that stay readable")->check(CLI::Range(0, 4096));
+  auto* adapter = command.add_option("--adapter", choice.adapter, "Adapter that converts it");
+  auto* window = command.add_option("--window", choice.window, "Unconverted models: read the last tokens and the sinks alone")
+                     ->check(CLI::Range(1, 1 << 24))
+                     ->excludes(adapter);
+  command.add_option("--sinks", choice.sinks, "With --window: first tokens that stay readable")
+      ->check(CLI::Range(0, 4096))
+      ->needs(window)
+      ->capture_default_str();
+  command
+      .add_option("--type", choice.type,
+                  "Bring matrices to this type while loading (q4_0, q8_0, bf16 …); latte quantize does it once for all")
+      ->check(CheckType);
   command.add_option("--context", choice.context, "Room for so many tokens, where attention reads all; 0: as trained")
       ->check(CLI::Range(0, 1 << 24));
   command
@@ -75,15 +100,30 @@ void AddModelOptions(CLI::App& command, ModelChoice& choice) {
 
 void AddSamplingOptions(CLI::App& command, SamplingChoice& choice) {
   runtime::SamplingOptions& sampling = choice.sampling;
-  command.add_option("--temperature", sampling.temperature, "0: always the likeliest")->check(CLI::Range(0.0, 100.0));
-  command.add_option("--top-k", sampling.top_k, "Among so many of the likeliest; 0: all")->check(CLI::Range(0, 1 << 24));
-  command.add_option("--top-p", sampling.top_p, "Among the likeliest of this share; 1: all")->check(CLI::Range(0.0, 1.0));
-  command.add_option("--min-p", sampling.min_p, "At least this share of the likeliest; 0: all")->check(CLI::Range(0.0, 1.0));
-  command.add_option("--repeat-penalty", sampling.repeat_penalty, "Of tokens among the last ones")->check(CLI::Range(0.1, 10.0));
+  command.add_option("--temperature", sampling.temperature, "0: always the likeliest")
+      ->check(CLI::Range(0.0, 100.0))
+      ->capture_default_str();
+  command.add_option("--top-k", sampling.top_k, "Among so many of the likeliest; 0: all")
+      ->check(CLI::Range(0, 1 << 24))
+      ->capture_default_str();
+  command.add_option("--top-p", sampling.top_p, "Among the likeliest of this share; 1: all")
+      ->check(CLI::Range(0.0, 1.0))
+      ->capture_default_str();
+  command.add_option("--min-p", sampling.min_p, "At least this share of the likeliest; 0: all")
+      ->check(CLI::Range(0.0, 1.0))
+      ->capture_default_str();
+  command.add_option("--repeat-penalty", sampling.repeat_penalty, "Of tokens among the last ones")
+      ->check(CLI::Range(0.1, 10.0))
+      ->capture_default_str();
   command.add_option("--frequency-penalty", sampling.frequency_penalty, "Likewise, for each time")
-      ->check(CLI::Range(-10.0, 10.0));
-  command.add_option("--presence-penalty", sampling.presence_penalty, "Likewise, once")->check(CLI::Range(-10.0, 10.0));
-  command.add_option("--penalty-tokens", sampling.penalty_tokens, "How many the last ones are")->check(CLI::Range(0, 1 << 20));
+      ->check(CLI::Range(-10.0, 10.0))
+      ->capture_default_str();
+  command.add_option("--presence-penalty", sampling.presence_penalty, "Likewise, once")
+      ->check(CLI::Range(-10.0, 10.0))
+      ->capture_default_str();
+  command.add_option("--penalty-tokens", sampling.penalty_tokens, "How many the last ones are")
+      ->check(CLI::Range(0, 1 << 20))
+      ->capture_default_str();
   command.add_option("--seed", choice.seed, "Same seed, same text");
   auto* grammar = command.add_option("--grammar", choice.grammar_file, "GBNF file that the text keeps to");
   command.add_option("--json-schema", choice.json_schema, "The text is JSON of this schema: a file, or the schema itself ({…})")

@@ -24,9 +24,13 @@ struct ModelChoice {
   std::string adapter;
   int64_t window = 0, sinks = 4;  // of an unconverted model
   int64_t context = 0;
+  std::string type;
   int threads = 0;
 };
 void AddModelOptions(CLI::App& command, ModelChoice& choice);
+
+// For CLI11's check(): the name of a type that weights can be brought to.
+std::string CheckType(const std::string& name);
 
 struct SamplingChoice {
   runtime::SamplingOptions sampling;

@@ -2,8 +2,11 @@
 #include <chrono>
 #include <cmath>
 #include <cstdio>
+#include <filesystem>
 #include <nlohmann/json.hpp>
+#include <stdexcept>
 #include <string>
+#include <system_error>
 
 #include "cli/latte_commands.h"
 #include "cli/latte_text.h"
@@ -116,26 +119,25 @@ void AddQuantize(CLI::App& app, int& exit_code) {
   CLI::App* command = app.add_subcommand("quantize", "Bring a model's matrices to another type");
   command->add_option("model", options->from, "GGUF file; merged models (latte extend --merged) too")->required();
   command->add_option("out", options->to, "File to write; an older one is replaced when all is written")->required();
-  command->add_option("--type", options->type, "ggml's name: q4_0, q4_1, q5_0, q5_1, q8_0, bf16, f16, f32, q2_K … q6_K")
+  command->add_option("--type", options->type, "ggml's name: q4_0, q4_1, q5_0, q5_1, q8_0, bf16, f16, f32, q2_K … q6_K, iq4_nl …")
+      ->check(CheckType)
       ->capture_default_str();
   command->footer(
-      "Matrices whose rows are no whole blocks of the type, and what isn't a matrix, stay as they are. q4_0, q4_1, q8_0, bf16, "
-      "f16 and\n"
-      "f32 run on kernels of latte's own, the others on ggml's. latte perplexity says what a type costs.\n\n"
+      "Matrices whose rows are no whole blocks of the type become q8_0 or f16, and so does the vocabulary's below 8 bits; what "
+      "isn't a\n"
+      "matrix stays as it is. All types down to q2_K run on kernels of latte's own; ternary ones run on ggml's, which read "
+      "prompts\n"
+      "slowly here. latte perplexity says what a type costs.\n\n"
       "Examples:\n"
       "  latte quantize model.f16.gguf model.q4_0.gguf --type q4_0\n"
       "  latte quantize model.gguf model.f32.gguf --type f32        # undone as far as it goes: to compare with\n"
       "  latte perplexity model.q4_0.gguf --text book.txt");
   command->callback([options, &exit_code] {
-    auto type = formats::tensor_type_named(options->type);
-    if (!type) {  // Q4_0 for q4_0
-      std::string lower = options->type;
-      for (char& c : lower) c = c == 'K' ? c : static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
-      type = formats::tensor_type_named(lower);
+    std::error_code ignored;
+    if (std::filesystem::equivalent(options->from, options->to, ignored)) {
+      throw std::runtime_error(options->to + ": is the model itself, which would be lost: give the result another name");
     }
-    if (!type || !formats::can_quantize(*type))
-      throw std::runtime_error("--type " + options->type + ": no type that can be written");
-    runtime::quantize_model(options->from, options->to, *type);
+    runtime::quantize_model(options->from, options->to, *formats::tensor_type_named(options->type));
     exit_code = 0;
   });
 }

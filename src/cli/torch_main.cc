@@ -9,6 +9,7 @@
 #include <string>
 
 #include "cli/fail.h"
+#include "cli/shortened_file.h"
 #include "cli/torch_commands.h"
 
 namespace {
@@ -42,6 +43,7 @@ int Run(int argc, char** argv) {
 int main(int argc, char** argv) {
   // A limit on file sizes becomes an error that is reported, as a full disk is.
   std::signal(SIGXFSZ, SIG_IGN);
+  latte::cli::ExplainShortenedFiles();
   try {
     const int exit_code = Run(argc, argv);
     // What was printed may have been lost, or still be lost now, where a disk is full.

@@ -2,6 +2,8 @@
 
 #include <ggml.h>
 
+#include <algorithm>
+#include <cctype>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -58,9 +60,10 @@ bool is_known(TensorType type) {
 std::string_view name_of(TensorType type) { return traits(type).type_name; }
 
 std::optional<TensorType> tensor_type_named(std::string_view name) {
+  const auto same = [](unsigned char a, unsigned char b) { return std::tolower(a) == std::tolower(b); };
   for (uint32_t i = 0; i < static_cast<uint32_t>(GGML_TYPE_COUNT); ++i) {
     const auto type = static_cast<TensorType>(i);
-    if (is_known(type) && name_of(type) == name) return type;
+    if (is_known(type) && std::ranges::equal(name_of(type), name, same)) return type;
   }
   return std::nullopt;
 }

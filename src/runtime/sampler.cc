@@ -53,6 +53,10 @@ Sampler::~Sampler() = default;
 Sampler::Sampler(Sampler&&) noexcept = default;
 Sampler& Sampler::operator=(Sampler&&) noexcept = default;
 
+void Sampler::note(std::span<const int32_t> tokens) {
+  for (const int32_t token : tokens) llama_sampler_accept(chain_->samplers, token);
+}
+
 int32_t Sampler::choose(std::span<const float> logits) {
   std::vector<llama_token_data>& candidates = chain_->candidates;
   candidates.resize(logits.size());

@@ -34,6 +34,9 @@ class Sampler {
   Sampler(Sampler&&) noexcept;
   Sampler& operator=(Sampler&&) noexcept;
 
+  // Tokens of a prompt, which penalties count, and a grammar doesn't.
+  void note(std::span<const int32_t> tokens);
+
   // The token that was chosen has been taken note of. Throws std::runtime_error where the grammar allows none.
   int32_t choose(std::span<const float> logits);
 
