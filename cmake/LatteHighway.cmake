@@ -18,3 +18,13 @@ set(HWY_ENABLE_CONTRIB OFF CACHE BOOL "" FORCE)
 set(HWY_ENABLE_INSTALL OFF CACHE BOOL "" FORCE)
 set(HWY_FORCE_STATIC_LIBS ON CACHE BOOL "" FORCE)
 add_subdirectory(${LATTE_HIGHWAY_DIR} ${CMAKE_CURRENT_BINARY_DIR}/highway EXCLUDE_FROM_ALL SYSTEM)
+
+# A build for this machine's target alone (the sanitizers') is to have the kernels that multiply pairs of bfloat16, where it has them:
+# Highway leaves that target out of a static choice unless asked.
+if(CMAKE_CXX_FLAGS MATCHES HWY_COMPILE_ONLY_STATIC)
+  include(CheckCXXSourceCompiles)
+  check_cxx_source_compiles("#ifndef __AVX512BF16__\n#error\n#endif\nint main() {}" LATTE_MULTIPLIES_BFLOAT16)
+  if(LATTE_MULTIPLIES_BFLOAT16)
+    target_compile_definitions(hwy PUBLIC HWY_WANT_AVX3_ZEN4)
+  endif()
+endif()

@@ -200,8 +200,9 @@ void print_json(const Report& report) {
               {"problems", report.problems}};
   if (report.adapter) {
     out["adapter"] = {{"merged", !is_adapter(report.metadata)}, {"window", report.adapter->window},
-                      {"sinks", report.adapter->sinks},         {"latents", report.adapter->latents},
-                      {"base_hash", report.adapter->base_hash}, {"base_name", report.adapter->base_name}};
+                      {"sinks", report.adapter->sinks},         {"evicted", report.adapter->evicted},
+                      {"latents", report.adapter->latents},     {"base_hash", report.adapter->base_hash},
+                      {"base_name", report.adapter->base_name}};
   }
   json& metadata = out["metadata"] = json::object();
   for (const auto& [key, value] : report.metadata.entries()) metadata[key] = formats::describe(value);

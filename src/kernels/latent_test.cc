@@ -57,12 +57,18 @@ std::vector<Case> Cases() {
         {.time = 77, .latents = 5, .head_dim = 6, .heads = 2, .kv_heads = 1, .dtype = dtype, .decay = true, .masked = true});
   }
   cases.push_back({.time = 50, .latents = 4, .head_dim = 4, .decay = true, .spread = 3.0f, .decay_scale = 30.0f});
-  cases.push_back({.time = 300, .latents = 4, .head_dim = 4, .heads = 2, .kv_heads = 2, .decay = true, .masked = true});
+  for (DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+    cases.push_back(
+        {.time = 300, .latents = 20, .head_dim = 18, .heads = 2, .kv_heads = 2, .dtype = dtype, .decay = true, .masked = true});
+  }
   cases.push_back({.time = 290, .latents = 3, .head_dim = 2, .heads = 2, .kv_heads = 2, .cu_seqlens = {0, 20, 285, 290}});
   // Whole vectors, which are read and written in place, and more of them than are worked on together.
   for (bool causal : {true, false}) {
-    cases.push_back({.time = 70, .latents = 80, .head_dim = 64, .heads = 2, .kv_heads = 1, .causal = causal});
-    cases.push_back({.time = 33, .latents = 16, .head_dim = 32, .causal = causal, .masked = true});
+    for (DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+      cases.push_back({.time = 70, .latents = 80, .head_dim = 64, .heads = 2, .kv_heads = 1, .dtype = dtype, .causal = causal});
+      cases.push_back({.time = 33, .latents = 16, .head_dim = 32, .dtype = dtype, .causal = causal, .masked = true});
+      cases.push_back({.time = 71, .latents = 33, .head_dim = 40, .dtype = dtype, .causal = causal, .window = true});
+    }
     // More sequences than have their states in memory at the same time.
     Case many{.time = 400, .latents = 64, .head_dim = 64, .heads = 3, .kv_heads = 3, .causal = causal};
     for (int64_t t = 0; t <= many.time; t += 2) many.cu_seqlens.push_back(t);
@@ -234,7 +240,7 @@ TEST_P(LatentTest, ExtremeLogitsStayExact) {
   struct Extreme {
     const char* name;
     float (*key)(int64_t t, int64_t l, float normal);
-    bool half = false;  // also in float16, whose numbers it fits
+    bool half = false;  // its numbers fit float16
   };
   const Extreme extremes[] = {
       {"logits of ten thousand", [](int64_t, int64_t, float x) { return 1e4f * x; }},
@@ -245,8 +251,12 @@ TEST_P(LatentTest, ExtremeLogitsStayExact) {
       {"keys never seen", [](int64_t, int64_t l, float x) { return l == 1 ? -kInfinity : x; }, true},
   };
   for (const Extreme& extreme : extremes) {
-    for (const auto [causal, dtype] : {std::pair{true, DType::kFloat32}, {false, DType::kFloat32}, {true, DType::kFloat16}}) {
-      if (dtype != DType::kFloat32 && !extreme.half) continue;
+    for (const auto [causal, dtype] : {std::pair{true, DType::kFloat32},
+                                       {false, DType::kFloat32},
+                                       {true, DType::kFloat16},
+                                       {true, DType::kBFloat16},
+                                       {false, DType::kBFloat16}}) {
+      if (dtype == DType::kFloat16 && !extreme.half) continue;
       const Case c{.time = 67, .latents = 4, .head_dim = 3, .dtype = dtype, .causal = causal, .window = true, .masked = causal};
       Problem problem(c);
       std::vector<float> key = problem.inputs[kKey].floats();
@@ -266,7 +276,7 @@ TEST_P(LatentTest, ExtremeLogitsStayExact) {
       problem.Backward();
       const std::vector<float> out = problem.out.Read();
       // A logit of size x carries an error of x epsilon into its weight.
-      ExpectNear(out, problem.ReferenceOut(), 2e-3, extreme.name);
+      ExpectNear(out, problem.ReferenceOut(), 2e-3 + (dtype == DType::kBFloat16 ? c.Tolerance() : 0.0), extreme.name);
       for (int64_t j = 0; j < c.head_dim; ++j) EXPECT_EQ(out[static_cast<size_t>(6 * c.head_dim + j)], 0.0f) << extreme.name;
       for (int input = 0; input < kInputs; ++input) {
         for (float g : problem.grads[input].Read()) ASSERT_TRUE(std::isfinite(g)) << extreme.name << " input " << input;
@@ -276,46 +286,53 @@ TEST_P(LatentTest, ExtremeLogitsStayExact) {
 }
 
 TEST_P(LatentTest, ForgetsExactlyHoweverStrongly) {
-  for (float strength : {0.5f, 20.0f, 1e4f, kInfinity}) {
-    const Case c{.time = 66, .latents = 4, .head_dim = 3, .decay = true};
-    Problem problem(c);
-    std::vector<float> decay = problem.inputs[kDecay].floats();
-    for (size_t i = 0; i < decay.size(); ++i) decay[i] = i % 3 == 0 ? -strength : 0.0f;
-    problem.inputs[kDecay] = Buffer(DType::kFloat32, decay);
-    problem.Forward();
-    ExpectNear(problem.out.Read(), problem.ReferenceOut(), 1e-5, "strength " + std::to_string(strength));
+  for (DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+    for (float strength : {0.5f, 20.0f, 1e4f, kInfinity}) {
+      const Case c{.time = 66, .latents = 4, .head_dim = 3, .dtype = dtype, .decay = true};
+      Problem problem(c);
+      std::vector<float> decay = problem.inputs[kDecay].floats();
+      for (size_t i = 0; i < decay.size(); ++i) decay[i] = i % 3 == 0 ? -strength : 0.0f;
+      problem.inputs[kDecay] = Buffer(dtype, decay);
+      problem.Forward();
+      ExpectNear(problem.out.Read(), problem.ReferenceOut(), c.Tolerance(), "strength " + std::to_string(strength));
+    }
   }
 }
 
 TEST_P(LatentTest, MaskedTokensAddNothingWhateverTheyHold) {
-  const Case c{.time = 40, .latents = 4, .head_dim = 3, .masked = true};
-  Problem problem(c);
-  problem.Forward();
-  const std::vector<float> expected = problem.out.Read();
-  std::vector<float> key = problem.inputs[kKey].floats(), values = problem.inputs[kValues].floats();
-  for (int64_t t = 0; t < c.time; ++t) {
-    if (problem.mask[static_cast<size_t>(t)]) continue;
-    for (int64_t l = 0; l < c.latents; ++l) key[static_cast<size_t>(t * c.latents + l)] = std::nanf("");
-    for (int64_t j = 0; j < c.head_dim; ++j) values[static_cast<size_t>(t * c.head_dim + j)] = std::nanf("");
+  for (DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+    const Case c{.time = 40, .latents = 4, .head_dim = 3, .dtype = dtype, .masked = true};
+    Problem problem(c);
+    problem.Forward();
+    const std::vector<float> expected = problem.out.Read();
+    std::vector<float> key = problem.inputs[kKey].floats(), values = problem.inputs[kValues].floats();
+    for (int64_t t = 0; t < c.time; ++t) {
+      if (problem.mask[static_cast<size_t>(t)]) continue;
+      for (int64_t l = 0; l < c.latents; ++l) key[static_cast<size_t>(t * c.latents + l)] = std::nanf("");
+      for (int64_t j = 0; j < c.head_dim; ++j) values[static_cast<size_t>(t * c.head_dim + j)] = std::nanf("");
+    }
+    problem.inputs[kKey] = Buffer(dtype, key);
+    problem.inputs[kValues] = Buffer(dtype, values);
+    problem.Forward();
+    EXPECT_EQ(problem.out.Read(), expected);
   }
-  problem.inputs[kKey] = Buffer(DType::kFloat32, key);
-  problem.inputs[kValues] = Buffer(DType::kFloat32, values);
-  problem.Forward();
-  EXPECT_EQ(problem.out.Read(), expected);
 }
 
 TEST_P(LatentTest, SlicesAreIndependent) {
-  const Case c{.time = 300, .latents = 5, .head_dim = 6, .heads = 6, .kv_heads = 3, .cu_seqlens = {0, 270, 300}};
-  Problem together(c), apart(c);
-  together.Forward();
-  together.Backward();
-  apart.Forward();
-  apart.out = Buffer(c.dtype, std::vector<float>(together.out.floats().size()));
-  const LatentArgs args = apart.Args();
-  LatentOutputs outputs;
-  outputs.out = Problem::MutableOf(apart.out, c.heads * c.head_dim, c.head_dim);
-  for (int64_t slice = LatentSlices(args) - 1; slice >= 0; --slice) LatentForward(args, outputs, slice, slice + 1);
-  EXPECT_EQ(apart.out.Read(), together.out.Read());
+  for (DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+    const Case c{
+        .time = 300, .latents = 5, .head_dim = 6, .heads = 6, .kv_heads = 3, .dtype = dtype, .cu_seqlens = {0, 270, 300}};
+    Problem together(c), apart(c);
+    together.Forward();
+    together.Backward();
+    apart.Forward();
+    apart.out = Buffer(c.dtype, std::vector<float>(together.out.floats().size()));
+    const LatentArgs args = apart.Args();
+    LatentOutputs outputs;
+    outputs.out = Problem::MutableOf(apart.out, c.heads * c.head_dim, c.head_dim);
+    for (int64_t slice = LatentSlices(args) - 1; slice >= 0; --slice) LatentForward(args, outputs, slice, slice + 1);
+    EXPECT_EQ(apart.out.Read(), together.out.Read());
+  }
 }
 
 // The state's gradients, through a pair of calls whose joint outputs are a function of the first call's inputs.

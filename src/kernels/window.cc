@@ -43,7 +43,8 @@ struct Workspace {
   Prefetch prefetch;            // of the next block's rows
 };
 
-// kPaired: bfloat16 inputs, multiplied as pairs; the weights are rounded to bfloat16, scores and sums are float32.
+// kPaired: bfloat16 inputs, multiplied as pairs; the weights are rounded to bfloat16, for the values and for their own sum alike,
+// so that the output is an average. Scores and sums are float32.
 template <bool kPaired>
 class ForwardSlice {
  public:
@@ -203,7 +204,7 @@ class ForwardSlice {
       ScaleRow(d_, factor, widths_.value, work_->sum_values + r * widths_.value_stride);
     }
     work_->max[r] = new_max;
-    work_->sum[r] += WeighRow(d_, new_max, columns_, row);
+    work_->sum[r] += WeighRow<kPaired>(d_, new_max, columns_, row);
   }
 
   void Store() {

@@ -378,14 +378,15 @@ HWY_INLINE float MaxOfRow(D d, const float* row, size_t n, float max) {
   return hn::ReduceMax(d, top);
 }
 
-// row[0, n) = exp(row - max), and their sum.
-template <class D>
+// row[0, n) = exp(row - max), with kRounded to bfloat16, and their sum.
+template <bool kRounded = false, class D>
 HWY_INLINE float WeighRow(D d, float max, size_t n, float* row) {
   // While nothing has been read, any finite maximum gives weights of zero.
   const auto shift = hn::Set(d, max == kMinusInfinity ? 0.0f : max);
   auto sum = hn::Zero(d);
   const auto distance = [&](size_t i) HWY_ATTR { return hn::Sub(hn::Load(d, row + i), shift); };
   ForEachExp(d, n, distance, [&](size_t i, hn::Vec<D> weight) HWY_ATTR {
+    if constexpr (kRounded) weight = RoundToBFloat16(d, weight);
     hn::Store(weight, d, row + i);
     sum = hn::Add(sum, weight);
   });
