@@ -40,6 +40,7 @@ struct Options {
   std::vector<double> learning_rates;
   int64_t seeds = 0;
   int64_t steps = 0;
+  double seconds = 0.0;
   std::string out;
   int threads = 0;
   bool paper = false;
@@ -148,7 +149,11 @@ int Compare(const Options& options) {
     }
     if (!options.learning_rates.empty()) compare.learning_rates = options.learning_rates;
     if (options.seeds > 0) compare.seeds = options.seeds;
-    if (options.steps > 0) config["training"]["steps"] = options.steps;
+    if (options.steps > 0) {
+      config["training"]["steps"] = options.steps;
+      compare.seconds = 0.0;
+    }
+    if (options.seconds > 0) compare.seconds = options.seconds;
     if (out.empty()) out = "runs/compare-" + std::filesystem::path(options.config_file).stem().string();
     const train::InterruptGuard interrupt;
     result = train::compare(config, compare, Runs(options, out));
@@ -194,8 +199,15 @@ void AddCompare(CLI::App& app, int& exit_code) {
   command->add_option("--lr", options->learning_rates, "Learning rates that each attention tries; by default the configuration's")
       ->delimiter(',')
       ->type_name("LR,…");
-  command->add_option("--steps", options->steps, "Steps of a run, in place of the configuration's")
-      ->check(CLI::Range(int64_t{1}, int64_t{1} << 40));
+  CLI::Option* steps = command->add_option("--steps", options->steps, "Steps of a run, in place of the configuration's")
+                           ->check(CLI::Range(int64_t{1}, int64_t{1} << 40));
+  command
+      ->add_option(
+          "--seconds", options->seconds,
+          "Equal time in place of equal steps: seconds of training, for which each attention gets as many steps as a few "
+          "on trial say; on one thread the processor's seconds, whatever else the machine does")
+      ->check(CLI::PositiveNumber)
+      ->excludes(steps);
   command
       ->add_option("--out", options->out,
                    "The folder of all runs, compare.json, compare.md and loss.svg; by default runs/compare-CONFIG")
@@ -206,11 +218,12 @@ void AddCompare(CLI::App& app, int& exit_code) {
   command->add_flag("--json", options->json_output, "Print the result as JSON");
   command->add_flag("--quiet", options->quiet, "No progress");
   command->footer(
-      "Every attention gets the same data, steps, learning rates to try and, by its MLP's size, number of parameters. Ctrl-C "
-      "saves; the\n"
-      "same command goes on, and what is finished isn't run again.\n\n"
+      "Every attention gets the same data, steps (or time), learning rates to try and, by its MLP's size, number of parameters. "
+      "Ctrl-C saves;\n"
+      "the same command goes on, and what is finished isn't run again.\n\n"
       "Examples:\n"
       "  latte compare configs/listops.json --attention softmax,latte --seeds 3\n"
+      "  latte compare configs/text.json --attention softmax,latte --seconds 600 --seeds 2 --threads 1\n"
       "  latte compare configs/recall.json --attention latte:num_latents=8,latte:num_latents=32,macchiato:window=16");
   command->callback([options, &exit_code] { exit_code = Compare(*options); });
 }

@@ -306,6 +306,7 @@ json ReportOf(const train::RunResult& result) {
           {"val_accuracy", optional(result.progress.val_accuracy)},
           {"tokens", result.progress.tokens},
           {"seconds", result.progress.seconds},
+          {"step_seconds", result.step_seconds},
           {"threads", result.progress.threads},
           {"dtype", result.progress.dtype}};
 }

@@ -1,6 +1,7 @@
 // Documents as bytes: Text (one with a label) and Retrieval (two with a label), from files that are there already.
 #include <algorithm>
 #include <filesystem>
+#include <limits>
 #include <string_view>
 #include <utility>
 #include <vector>
@@ -123,21 +124,26 @@ TaskExamples split_of(const std::vector<Document>& documents, bool pairs) {
 TaskData read_labelled_text(const TaskOptions& options) {
   std::vector<Document> train, test;
   std::error_code ignored;
+  const int64_t kept = options.crop ? std::numeric_limits<int64_t>::max() : options.length;
   if (std::filesystem::is_directory(options.data, ignored)) {
-    train = read_folder(std::filesystem::path(options.data) / "train", options.length);
-    test = read_folder(std::filesystem::path(options.data) / "test", options.length);
+    train = read_folder(std::filesystem::path(options.data) / "train", kept);
+    test = read_folder(std::filesystem::path(options.data) / "test", kept);
   } else if (std::filesystem::exists(options.data + ".train.tsv", ignored)) {
-    train = read_tsv(options.data + ".train.tsv", options.length);
-    test = read_tsv(options.data + ".test.tsv", options.length);
+    train = read_tsv(options.data + ".train.tsv", kept);
+    test = read_tsv(options.data + ".test.tsv", kept);
   } else {
-    train = read_tsv(options.data, options.length);
+    train = read_tsv(options.data, kept);
     const auto count = static_cast<std::ptrdiff_t>(train.size() / 10);
     if (count == 0)
       throw FormatError(options.data, std::to_string(train.size()) + " examples are too few to train and to test on");
     test.assign(train.end() - count, train.end());
     train.erase(train.end() - count, train.end());
   }
-  TaskData data{.name = options.name, .kind = TaskKind::kClassify, .vocab_size = 256, .num_classes = 2};
+  TaskData data{.name = options.name,
+                .kind = TaskKind::kClassify,
+                .vocab_size = 256,
+                .num_classes = 2,
+                .crop = options.crop ? options.length : 0};
   const auto validation = take_validation(train, options.validation_fraction, options.data);
   data.splits.emplace("train", split_of(train, false));
   data.splits.emplace("validation", split_of(validation, false));

@@ -80,7 +80,18 @@ int64_t TaskData::longest() const {
     const auto offsets = values_of<int64_t>(split.offsets);
     for (size_t i = 1; i < offsets.size(); ++i) longest = std::max(longest, offsets[i] - offsets[i - 1]);
   }
-  return longest;
+  return crop > 0 ? std::min(longest, crop) : longest;
+}
+
+std::vector<int64_t> TaskData::stretches(const TaskExamples& split, int64_t example) const {
+  const auto offsets = values_of<int64_t>(split.offsets);
+  const int64_t length = offsets[static_cast<size_t>(example) + 1] - offsets[static_cast<size_t>(example)];
+  std::vector<int64_t> begins = {0};
+  if (crop > 0 && length > crop) {
+    const int64_t count = (length + crop - 1) / crop;
+    for (int64_t i = 1; i < count; ++i) begins.push_back(i * (length - crop) / (count - 1));
+  }
+  return begins;
 }
 
 double TaskData::majority_share(const TaskExamples& split) const {
@@ -126,19 +137,30 @@ void TaskData::check(const std::string& path) const {
   }
 }
 
-TaskBatch TaskData::batch(const TaskExamples& split, std::span<const int64_t> chosen, uint64_t seed) const {
+TaskBatch TaskData::batch(const TaskExamples& split, std::span<const int64_t> chosen, uint64_t seed,
+                          std::span<const int64_t> begins) const {
   const auto offsets = values_of<int64_t>(split.offsets);
   const int64_t parts = kind == TaskKind::kPairs ? 2 : 1;
-  std::vector<size_t> rows;  // sequences
+  struct Row {
+    int64_t begin, length;  // in the split's tokens
+  };
+  std::vector<Row> rows;
   int64_t time = 0;
-  for (const int64_t example : chosen) {
+  for (size_t i = 0; i < chosen.size(); ++i) {
+    const int64_t example = chosen[i];
     if (example < 0 || example >= examples(split)) {
       throw std::invalid_argument("example " + std::to_string(example) + ", expected 0 to " +
                                   std::to_string(examples(split) - 1));
     }
     for (int64_t part = 0; part < parts; ++part) {
-      rows.push_back(static_cast<size_t>(example * parts + part));
-      time = std::max(time, offsets[rows.back() + 1] - offsets[rows.back()]);
+      const auto sequence = static_cast<size_t>(example * parts + part);
+      Row row{offsets[sequence], offsets[sequence + 1] - offsets[sequence]};
+      if (crop > 0 && row.length > crop) {
+        row.begin += begins.empty() ? RandomStream(seed, static_cast<uint64_t>(example)).below(row.length - crop + 1) : begins[i];
+        row.length = crop;
+      }
+      rows.push_back(row);
+      time = std::max(time, row.length);
     }
   }
   const auto count = static_cast<int64_t>(rows.size());
@@ -149,8 +171,8 @@ TaskBatch TaskData::batch(const TaskExamples& split, std::span<const int64_t> ch
   auto* padded = padding.mutable_data_ptr<bool>();
   visit_tokens(split.tokens, [&](const auto& source) {
     for (size_t i = 0; i < rows.size(); ++i) {
-      const auto length = static_cast<size_t>(offsets[rows[i] + 1] - offsets[rows[i]]);
-      std::copy_n(source.begin() + offsets[rows[i]], length, tokens + i * static_cast<size_t>(time));
+      const auto length = static_cast<size_t>(rows[i].length);
+      std::copy_n(source.begin() + rows[i].begin, length, tokens + i * static_cast<size_t>(time));
       std::fill_n(padded + i * static_cast<size_t>(time), length, false);
       batch.real_tokens += static_cast<int64_t>(length);
     }
@@ -167,7 +189,7 @@ TaskBatch TaskData::batch(const TaskExamples& split, std::span<const int64_t> ch
   batch.targets = at::full({count, time}, kNoTarget, at::kLong);
   auto* out = batch.targets.mutable_data_ptr<int64_t>();
   for (size_t i = 0; i < rows.size(); ++i) {
-    std::copy(targets.begin() + offsets[rows[i]], targets.begin() + offsets[rows[i] + 1], out + i * static_cast<size_t>(time));
+    std::copy_n(targets.begin() + rows[i].begin, rows[i].length, out + i * static_cast<size_t>(time));
   }
   if (mask_fraction > 0) {
     for (size_t i = 0; i < rows.size(); ++i) {

@@ -49,10 +49,12 @@ struct TaskData {
   // kTokens whose targets are the tokens themselves: a batch asks for this share of them, and of these 4 in 5 become the last
   // token of the vocabulary, 1 in 10 any other and 1 in 10 stay (arXiv 1810.04805).
   double mask_fraction = 0.0;
+  // kClassify: longer sequences are read in stretches of so many tokens; 0: whole.
+  int64_t crop = 0;
   std::map<std::string, TaskExamples, std::less<>> splits;  // train, validation and any to test on
 
   int64_t examples(const TaskExamples& split) const { return split.sequences() / (kind == TaskKind::kPairs ? 2 : 1); }
-  int64_t longest() const;  // sequence, in tokens
+  int64_t longest() const;  // sequence, in tokens, that a batch can hold
   // Of a split: the share of the most frequent label (kTokens: of all targets), what a model that has learnt nothing gets.
   double majority_share(const TaskExamples& split) const;
 
@@ -60,9 +62,14 @@ struct TaskData {
   // an empty sequence, a token, label or target out of range, a split without examples.
   void check(const std::string& path) const;
 
+  // Where the stretches begin that cover an example, evenly spread, the last one at its end: {0} where it is read whole.
+  std::vector<int64_t> stretches(const TaskExamples& split, int64_t example) const;
+
   // Throws std::invalid_argument for an example that isn't there.
-  // `seed`: what is masked depends on it and on the example.
-  TaskBatch batch(const TaskExamples& split, std::span<const int64_t> examples, uint64_t seed = 0) const;
+  // `seed`: what is masked, and which stretch of a long sequence is read, depends on it and on the example.
+  // `begins`: where each example's stretch begins, in place of that.
+  TaskBatch batch(const TaskExamples& split, std::span<const int64_t> examples, uint64_t seed = 0,
+                  std::span<const int64_t> begins = {}) const;
 };
 
 // Collects sequences into a split.

@@ -39,6 +39,7 @@ void for_each_field(Options& options, const Visit& visit) {
     visit("max_arguments", options.max_arguments);
   }
   if (name == "text" || name == "retrieval" || name == "masked_language" || is_probe(name)) visit("length", options.length);
+  if (name == "text") visit("crop", options.crop);
   if (name == "text" || name == "image" || name == "masked_language") visit("validation_fraction", options.validation_fraction);
   if (is_probe(name)) visit("test_lengths", options.test_lengths);
   if (name == "pathfinder") {

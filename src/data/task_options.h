@@ -33,7 +33,10 @@ struct TaskOptions {
   // text, retrieval: bytes of a document that are read. The probes: tokens of a sequence. masked_language: of a window.
   int64_t length = 0;
   std::vector<int64_t> test_lengths;  // probes: splits test_LENGTH beside `test`, whose length is `length`
-  double validation_fraction = 0.1;   // text, image, masked_language: of the training examples where the data has no such part
+  // text: documents are kept whole, training reads a random stretch of `length` bytes each time, and an answer is the mean over
+  // the stretches that cover a document.
+  bool crop = false;
+  double validation_fraction = 0.1;  // text, image, masked_language: of the training examples where the data has no such part
 
   // pathfinder
   int64_t size = 32;            // pixels a side

@@ -379,6 +379,41 @@ TEST_F(LoaderTest, LabelledLinesAndWhatIsWrongWithThem) {
   EXPECT_CONTAINS(error_of(options), "empty");
 }
 
+TEST_F(LoaderTest, LongTextsAreReadInStretches) {
+  std::string lines, text;
+  for (int i = 0; i < 25; ++i) text += static_cast<char>('a' + i);
+  for (int i = 0; i < 40; ++i) lines += std::to_string(i % 2) + "\t" + (i % 2 == 0 ? text : "short") + "\n";
+  formats::write_bytes(folder_ / "all.tsv", lines);
+  TaskOptions options = options_of("text", folder_ / "all.tsv");
+  options.length = 10;
+  options.crop = true;
+  const TaskData data = load_task(options);
+  EXPECT_EQ(data.longest(), 10);
+  const TaskExamples& split = data.splits.at("test");  // long, short, long, short
+  EXPECT_EQ(data.stretches(split, 0), (std::vector<int64_t>{0, 7, 15}));
+  EXPECT_EQ(data.stretches(split, 1), (std::vector<int64_t>{0}));
+  const auto row = [](const TaskBatch& batch, int64_t i, int64_t length) {
+    std::string bytes;
+    for (int64_t t = 0; t < length; ++t) bytes += static_cast<char>(batch.tokens[i][t].item<int64_t>());
+    return bytes;
+  };
+  const std::vector<int64_t> examples = {0, 1, 2}, begins = {7, 0, 15};
+  const TaskBatch batch = data.batch(split, examples, 0, begins);
+  EXPECT_EQ(batch.real_tokens, 25);
+  EXPECT_EQ(row(batch, 0, 10), text.substr(7, 10));
+  EXPECT_EQ(row(batch, 1, 5), "short");
+  EXPECT_EQ(row(batch, 2, 10), text.substr(15, 10));
+  // Every place comes up, and the same one for the same seed.
+  std::set<std::string> seen;
+  for (uint64_t seed = 0; seed < 400; ++seed) {
+    const std::string drawn = row(data.batch(split, examples, seed), 0, 10);
+    EXPECT_EQ(drawn, row(data.batch(split, examples, seed), 0, 10));
+    EXPECT_NE(text.find(drawn), std::string::npos);
+    seen.insert(drawn);
+  }
+  EXPECT_EQ(seen.size(), 16U);
+}
+
 TEST_F(LoaderTest, FoldersOfReviews) {
   for (const char* part : {"train", "test"}) {
     for (const char* label : {"pos", "neg"}) {

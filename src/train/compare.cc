@@ -61,12 +61,13 @@ double mean_of(const std::vector<double>& values) {
 }
 
 json summary_of(const std::string& title, const std::vector<json>& reports, bool task) {
-  std::vector<double> values, losses, seconds, rates;
+  std::vector<double> values, losses, seconds, step_seconds, rates;
   double memory = 0.0;
   for (const json& report : reports) {
     values.push_back(metric_of(report, task));
     losses.push_back(report.at("val_loss").get<double>());
     seconds.push_back(report.at("seconds").get<double>());
+    step_seconds.push_back(report.value("step_seconds", 0.0));
     rates.push_back(report.at("tokens").get<double>() / std::max(seconds.back(), 1e-9));
     memory = std::max(memory, report.value("peak_memory", 0.0));
   }
@@ -83,6 +84,7 @@ json summary_of(const std::string& title, const std::vector<json>& reports, bool
           {"deviation", values.size() > 1 ? std::sqrt(squares / (count - 1)) : 0.0},
           {"val_loss", mean_of(losses)},
           {"seconds", mean_of(seconds)},
+          {"step_seconds", mean_of(step_seconds)},
           {"tokens_per_second", mean_of(rates)},
           {"peak_memory", memory}};
 }
@@ -116,6 +118,7 @@ CompareOptions CompareOptions::from_json(const json& object) {
     visit("seeds", options.seeds);
     visit("learning_rates", options.learning_rates);
     visit("match_parameters", options.match_parameters);
+    visit("seconds", options.seconds);
   });
   for (const std::string& text : attentions) options.entries.push_back(parse_entry(text));
   return options;
@@ -125,6 +128,7 @@ void CompareOptions::validate() const {
   if (entries.empty()) throw OptionError("attentions is empty, expected at least one");
   check_range("seeds", seeds, 1, 1000);
   for (const double lr : learning_rates) check_that(lr > 0, "learning_rates", lr, "positive numbers");
+  check_that(seconds >= 0, "seconds", seconds, "a number >= 0");
   for (size_t i = 0; i < entries.size(); ++i) {
     for (size_t j = 0; j < i; ++j) {
       if (entries[i].title == entries[j].title)
@@ -193,6 +197,7 @@ json compare(const json& config, const CompareOptions& options, const CompareRun
 
   json entries = json::array();
   for (size_t i = 0; i < options.entries.size(); ++i) {
+    int64_t steps = training.value("steps", TrainerOptions().steps);
     const auto train = [&](double lr, int64_t seed) {
       json run_config = config;
       run_config.erase("compare");
@@ -202,9 +207,22 @@ json compare(const json& config, const CompareOptions& options, const CompareRun
       fields["lr"] = lr;
       if (!fields.contains("min_lr") || rates.size() > 1) fields["min_lr"] = lr / 10;
       fields["seed"] = seed;
+      fields["steps"] = steps;
       return CompareRun{file_name(options.entries[i].title) + "-lr" + json(lr).dump() + "-seed" + std::to_string(seed),
                         run_config};
     };
+    if (options.seconds > 0) {
+      steps = kTrialSteps;
+      CompareRun trial = train(rates.front(), first_seed);
+      trial.name = file_name(options.entries[i].title) + "-trial";
+      for (const char* field : {"eval_every", "save_every"}) trial.config["training"][field] = 0;
+      trial.config["training"]["eval_batches"] = 1;
+      const json report = run(trial);
+      if (report.is_null()) return nullptr;
+      const double step_seconds = report.value("step_seconds", 0.0);
+      if (!(step_seconds > 0)) throw OptionError(trial.name + " ended without a step: there is no time to go by");
+      steps = std::max<int64_t>(1, std::llround(options.seconds / step_seconds));
+    }
     json sweep = json::array(), names = json::array();
     std::vector<json> reports;
     double best = 0.0;
@@ -229,6 +247,7 @@ json compare(const json& config, const CompareOptions& options, const CompareRun
     }
     json entry = summary_of(options.entries[i].title, reports, task);
     entry["lr"] = best;
+    entry["steps"] = steps;
     entry["sweep"] = sweep;
     entry["runs"] = names;
     entries.push_back(std::move(entry));
@@ -238,20 +257,22 @@ json compare(const json& config, const CompareOptions& options, const CompareRun
 
 std::string comparison_table(const json& comparison) {
   const bool accuracy = comparison.at("metric") == "accuracy";
-  std::string table = accuracy
-                          ? "| attention | parameters | learning rate | accuracy, % | its range over seeds | validation loss "
-                          : "| attention | parameters | learning rate | validation loss | its range over seeds | perplexity ";
-  table += "| training, s | tokens/s | peak memory, MB |\n|---|---|---|---|---|---|---|---|---|\n";
+  std::string table =
+      accuracy ? "| attention | parameters | learning rate | steps | accuracy, % | its range over seeds | validation loss "
+               : "| attention | parameters | learning rate | steps | validation loss | its range over seeds | perplexity ";
+  table += "| a step, ms | training, s | tokens/s | peak memory, MB |\n|---|---|---|---|---|---|---|---|---|---|---|\n";
   for (const json& entry : comparison.at("entries")) {
     const double scale = accuracy ? 100 : 1;
     const char* pattern = accuracy ? "%.2f" : "%.4f";
     const auto shown = [&](const char* field) { return number(scale * entry.at(field).get<double>(), pattern); };
     table += "| " + entry.at("title").get<std::string>() + " | " + std::to_string(entry.at("parameters").get<int64_t>()) + " | " +
-             entry.at("lr").dump() + " | " + shown("mean") + (entry.at("values").size() > 1 ? " ± " + shown("deviation") : "") +
-             " | " + shown("least") + " … " + shown("most") + " | " +
+             entry.at("lr").dump() + " | " + std::to_string(entry.at("steps").get<int64_t>()) + " | " + shown("mean") +
+             (entry.at("values").size() > 1 ? " ± " + shown("deviation") : "") + " | " + shown("least") + " … " + shown("most") +
+             " | " +
              (accuracy ? number(entry.at("val_loss").get<double>(), "%.4f")
                        : number(std::exp(entry.at("mean").get<double>()), "%.2f")) +
-             " | " + number(entry.at("seconds").get<double>(), "%.0f") + " | " +
+             " | " + number(1e3 * entry.at("step_seconds").get<double>(), "%.4g") + " | " +
+             number(entry.at("seconds").get<double>(), "%.0f") + " | " +
              number(entry.at("tokens_per_second").get<double>(), "%.0f") + " | " +
              number(entry.at("peak_memory").get<double>() / 1e6, "%.0f") + " |\n";
   }

@@ -19,10 +19,13 @@ struct CompareOptions {
   int64_t seeds = 3;
   std::vector<double> learning_rates;  // none: the configuration's alone
   bool match_parameters = true;        // by the MLP's size, to the first entry's number
+  // Equal time in place of equal steps: each entry gets as many steps as fit, by the time of a few on trial; 0: the
+  // configuration's steps.
+  double seconds = 0.0;
 
   // "latte", or "latte:num_latents=8:shared_latents=true": an attention and fields of the model. Throws OptionError.
   static CompareEntry parse_entry(const std::string& text);
-  // The field `compare` of a configuration: attentions (texts as above), seeds, learning_rates, match_parameters. Throws
+  // The field `compare` of a configuration: attentions (texts as above), seeds, learning_rates, match_parameters, seconds. Throws
   // OptionError.
   static CompareOptions from_json(const nlohmann::json& json);
   void validate() const;  // throws OptionError
@@ -32,6 +35,8 @@ struct CompareRun {
   std::string name;       // of its folder
   nlohmann::json config;  // of latte train: model, training and task
 };
+
+constexpr int64_t kTrialSteps = 12;
 
 // Trains, or returns the report of a run that is finished: latte train --json's, with peak_memory in bytes. null: interrupted.
 using CompareRunner = std::function<nlohmann::json(const CompareRun&)>;
@@ -43,10 +48,11 @@ int64_t parameters_of(const nlohmann::json& model, bool task);
 // 5%.
 nlohmann::json match_parameters(nlohmann::json model, bool task, int64_t parameters, const std::string& title);
 
-// First seed 0 of every entry at each learning rate, then the other seeds at the rate with the best validation. Returns
-//   {"metric": "accuracy" or "loss", "seeds":…, "entries": [{"title", "lr", "parameters", "mean", "least", "most", "deviation",
-//    "values": […], "val_loss" (mean), "seconds", "tokens_per_second", "peak_memory", "sweep": [{"lr", "value"}], "runs":
-//    [names]}]}
+// With options.seconds, a run of kTrialSteps first, named …-trial, which says how many steps an entry gets. Then seed 0 of every
+// entry at each learning rate, then the other seeds at the rate with the best validation. Returns
+//   {"metric": "accuracy" or "loss", "seeds":…, "entries": [{"title", "lr", "steps", "parameters", "mean", "least", "most",
+//    "deviation", "values": […], "val_loss" (mean), "seconds", "step_seconds", "tokens_per_second", "peak_memory", "sweep":
+//    [{"lr", "value"}], "runs": [names]}]}
 // or null where a run was interrupted. A task's metric is the accuracy on its test split, a text's the validation loss.
 nlohmann::json compare(const nlohmann::json& config, const CompareOptions& options, const CompareRunner& run);
 

@@ -20,8 +20,13 @@ json task_config() {
 }
 
 json report(double validation, double test) {
-  return {{"val_accuracy", validation}, {"val_loss", 1.0}, {"splits", {{"test", {{"accuracy", test}}}}},
-          {"parameters", 100},          {"seconds", 2.0},  {"tokens", 5000},
+  return {{"val_accuracy", validation},
+          {"val_loss", 1.0},
+          {"splits", {{"test", {{"accuracy", test}}}}},
+          {"parameters", 100},
+          {"seconds", 2.0},
+          {"step_seconds", 0.25},
+          {"tokens", 5000},
           {"peak_memory", 3000000}};
 }
 
@@ -55,7 +60,7 @@ TEST(Compare, SweepsRatesOnOneSeedAndRunsTheOthersAtTheBest) {
   EXPECT_NEAR(softmax.at("tokens_per_second").get<double>(), 2500, 1e-9);
   EXPECT_EQ(result.at("entries").at(1).at("lr"), 0.001);
   const std::string table = comparison_table(result);
-  EXPECT_CONTAINS(table, "| softmax | 100 | 0.01 | 60.00 ± 10.00 | 50.00 … 70.00 | 1.0000 | 2 | 2500 | 3 |");
+  EXPECT_CONTAINS(table, "| softmax | 100 | 0.01 | 10 | 60.00 ± 10.00 | 50.00 … 70.00 | 1.0000 | 250 | 2 | 2500 | 3 |");
 }
 
 TEST(Compare, WhatAnAttentionHasNoUseForIsLeftOut) {
@@ -73,6 +78,42 @@ TEST(Compare, WhatAnAttentionHasNoUseForIsLeftOut) {
     EXPECT_EQ(model.contains("sinks"), model.at("attention") == "macchiato");
     return report(0.5, 0.5);
   });
+}
+
+TEST(Compare, EqualTimeIsAsManyStepsAsATrialSaysFit) {
+  CompareOptions options;
+  options.entries = {CompareOptions::parse_entry("softmax"), CompareOptions::parse_entry("latte")};
+  options.seeds = 2;
+  options.seconds = 60;
+  std::vector<std::pair<std::string, int64_t>> runs;
+  const json result = compare(task_config(), options, [&](const CompareRun& asked) {
+    const json& training = asked.config.at("training");
+    runs.emplace_back(asked.name, training.at("steps"));
+    EXPECT_EQ(asked.name.ends_with("-trial"), training.value("eval_every", -1) == 0);
+    json made = report(0.5, 0.5);
+    made["step_seconds"] = asked.config.at("model").at("attention") == "latte" ? 0.1 : 0.7;
+    return made;
+  });
+  EXPECT_EQ(runs, (std::vector<std::pair<std::string, int64_t>>{{"softmax-trial", kTrialSteps},
+                                                                {"softmax-lr0.002-seed7", 86},
+                                                                {"softmax-lr0.002-seed8", 86},
+                                                                {"latte-trial", kTrialSteps},
+                                                                {"latte-lr0.002-seed7", 600},
+                                                                {"latte-lr0.002-seed8", 600}}));
+  EXPECT_EQ(result.at("entries").at(0).at("steps"), 86);
+  EXPECT_EQ(result.at("entries").at(1).at("steps"), 600);
+  EXPECT_NEAR(result.at("entries").at(0).at("step_seconds").get<double>(), 0.7, 1e-12);
+
+  const auto error = formats::error_text<OptionError>([&] {
+    compare(task_config(), options, [&](const CompareRun&) {
+      json made = report(0.5, 0.5);
+      made["step_seconds"] = 0.0;
+      return made;
+    });
+  });
+  EXPECT_CONTAINS(error, "softmax-trial ended without a step");
+  options.seconds = -1;
+  EXPECT_CONTAINS(formats::error_text<OptionError>([&] { options.validate(); }), "seconds is -1");
 }
 
 TEST(Compare, AnInterruptedRunEndsIt) {

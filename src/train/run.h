@@ -26,6 +26,9 @@ struct RunResult {
   int64_t parameters = 0;
   double loss = 0.0;                // of the last step
   std::optional<double> test_loss;  // of a text with a test_fraction, at the end
+  // The mean of this session's steps, its first two aside: time passed or, where that is less, the processor's. So on one thread
+  // what else the machine does isn't counted; on several it is. 0: there was no step.
+  double step_seconds = 0.0;
   Progress progress;
   std::string checkpoint;
 };

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <ctime>
 #include <filesystem>
 #include <optional>
 #include <stdexcept>
@@ -19,6 +20,32 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
+// Of all threads of this process.
+double processor_seconds() {
+  timespec time = {};
+  ::clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &time);
+  return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
+}
+
+// The mean time of steps; the first two, in which memory is found and kernels are chosen, count where there is no other.
+class StepTime {
+ public:
+  void add(double seconds) {
+    if (steps_ == kFirst) seconds_ = 0.0;
+    seconds_ += seconds;
+    ++steps_;
+  }
+  double mean() const {
+    const int64_t counted = steps_ > kFirst ? steps_ - kFirst : steps_;
+    return counted > 0 ? seconds_ / static_cast<double>(counted) : 0.0;
+  }
+
+ private:
+  static constexpr int64_t kFirst = 2;
+  int64_t steps_ = 0;
+  double seconds_ = 0.0;
+};
 
 bool is_due(int64_t step, int64_t every, int64_t last) { return step == last || (every > 0 && step % every == 0); }
 
@@ -37,10 +64,13 @@ RunResult run_loop(StepTrainer& trainer, const RunFolder* folder, Progress progr
   if (trainer.dtype() == "bfloat16" && !has_bfloat16_products()) {
     line.note("latte: this processor has no bfloat16 products: float32 would be many times faster");
   }
+  StepTime step_time;
   while (trainer.steps_done() < options.steps && !result.interrupted) {
     const auto start = Clock::now();
+    const double processor_start = processor_seconds();
     const StepResult step = trainer.step();
     const double seconds = seconds_since(start);
+    step_time.add(std::min(seconds, processor_seconds() - processor_start));
     if (!std::isfinite(step.loss) || !std::isfinite(step.grad_norm)) {
       throw std::runtime_error("the loss or its gradient isn't finite at step " + std::to_string(trainer.steps_done() + 1) +
                                ": a lower learning rate, a longer warm-up or float32 may help");
@@ -79,6 +109,7 @@ RunResult run_loop(StepTrainer& trainer, const RunFolder* folder, Progress progr
     if (!problem.empty()) line.note("latte: " + problem);
   }
   result.step = trainer.steps_done();
+  result.step_seconds = step_time.mean();
   result.progress = progress;
   return result;
 }

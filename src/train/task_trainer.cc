@@ -103,11 +103,50 @@ StepTrainer::Loss TaskTrainer::loss_of_batch(uint64_t index) {
   return {answer(batch, /*count_right=*/false).loss, batch.real_tokens};
 }
 
+TaskTrainer::Answers TaskTrainer::answer_in_stretches(const TaskExamples& split, const std::vector<int64_t>& examples) {
+  std::vector<int64_t> rows, begins, owners;  // of each stretch: its example, where it begins, which of `examples` that is
+  for (size_t i = 0; i < examples.size(); ++i) {
+    for (const int64_t begin : data_.stretches(split, examples[i])) {
+      rows.push_back(examples[i]);
+      begins.push_back(begin);
+      owners.push_back(static_cast<int64_t>(i));
+    }
+  }
+  const auto all = static_cast<int64_t>(examples.size());
+  auto sums = torch::zeros({all, data_.num_classes}), stretches = torch::zeros({all, 1});
+  auto targets = torch::zeros({all}, torch::kInt64);
+  for (size_t first = 0; first < rows.size(); first += static_cast<size_t>(options().batch)) {
+    const size_t count = std::min(rows.size() - first, static_cast<size_t>(options().batch));
+    const TaskBatch batch =
+        data_.batch(split, std::span(rows).subspan(first, count), 0, std::span<const int64_t>(begins).subspan(first, count));
+    at::Tensor logits;
+    {
+      const AutocastGuard autocast(dtype() == "bfloat16", at::kBFloat16);
+      logits = model_(batch.tokens, batch.padding);
+    }
+    const auto owner = torch::tensor(std::vector<int64_t>(owners.begin() + static_cast<std::ptrdiff_t>(first),
+                                                          owners.begin() + static_cast<std::ptrdiff_t>(first + count)));
+    sums.index_add_(0, owner, logits.to(torch::kFloat32).log_softmax(-1));
+    stretches.index_add_(0, owner, torch::ones({static_cast<int64_t>(count), 1}));
+    targets.index_put_({owner}, batch.targets);
+  }
+  const auto means = sums / stretches;
+  return {.loss = torch::nn::functional::cross_entropy(means, targets),
+          .count = all,
+          .right = means.argmax(-1).eq(targets).sum().item<int64_t>()};
+}
+
 Evaluation TaskTrainer::evaluate(const TaskExamples& split, const std::vector<int64_t>& examples) {
   const torch::NoGradGuard no_grad;
   model_->eval();
   double loss = 0.0;
   int64_t count = 0, right = 0;
+  if (data_.crop > 0) {
+    const Answers answers = answer_in_stretches(split, examples);
+    model_->train();
+    return {.loss = answers.loss.item<double>(),
+            .accuracy = static_cast<double>(answers.right) / static_cast<double>(std::max<int64_t>(answers.count, 1))};
+  }
   for (size_t begin = 0; begin < examples.size(); begin += static_cast<size_t>(options().batch)) {
     const size_t end = std::min(examples.size(), begin + static_cast<size_t>(options().batch));
     const Answers answers = answer(data_.batch(split, std::span(examples).subspan(begin, end - begin)), /*count_right=*/true);

@@ -54,6 +54,8 @@ class TaskTrainer : public StepTrainer {
     int64_t right = 0;
   };
   Answers answer(const TaskBatch& batch, bool count_right);
+  // Each example from the mean of its stretches' log-probabilities: TaskData::crop.
+  Answers answer_in_stretches(const TaskExamples& split, const std::vector<int64_t>& examples);
   Evaluation evaluate(const TaskExamples& split, const std::vector<int64_t>& examples);
 
   const TaskData& data_;

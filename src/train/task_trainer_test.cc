@@ -94,6 +94,41 @@ TEST_F(TaskTrainerTest, EvaluationCountsEveryExampleOnce) {
   EXPECT_EQ(*all.accuracy, static_cast<double>(right) / 40);
 }
 
+TEST_F(TaskTrainerTest, ALongTextIsAnsweredFromItsStretches) {
+  std::string lines;
+  for (int i = 0; i < 60; ++i)
+    lines += std::to_string(i % 2) + "\t" + std::string(static_cast<size_t>(5 + i), 'a' + i % 26) + "\n";
+  formats::write_bytes(folder_ / "all.tsv", lines);
+  task_ = TaskOptions::defaults("text");
+  task_.data = folder_ / "all.tsv";
+  task_.length = 16;
+  task_.crop = true;
+  const TaskData data = load_task(task_);
+  TaskTrainer trainer(fit_to(model_, data, false), options_, task_, data);
+  trainer.step();
+  const TaskExamples& split = data.splits.at("validation");
+  const Evaluation all = trainer.evaluate(split);
+  torch::NoGradGuard no_grad;
+  trainer.model()->eval();
+  double loss = 0.0;
+  int64_t right = 0;
+  for (int64_t i = 0; i < data.examples(split); ++i) {
+    const auto begins = data.stretches(split, i);
+    auto sum = torch::zeros({2});
+    for (const int64_t begin : begins) {
+      const TaskBatch batch = data.batch(split, std::vector<int64_t>{i}, 0, std::vector<int64_t>{begin});
+      EXPECT_LE(batch.tokens.size(1), 16);
+      sum += trainer.model()(batch.tokens).log_softmax(-1)[0];
+    }
+    const auto answer = (sum / static_cast<double>(begins.size())).log_softmax(-1);
+    const auto label = split.labels[i].item<int32_t>();
+    loss -= answer[label].item<double>() / static_cast<double>(data.examples(split));
+    right += answer.argmax().item<int64_t>() == label ? 1 : 0;
+  }
+  EXPECT_NEAR(all.loss, loss, 1e-4);
+  EXPECT_EQ(*all.accuracy, static_cast<double>(right) / static_cast<double>(data.examples(split)));
+}
+
 TEST_F(TaskTrainerTest, ARunLearnsWritesResultsAndRefusesAnotherTask) {
   // The first token is the answer.
   task_ = TaskOptions::defaults("needle");
