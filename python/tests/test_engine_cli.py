@@ -124,6 +124,21 @@ def test_options_that_exclude_each_other_and_places_that_do_not_exist(tmp_path, 
     assert result.stdout == ""
 
 
+def test_perplexity_is_that_of_eval(tmp_path, model):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"line {i * i % 97} of a text with {i % 7}\n" for i in range(60)))
+    options = ["--text", text, "--lengths", "32,100", "--windows", 3, "--json"]
+    ours = json.loads(latte("perplexity", model, *options).stdout)["rows"]
+    eval_options = ["--attention", "full", "--no-kl", "--dtype", "float32"]
+    theirs = json.loads(latte("eval", model, *options, *eval_options).stdout)["rows"]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert (mine["attention"], mine["length"], mine["windows"]) == (other["attention"], other["length"], other["windows"])
+        for figure in ("perplexity", "stderr"):
+            # The engine keeps keys and values in float16.
+            assert mine[figure] == pytest.approx(other[figure], rel=2**-9)
+    assert_fails(latte("perplexity", model, "--text", text, "--lengths", 100000), "--lengths")
+
+
 def test_bench_decode_rows(tmp_path, model):
     bench = ["bench", "decode", "--model", model, "--tokens", 2, "--prompt", 4, "--threads", 1, "--seconds", 60]
     result = latte(*bench, "--depths", "8,0,8", "--types", "F32,q8_0", "--json", "--plot", tmp_path / "plot")

@@ -24,27 +24,26 @@ struct PerplexityOptions {
   bool json = false;
 };
 
-// Of stretches of the text, each from an empty state: all tokens but the first of each are predicted.
+// Of stretches of the text, one behind the other, each from an empty state: as latte eval does (extend/evaluate.h), so that the
+// engines can be compared. A stretch predicts as many tokens as it has, the last of them being the next stretch's first.
 int Perplexity(const PerplexityOptions& options) {
   Loaded loaded(options.model);
   const formats::MappedFile text(options.text);
-  const std::vector<int32_t> tokens = loaded.text.Encode(text.text(), false);
+  const std::vector<int32_t> tokens = loaded.text.Encode(text.text(), true);
   const auto vocabulary = static_cast<size_t>(loaded.model->shape().vocab_size);
   const std::string attention = NameOfAttention(loaded.model->shape());
   nlohmann::json rows = nlohmann::json::array();
   for (const int64_t length : options.lengths) {
-    const int64_t most = static_cast<int64_t>(tokens.size()) / length;
+    const int64_t most = (static_cast<int64_t>(tokens.size()) - 1) / length;
     if (most < 1) {
       throw std::runtime_error(options.text + ": " + std::to_string(tokens.size()) + " tokens, a stretch takes " +
-                               std::to_string(length));
+                               std::to_string(length) + " and the one behind them: --lengths asks for less");
     }
     const int64_t windows = std::min(options.windows, most);
     const auto start = std::chrono::steady_clock::now();
     std::vector<double> means;
     for (int64_t w = 0; w < windows; ++w) {
-      // Spread over the text.
-      const auto begin =
-          static_cast<size_t>(windows == 1 ? 0 : (static_cast<int64_t>(tokens.size()) - length) * w / (windows - 1));
+      const auto begin = static_cast<size_t>(w * length);
       runtime::SessionOptions session_options;
       session_options.context = length;
       runtime::Session session(loaded.model, session_options);
@@ -54,11 +53,11 @@ int Perplexity(const PerplexityOptions& options) {
         const size_t count = std::min(kPiece, static_cast<size_t>(length) - i);
         const runtime::StepPart part{&session, std::span(tokens).subspan(begin + i, count), true};
         const auto logits = loaded.engine.step({&part, 1});
-        for (size_t t = 0; t < count && i + t + 1 < static_cast<size_t>(length); ++t) {
+        for (size_t t = 0; t < count; ++t) {
           sum -= runtime::log_probability(logits.subspan(t * vocabulary, vocabulary), tokens[begin + i + t + 1]);
         }
       }
-      means.push_back(sum / static_cast<double>(length - 1));
+      means.push_back(sum / static_cast<double>(length));
     }
     double mean = 0.0, variance = 0.0;
     for (const double m : means) mean += m / static_cast<double>(windows);
@@ -96,16 +95,17 @@ void AddPerplexity(CLI::App& app, int& exit_code) {
   command->add_option("--text", options->text, "File of plain text")->required();
   command->add_option("--lengths", options->lengths, "Tokens of a stretch; several (2048,8192) give a row each")
       ->delimiter(',')
-      ->check(CLI::Range(2, 1 << 24))
+      ->check(CLI::Range(1, 1 << 24))
       ->capture_default_str();
-  command->add_option("--windows", options->windows, "Stretches of each length, spread over the text")
+  command
+      ->add_option("--windows", options->windows, "Stretches of each length, from the start of the text; fewer where it is short")
       ->check(CLI::Range(1, 1 << 20))
       ->capture_default_str();
   command->add_flag("--json", options->json, "One JSON object: rows of attention, length, windows, perplexity, stderr, seconds");
   command->footer(
-      "Each stretch is read from an empty state; all of its tokens but the first are predicted. ± is the mean's standard error "
-      "over\n"
-      "the stretches. The figures are those of latte eval, which runs the model in libtorch.\n\n"
+      "Each stretch is read from an empty state, and each of its tokens predicts the next. ± is the mean's standard error over "
+      "the\n"
+      "stretches. The figures are those of latte eval, which runs the model in libtorch.\n\n"
       "Examples:\n"
       "  latte perplexity SmolLM2-135M-Instruct.Q4_1.gguf --text book.txt\n"
       "  latte perplexity model.gguf --adapter adapter.gguf --text book.txt --lengths 2048,8192 --windows 8\n"
