@@ -227,7 +227,6 @@ HWY_INLINE void BFloatTile(const Place& at, const Activations& x) {
   if constexpr (kTokens == 1) {  // four sums, or each product would wait for the one before
     VF third[1] = {hn::Zero(df)}, fourth[1] = {hn::Zero(df)};
     for (; c + 8 <= at.columns; c += 8) {
-      for (int64_t line = 0; line < 4; ++line) hwy::Prefetch(weights + c * kGroupRows + 2048 + line * 32);  // as above
       step(c, sum);
       step(c + 2, odd);
       step(c + 4, third);
