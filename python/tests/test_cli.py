@@ -390,7 +390,7 @@ def test_bench_decode_runs_trained_models(tmp_path, text):
     assert_fails(latte(*bench, "--engines", "llama.cpp"), "llama.cpp can't run", "--engines")
     assert_fails(latte(*bench, "--attention", "full"), "trained with", "--attention")
     assert_fails(latte(*bench, "--adapter", "x.gguf"), "--adapter", "checkpoint")
-    assert_fails(latte(*bench, "--types", "Q9"), "Q9")
+    assert_fails(latte(*bench, "--types", "Q9"), "Q9", code=2)
     assert_fails(latte("bench", "decode", "--model", tmp_path), "checkpoint.safetensors")
 
 
