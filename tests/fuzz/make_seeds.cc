@@ -37,6 +37,45 @@ void add_vocabulary(GgufMetadata& metadata, bool sentencepiece) {
 
 void text(const std::string& path, std::string_view content) { std::ofstream(path, std::ios::binary) << content; }
 
+std::string many(const std::string& lines, int times) {
+  std::string all;
+  for (int i = 0; i < times; ++i) all += lines;
+  return all;
+}
+
+// As data/task_file.h says, without torch: two sequences a split.
+void write_task(const std::string& path, const std::string& kind) {
+  const std::vector<uint8_t> tokens = {1, 2, 3, 4, 0};
+  const std::vector<int64_t> offsets = {0, 3, 5};
+  const std::vector<int32_t> labels = {0, 1}, pair_labels = {1}, targets = {-1, 3, -1, 0, 4};
+  const auto view = [](const std::string& name, DType dtype, const auto& values) {
+    TensorView tensor;
+    tensor.name = name;
+    tensor.dtype = dtype;
+    tensor.shape = {static_cast<int64_t>(values.size())};
+    tensor.data = std::as_bytes(std::span(values));
+    return tensor;
+  };
+  std::vector<TensorView> tensors;
+  for (const std::string split : {"train", "validation"}) {
+    tensors.push_back(view(split + ".tokens", DType::kUInt8, tokens));
+    tensors.push_back(view(split + ".offsets", DType::kInt64, offsets));
+    if (kind == "tokens") {
+      tensors.push_back(view(split + ".targets", DType::kInt32, targets));
+    } else {
+      tensors.push_back(view(split + ".labels", DType::kInt32, kind == "pairs" ? pair_labels : labels));
+    }
+  }
+  write_safetensors(path, tensors,
+                    {{"format", "latte.task"},
+                     {"version", "1"},
+                     {"name", "text"},
+                     {"kind", kind},
+                     {"vocab_size", "5"},
+                     {"num_classes", kind == "tokens" ? "5" : "2"},
+                     {"options", "{}"}});
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -76,6 +115,10 @@ int main(int argc, char** argv) {
   const std::string corpus = folder("token_corpus");
   write_token_corpus(corpus + "narrow", std::vector<int64_t>{1, 2, 300}, 301, std::string(32, '0'));
   write_token_corpus(corpus + "wide", std::vector<int64_t>{1, 70000}, 70001, std::string(32, '0'));
+
+  const std::string task = folder("task_file");
+  for (const char* kind : {"classify", "pairs", "tokens"}) write_task(task + kind, kind);
+  text(folder("labelled_text") + "reviews", "1\tgood\n0\tbad\r\n1.0\tvery good indeed\n0.0\ta\tb\n" + many("0\tno\n1\tyes\n", 8));
 
   const std::string checkpoint = folder("checkpoint");
   text(checkpoint + "bytes", "bytes");
