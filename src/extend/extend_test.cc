@@ -159,6 +159,9 @@ TEST_F(ExtendTest, GoesOnFromAnAdapter) {
   const torch::NoGradGuard no_grad;
   EXPECT_TRUE(close(latents.student().model->forward(tokens).logits, loaded.model->forward(tokens).logits, 1e-6));
   EXPECT_EQ(latents.adapter_tensors().tensors().size(), trainer.adapter_tensors().tensors().size());
+  options_.evicted = !options_.evicted;
+  EXPECT_CONTAINS(error_text<OptionError>([&] { ExtendTrainer(options_, text); }), "--latents-read-all");
+  options_.evicted = !options_.evicted;
   options_.latents = 5;
   EXPECT_THROW(ExtendTrainer(options_, text), FormatError);
 }

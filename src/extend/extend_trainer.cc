@@ -109,6 +109,13 @@ void ExtendTrainer::collect_parameters() {
 void ExtendTrainer::start_from(const std::string& path) {
   const formats::AdapterFile adapter(path);
   adapter.check_fits(formats::GgufFile(options_.model));
+  const auto& latents = adapter.spec().latents;
+  const bool any = std::any_of(latents.begin(), latents.end(), [](int32_t count) { return count > 0; });
+  if (any && adapter.spec().evicted != student_.spec.evicted) {
+    throw OptionError("from " + path + ": its latents read " +
+                      (adapter.spec().evicted ? "what left the window, those asked for everything: leave --latents-read-all out"
+                                              : "everything, those asked for what left the window: --latents-read-all goes on"));
+  }
   const torch::NoGradGuard no_grad;
   auto parameters = student_.model->named_parameters();
   for (const formats::GgufTensor& tensor : adapter.file().tensors()) {

@@ -62,7 +62,9 @@ struct Record {
     try {
       const json object = json::parse(checkpoint.config());
       Record record;
-      record.options = ExtendOptions::from_json(object.at("extend"));
+      json options = object.at("extend");
+      if (options.is_object() && !options.contains("evicted")) options["evicted"] = false;  // runs that began before it was there
+      record.options = ExtendOptions::from_json(options);
       record.base_hash = object.at("base_hash").get<std::string>();
       record.matched = object.at("matched").get<bool>();
       record.seconds = object.at("seconds").get<double>();
