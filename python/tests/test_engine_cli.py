@@ -3,7 +3,9 @@
 import json
 import os
 import re
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -157,6 +159,18 @@ def test_bench_decode_rows(tmp_path, model):
     assert len(deep["reading_rates"]) == 1 and near["state_mb"] == deep["state_mb"]
     for option, value in (("--depths", "abc"), ("--depths", -5), ("--types", "Q9"), ("--engines", "llama"), ("--seconds", -1)):
         assert_fails(latte(*bench, option, value), option, code=2)
+
+
+def test_an_interrupted_measurement_leaves_no_files(tmp_path, model):
+    bench = ["bench", "decode", "--model", model, "--types", "Q8_0", "--engines", "latte", "--prompt", 16, "--tokens", 60000]
+    process = subprocess.Popen([LATTE, *map(str, bench)], env=os.environ | {"TMPDIR": str(tmp_path)}, stdout=subprocess.PIPE)
+    while not list(tmp_path.glob("latte-bench-*")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    process.communicate()
+    assert process.returncode == 130
+    assert not list(tmp_path.glob("*latte-bench*"))
 
 
 def test_a_table_of_speeds(model):

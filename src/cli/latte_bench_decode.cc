@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "cli/latte_bench_contestants.h"
+#include "cli/latte_bench_files.h"
 #include "cli/latte_bench_plot.h"
 #include "cli/latte_commands.h"
 #include "cli/latte_text.h"
@@ -103,34 +104,33 @@ class Bench {
         RunFile(options_.model, type);
         continue;
       }
-      const auto file =
+      const auto place =
           std::filesystem::temp_directory_path() / ("latte-bench-" + std::to_string(::getpid()) + "-" + type + ".gguf");
-      const Removed removed{file};
-      runtime::quantize_model(options_.model, file.string(), wanted);
+      const TemporaryFile file(place.string());
+      {
+        const InterruptsWait wait;
+        runtime::quantize_model(options_.model, file.path(), wanted);
+      }
       if (options_.adapter.empty()) {
-        RunFile(file.string(), type);
+        RunFile(file.path(), type);
         continue;
       }
       // An adapter fits its base alone: what latte runs converted is the two merged, and then quantised alike.
-      const Removed merged{file.string() + ".merged"}, quantised{file.string() + ".latte"};
+      const TemporaryFile merged(file.path() + ".merged"), quantised(file.path() + ".latte");
       const formats::AdapterFile adapter(options_.adapter);
       const formats::GgufFile base(options_.model);
       adapter.check_fits(base);
-      formats::write_merged(merged.path.string(), adapter.spec(), base, adapter.file().tensors());
-      runtime::quantize_model(merged.path.string(), quantised.path.string(), wanted);
-      RunFile(file.string(), type, quantised.path.string());
+      {
+        const InterruptsWait wait;
+        formats::write_merged(merged.path(), adapter.spec(), base, adapter.file().tensors());
+        runtime::quantize_model(merged.path(), quantised.path(), wanted);
+      }
+      RunFile(file.path(), type, quantised.path());
     }
     return Result();
   }
 
  private:
-  struct Removed {
-    std::filesystem::path path;
-    ~Removed() {
-      std::error_code ignored;
-      std::filesystem::remove(path, ignored);
-    }
-  };
   static formats::TensorType TypeNamed(const std::string& type) {
     return *formats::tensor_type_named(type);  // CheckType() has seen it
   }

@@ -214,7 +214,6 @@ int Generate(Options& options) {
   figures.write_rate = static_cast<double>(figures.written) / std::max(SecondsSince(writing), 1e-9);
   meter.Finish();
   show(filter.Rest());
-  if (!options.save.empty()) session.save(options.save);
   if (options.json) {
     json out = {{"text", text},
                 {"finish_reason", reason},
@@ -232,6 +231,7 @@ int Generate(Options& options) {
     for (const Choice& c : choices) std::fprintf(stderr, "%8d %9.4f  %s\n", c.token, c.logprob, InQuotes(c.text).c_str());
     if (options.stats) Print(figures, meter.rows(), reason, *options.sampling.seed);
   }
+  if (!options.save.empty()) session.save(options.save);
   if (reason == "full" && figures.written < options.tokens) {
     const std::string where = "the text ended at token " + std::to_string(session.position()) + ": ";
     throw std::runtime_error(where + (loaded.model->shape().learned_positions > 0
