@@ -16,7 +16,7 @@ class MemoryTest : public ::testing::Test {
  protected:
   std::string membership(const std::string& text) { return put("groups", text); }
   std::string put(const std::string& name, const std::string& text) {
-    const std::string path = folder_ / name;
+    std::string path = folder_ / name;
     std::filesystem::create_directories(std::filesystem::path(path).parent_path());
     formats::write_file(path, text);
     return path;
