@@ -105,7 +105,9 @@ void AddPerplexity(CLI::App& app, int& exit_code) {
   command->footer(
       "Each stretch is read from an empty state, and each of its tokens predicts the next. ± is the mean's standard error over "
       "the\n"
-      "stretches. The figures are those of latte eval, which runs the model in libtorch.\n\n"
+      "stretches. The figures are those of latte eval, which runs the model in libtorch, but for activations that quantised "
+      "types\n"
+      "round to 8 bits here; --type f32 leaves them as they are.\n\n"
       "Examples:\n"
       "  latte perplexity SmolLM2-135M-Instruct.Q4_1.gguf --text book.txt\n"
       "  latte perplexity model.gguf --adapter adapter.gguf --text book.txt --lengths 2048,8192 --windows 8\n"
