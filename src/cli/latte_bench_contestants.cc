@@ -4,6 +4,8 @@
 #include <chrono>
 
 #include "cli/latte_text.h"
+#include "runtime/error.h"
+#include "runtime/memory.h"
 
 namespace latte::cli {
 namespace {
@@ -86,6 +88,11 @@ double LatteContestant::MegabytesOfSessions(int64_t count, std::span<const int32
   runtime::Session first(model_, options);
   engine_.prefill(first, text);
   engine_.decode(first, text[0]);
+  const uint64_t needed = static_cast<uint64_t>(count) * runtime::Session::bytes_needed(*model_, options);
+  if (const uint64_t available = runtime::available_memory(); needed > available) {
+    throw runtime::MemoryError("no memory for " + std::to_string(count) + " sessions: " + std::to_string(needed >> 20) +
+                               " MB are needed, " + std::to_string(available >> 20) + " MB are free");
+  }
   const double before = ResidentMegabytes();
   std::vector<runtime::Session> sessions;
   sessions.reserve(static_cast<size_t>(count));

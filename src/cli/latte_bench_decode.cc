@@ -269,7 +269,13 @@ class Bench {
     std::vector<Runner> runners;
     std::vector<Contestant*> there;
     for (const auto& contestant : contestants) {
-      if (contestant->out || (contestant->attention == "full" && depth > options_.full_depth)) continue;
+      if (contestant->out) continue;
+      if (contestant->attention == "full" && depth > options_.full_depth) {
+        std::fprintf(stderr, "latte: %s (full) goes no deeper than --full-depth %lld\n", contestant->engine.c_str(),
+                     static_cast<long long>(options_.full_depth));
+        contestant->out = true;
+        continue;
+      }
       const double resident = contestant->resident;
       bool reached = true;
       Booked(*contestant, [&] {

@@ -4,7 +4,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cerrno>
 #include <cstdlib>
+#include <cstring>
 #include <fstream>
 #include <limits>
 #include <optional>
@@ -99,7 +101,12 @@ Buffer::Buffer(size_t size, const char* what) : size_(size) {
     data = ::mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   }
   if (data == MAP_FAILED) {
+    const int error_number = errno;
     size_ = 0;
+    if (size <= available) {  // a limit of the process's own
+      throw MemoryError("no memory for " + std::string(what) + ": the system refuses " + in_megabytes(size) + ": " +
+                        std::strerror(error_number));
+    }
     throw MemoryError("no memory for " + std::string(what) + ": " + in_megabytes(size) + " are needed, " +
                       in_megabytes(available_memory()) + " are free");
   }
