@@ -111,7 +111,7 @@ void ExtendTrainer::start_from(const std::string& path) {
   adapter.check_fits(formats::GgufFile(options_.model));
   const auto& latents = adapter.spec().latents;
   const bool any = std::any_of(latents.begin(), latents.end(), [](int32_t count) { return count > 0; });
-  if (any && adapter.spec().evicted != student_.spec.evicted) {
+  if (any && options_.attention == "macchiato" && adapter.spec().evicted != student_.spec.evicted) {
     throw OptionError("from " + path + ": its latents read " +
                       (adapter.spec().evicted ? "what left the window, those asked for everything: leave --latents-read-all out"
                                               : "everything, those asked for what left the window: --latents-read-all goes on"));

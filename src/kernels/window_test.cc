@@ -374,16 +374,15 @@ TEST(Window, BackwardAfterAPastIsTheDefinition) {
 TEST(Window, WholeIsPiecesIsStepByStep) {
   ForEachTarget([] {
     Random random(5);
-    Shape shape;
-    shape.time = 150;
-    shape.heads = 4;
-    shape.kv_heads = 2;
-    shape.key_dim = 8;
-    shape.head_dim = 10;
-    shape.window = 21;
-    shape.sinks = 5;
-    shape.sink_query = true;
-    shape.masked = Shape::Masked::kSome;
+    const Shape shape{.time = 150,
+                      .heads = 4,
+                      .kv_heads = 2,
+                      .key_dim = 8,
+                      .head_dim = 10,
+                      .window = 21,
+                      .sinks = 5,
+                      .sink_query = true,
+                      .masked = Shape::Masked::kSome};
     for (const DType dtype : kDTypes) {
       Problem problem(shape, dtype, random);
       const WindowArgs& whole = problem.args();
@@ -428,14 +427,7 @@ TEST(Window, GradientsOutliveAMeanOfTheValues) {
   ForEachTarget([] {
     for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
       Random random(8);
-      Shape shape;
-      shape.time = 130;
-      shape.heads = 2;
-      shape.key_dim = 24;
-      shape.head_dim = 40;
-      shape.window = 50;
-      shape.sinks = 3;
-      shape.mean = 50.0;
+      const Shape shape{.time = 130, .heads = 2, .key_dim = 24, .head_dim = 40, .window = 50, .sinks = 3, .mean = 50.0};
       Problem problem(shape, dtype, random);
       ExpectBackward(problem, dtype == DType::kFloat32 ? 1e-4 : 0.0, 0.0);
     }
@@ -445,13 +437,7 @@ TEST(Window, GradientsOutliveAMeanOfTheValues) {
 TEST(Window, ScoresOfTenThousand) {
   ForEachTarget([] {
     Random random(6);
-    Shape shape;
-    shape.time = 300;
-    shape.key_dim = 8;
-    shape.head_dim = 8;
-    shape.window = 260;
-    shape.sinks = 9;
-    shape.query_scale = 4000.0;
+    const Shape shape{.time = 300, .key_dim = 8, .head_dim = 8, .window = 260, .sinks = 9, .query_scale = 4000.0};
     // Rounding of a score is proportional to it, and so is the error of its weight.
     const double tolerance = kTolerance * 1e4 / 64.0;
     for (const bool causal : {true, false}) {
