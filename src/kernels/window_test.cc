@@ -437,7 +437,7 @@ TEST(Window, GradientsOutliveAMeanOfTheValues) {
 TEST(Window, ScoresOfTenThousand) {
   ForEachTarget([] {
     Random random(6);
-    const Shape shape{.time = 300, .key_dim = 8, .head_dim = 8, .window = 260, .sinks = 9, .query_scale = 4000.0};
+    Shape shape{.time = 300, .key_dim = 8, .head_dim = 8, .window = 260, .sinks = 9, .query_scale = 4000.0};
     // Rounding of a score is proportional to it, and so is the error of its weight.
     const double tolerance = kTolerance * 1e4 / 64.0;
     for (const bool causal : {true, false}) {
