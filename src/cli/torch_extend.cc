@@ -64,6 +64,8 @@ void AddFields(CLI::App& command, json& fields) {
   options.add<int64_t>("--window", "window", "Tokens of standard attention", kAttention);
   options.add<int64_t>("--sinks", "sinks", "First tokens of the text that stay readable", kAttention);
   options.add<int64_t>("--latents", "latents", "Latents a key-value head", kAttention);
+  options.add<std::string>("--layer-latents", "layer_latents", "Blocks with another number of latents, as 15-24:256,3:16",
+                           kAttention);
   options.add<int64_t>("--far-limit", "far_limit", "Tokens beyond the window that gates tell apart", kAttention);
   command
       .add_flag_callback(
@@ -85,6 +87,7 @@ void AddFields(CLI::App& command, json& fields) {
                  kTraining, {"latents", "attention", "lora", "all"});
   options.add<int64_t>("--lora-rank", "lora_rank", "Rank of these changes", kTraining);
   options.choice("--loss", "loss", "KL to the original model, or the next token of the text", kTraining, {"kl", "text"});
+  options.add<double>("--text-share", "text_share", "Share of the next token of the text in a loss kl", kTraining);
   options.add<int64_t>("--tokens", "tokens", "Tokens to train on", kTraining);
   options.add<int64_t>("--context", "context", "Tokens a sequence", kTraining);
   options.add<int64_t>("--first-context", "first_context",
@@ -105,6 +108,9 @@ void AddFields(CLI::App& command, json& fields) {
 
   constexpr const char* kRun = "Run";
   options.choice("--storage", "storage", "Of the adapter's matrices", kRun, {"q8_0", "bf16", "f32"});
+  options.add<std::string>("--teacher-cache", "teacher_cache",
+                           "A folder that keeps what the original says of each stretch, for other runs on the same stretches",
+                           kRun);
   options.add<int64_t>("--eval-every", "eval_every", "Steps between validations on held-out text; 0: at the end", kRun);
   options.add<int64_t>("--eval-sequences", "eval_sequences", "Sequences a validation", kRun);
   options.add<double>("--held-out-fraction", "held_out_fraction", "Of each text, its end, to validate on", kRun);

@@ -1,6 +1,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <filesystem>
 #include <nlohmann/json.hpp>
 
 #include "extend/converted_model.h"
@@ -103,6 +104,48 @@ TEST_F(ExtendTest, GoesOnBitForBit) {
   EXPECT_EQ(second.steps_done(), 4);
   const auto a = whole.student().model->named_parameters(), b = second.student().model->named_parameters();
   for (const auto& item : a) EXPECT_TRUE(item.value().equal(b[item.key()])) << item.key();
+}
+
+TEST_F(ExtendTest, SomeLayersHaveOtherLatents) {
+  options_.layer_latents = "1:7";
+  const TokenText text = this->text();
+  ExtendTrainer trainer(options_, text);
+  EXPECT_EQ(trainer.spec().latents, (std::vector<int32_t>{4, 7}));
+  EXPECT_EQ(trainer.student().converted[1]->latents()->sizes().latents, 7);
+  options_.layer_latents = "15-24:256,3:16";
+  EXPECT_EQ(options_.latents_of(3), 16);
+  EXPECT_EQ(options_.latents_of(15), 256);
+  EXPECT_EQ(options_.latents_of(24), 256);
+  EXPECT_EQ(options_.latents_of(25), 4);
+  for (const char* bad : {"7", "x:3", "3:", "5-2:8", "1:-4", "1:99999999999999999999", ",", "1-:3"}) {
+    options_.layer_latents = bad;
+    EXPECT_THROW(options_.validate(), OptionError) << bad;
+  }
+}
+
+TEST_F(ExtendTest, TheTeachersCacheChangesNothing) {
+  options_.text_share = 0.25;
+  const TokenText text = this->text();
+  ExtendTrainer plain(options_, text);
+  options_.teacher_cache = folder_ / "cache";
+  ExtendTrainer writes(options_, text), reads(options_, text);
+  std::vector<double> losses;
+  for (int i = 0; i < 3; ++i) losses.push_back(plain.step().loss);
+  for (int i = 0; i < 3; ++i) EXPECT_EQ(writes.step().loss, losses[static_cast<size_t>(i)]);
+  std::vector<std::filesystem::path> files;
+  for (const auto& entry : std::filesystem::directory_iterator(options_.teacher_cache)) files.push_back(entry.path());
+  EXPECT_EQ(files.size(), 3U);
+  // What is read is what lies there: zeros in place of the original's words give another loss; a damaged file is made again.
+  const auto tokens = text.sample(1, options_.context, static_cast<uint64_t>(options_.seed), 0).slice(1, 0, -1);
+  const TeacherCache cache(options_.teacher_cache, reads.spec().base_hash, reads.dtype());
+  int computed = 0;
+  const auto compute = [&] { return ++computed, torch::zeros({options_.context, 32}); };
+  EXPECT_GT(cache.get(tokens, compute).abs().sum().item<double>(), 0.0);
+  EXPECT_EQ(computed, 0);
+  for (const auto& file : files) formats::write_bytes(file.string(), "short");
+  EXPECT_EQ(cache.get(tokens, compute).abs().sum().item<double>(), 0.0);
+  EXPECT_EQ(computed, 1);
+  EXPECT_NE(reads.step().loss, losses[0]);
 }
 
 TEST_F(ExtendTest, TheAdapterIsTheStudent) {

@@ -48,7 +48,7 @@ formats::AdapterSpec spec_of(const ExtendOptions& options, const formats::Decode
   for (int64_t block = 0; block < config.num_layers; ++block) {
     // Local layers have a window of their own already.
     const bool stays = options.attention == "full" || config.is_local(block);
-    spec.latents.push_back(stays ? -1 : options.attention == "macchiato" ? static_cast<int32_t>(options.latents) : 0);
+    spec.latents.push_back(stays ? -1 : options.attention == "macchiato" ? static_cast<int32_t>(options.latents_of(block)) : 0);
   }
   spec.base_hash = formats::hash_of_file(options.model);
   return spec;
@@ -64,6 +64,7 @@ ExtendTrainer::ExtendTrainer(const ExtendOptions& options, const TokenText& text
   student_ = make_converted(options.model, spec, options.forget, scalar_type(dtype_));
   collect_parameters();
   if (!options.from.empty()) start_from(options.from);
+  if (!options.teacher_cache.empty()) teacher_cache_.emplace(options.teacher_cache, spec.base_hash, dtype_);
   held_out_ = text.held_out(options.eval_sequences);
 }
 
@@ -160,9 +161,12 @@ at::Tensor ExtendTrainer::head() const {
 
 at::Tensor ExtendTrainer::teacher_hidden(const at::Tensor& tokens) {
   const torch::NoGradGuard no_grad;
-  auto forward = models::DecoderForwardOptions();
-  forward.logits = models::DecoderForwardOptions::kNoLogits;
-  return original_->forward(inputs_of(tokens), forward).hidden.flatten(0, 1);
+  const auto compute = [&] {
+    auto forward = models::DecoderForwardOptions();
+    forward.logits = models::DecoderForwardOptions::kNoLogits;
+    return original_->forward(inputs_of(tokens), forward).hidden.flatten(0, 1);
+  };
+  return teacher_cache_ ? teacher_cache_->get(inputs_of(tokens), compute) : compute();
 }
 
 void ExtendTrainer::match(const std::function<bool(const MatchResult&)>& report) {
@@ -189,8 +193,14 @@ StepResult ExtendTrainer::step() {
   auto forward = models::DecoderForwardOptions();
   forward.logits = models::DecoderForwardOptions::kNoLogits;
   const auto hidden = student_.model->forward(inputs_of(tokens), forward).hidden.flatten(0, 1);
-  const auto loss = options_.loss == "kl" ? kl_to_teacher(hidden, teacher_hidden(tokens), head())
-                                          : next_token_loss(hidden, targets_of(tokens), head());
+  at::Tensor loss;
+  if (options_.loss == "text") {
+    loss = next_token_loss(hidden, targets_of(tokens), head());
+  } else if (options_.text_share > 0) {
+    loss = mixed_loss(hidden, teacher_hidden(tokens), targets_of(tokens), options_.text_share, head());
+  } else {
+    loss = kl_to_teacher(hidden, teacher_hidden(tokens), head());
+  }
   loss.backward();
   for (const auto& attention : student_.converted) {
     if (attention) attention->set_window(options_.window);

@@ -17,6 +17,7 @@
 #include "extend/converted_model.h"
 #include "extend/match.h"
 #include "extend/options.h"
+#include "extend/teacher_cache.h"
 #include "extend/token_text.h"
 #include "formats/checkpoint.h"
 #include "train/optimizer.h"
@@ -93,6 +94,7 @@ class ExtendTrainer {
   std::vector<std::pair<std::string, at::Tensor>> kept_;  // changed by options.from, and not trained
   std::vector<Group> groups_;
   std::vector<at::Tensor> parameters_;
+  std::optional<TeacherCache> teacher_cache_;
   at::Tensor held_out_, held_out_hidden_;
   int64_t steps_done_ = 0;
 };

@@ -12,6 +12,10 @@ namespace latte::extend {
 // forward and backward alike.
 at::Tensor kl_to_teacher(const at::Tensor& student, const at::Tensor& teacher, const at::Tensor& head);
 
+// (1 − share) of that and `share` of the next loss, in one pass over the logits.
+at::Tensor mixed_loss(const at::Tensor& student, const at::Tensor& teacher, const at::Tensor& targets, double share,
+                      const at::Tensor& head);
+
 // The same for what the text says: the mean of −log p(targets[n]). targets int64 [N].
 at::Tensor next_token_loss(const at::Tensor& student, const at::Tensor& targets, const at::Tensor& head);
 

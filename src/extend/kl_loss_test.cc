@@ -43,6 +43,29 @@ TEST(NextTokenLoss, EqualsTorchs) {
   EXPECT_TRUE(close(torch::autograd::grad({loss}, {in.student})[0], expected_grad));
 }
 
+TEST(MixedLoss, IsTheTwoLossesInTheirShares) {
+  torch::manual_seed(4);
+  Inputs in;
+  const auto expected =
+      kl_to_teacher(in.student, in.teacher, in.head) * 0.7 + next_token_loss(in.student, in.targets, in.head) * 0.3;
+  const auto expected_grad = torch::autograd::grad({expected}, {in.student})[0];
+  const auto loss = mixed_loss(in.student, in.teacher, in.targets, 0.3, in.head);
+  EXPECT_TRUE(close(loss, expected));
+  EXPECT_TRUE(close(torch::autograd::grad({loss}, {in.student})[0], expected_grad));
+  EXPECT_THROW(mixed_loss(in.student, in.teacher, in.targets.slice(0, 1), 0.3, in.head), c10::ValueError);
+}
+
+TEST(KlLoss, HasAComposedPath) {
+  torch::manual_seed(5);
+  Inputs in;
+  const auto student = in.student.detach().to(torch::kFloat64).requires_grad_(), head = in.head.to(torch::kFloat64);
+  const auto loss = mixed_loss(student, in.teacher.to(torch::kFloat64), in.targets, 0.3, head);
+  const auto narrow = mixed_loss(in.student, in.teacher, in.targets, 0.3, in.head);
+  EXPECT_TRUE(close(narrow, loss.to(torch::kFloat32)));
+  EXPECT_TRUE(close(torch::autograd::grad({narrow}, {in.student})[0],
+                    torch::autograd::grad({loss}, {student})[0].to(torch::kFloat32)));
+}
+
 TEST(TokenLosses, AreThoseOfEachToken) {
   torch::manual_seed(3);
   Inputs in;

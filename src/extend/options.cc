@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <charconv>
 #include <cmath>
 #include <limits>
 #include <nlohmann/json.hpp>
@@ -25,12 +26,14 @@ void for_each_field(Options& options, const Visit& visit) {
   visit("window", options.window);
   visit("sinks", options.sinks);
   visit("latents", options.latents);
+  visit("layer_latents", options.layer_latents);
   visit("far_limit", options.far_limit);
   visit("forget", options.forget);
   visit("evicted", options.evicted);
   visit("train", options.train);
   visit("lora_rank", options.lora_rank);
   visit("loss", options.loss);
+  visit("text_share", options.text_share);
   visit("match_sequences", options.match_sequences);
   visit("match_steps", options.match_steps);
   visit("tokens", options.tokens);
@@ -50,6 +53,7 @@ void for_each_field(Options& options, const Visit& visit) {
   visit("eval_every", options.eval_every);
   visit("eval_sequences", options.eval_sequences);
   visit("save_every", options.save_every);
+  visit("teacher_cache", options.teacher_cache);
 }
 
 void check_choice(std::string_view field, const std::string& value, std::initializer_list<std::string_view> choices) {
@@ -59,7 +63,45 @@ void check_choice(std::string_view field, const std::string& value, std::initial
   fail(field, formats::quote(value), "one of " + expected);
 }
 
+// "15-24:256,3:16" -> ranges of blocks with their latents.
+struct LayerLatents {
+  int64_t first, last, latents;
+};
+
+std::vector<LayerLatents> parse_layer_latents(const std::string& text) {
+  std::vector<LayerLatents> ranges;
+  const auto number = [&](std::string_view digits) {
+    int64_t value = 0;
+    const auto [end, error] = std::from_chars(digits.data(), digits.data() + digits.size(), value);
+    if (error != std::errc() || end != digits.data() + digits.size() || value < 0 || value > kLargestSize) {
+      fail("layer_latents", formats::quote(text), "FIRST-LAST:LATENTS or BLOCK:LATENTS, separated by commas");
+    }
+    return value;
+  };
+  for (size_t begin = 0; begin < text.size();) {
+    const size_t end = std::min(text.find(',', begin), text.size());
+    const std::string_view part = std::string_view(text).substr(begin, end - begin);
+    const size_t colon = std::min(part.find(':'), part.size()), dash = std::min(part.find('-'), colon);
+    const int64_t first = number(part.substr(0, dash));
+    const int64_t last = dash < colon ? number(part.substr(dash + 1, colon - dash - 1)) : first;
+    ranges.push_back({first, last, number(colon < part.size() ? part.substr(colon + 1) : "")});
+    if (last < first || ranges.back().latents > 65536) {
+      fail("layer_latents", formats::quote(text), "blocks in rising order with at most 65536 latents each");
+    }
+    begin = end + 1;
+  }
+  return ranges;
+}
+
 }  // namespace
+
+int64_t ExtendOptions::latents_of(int64_t block) const {
+  int64_t count = latents;
+  for (const LayerLatents& range : parse_layer_latents(layer_latents)) {
+    if (block >= range.first && block <= range.last) count = range.latents;
+  }
+  return count;
+}
 
 std::vector<int64_t> ExtendOptions::training_windows() const {
   std::vector<int64_t> windows;
@@ -84,11 +126,13 @@ void ExtendOptions::validate() const {
   check_range("window", window, 1, kLargestSize);
   check_range("sinks", sinks, 0, kLargestSize);
   check_range("latents", latents, 1, 65536);
+  parse_layer_latents(layer_latents);
   check_range("far_limit", far_limit, 1, kLargestSize);
   check_choice("train", train, {"latents", "attention", "lora", "all"});
   check_range("lora_rank", lora_rank, 1, 65536);
   if (train == "latents" && attention != "macchiato") fail("train", "latents", "attention: " + attention + " has no latents");
   check_choice("loss", loss, {"kl", "text"});
+  check_that(text_share >= 0 && text_share <= 1, "text_share", text_share, "a number in [0, 1]");
   check_range("match_sequences", match_sequences, 0, 1024);
   check_range("match_steps", match_steps, 0, kLargestCount);
   check_range("tokens", tokens, 0, kLargestCount);

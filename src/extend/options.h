@@ -23,7 +23,9 @@ struct ExtendOptions {
   std::string attention = "macchiato";  // macchiato | window-sinks (the control) | full (attention as it is: the other control)
   int64_t window = 128;
   int64_t sinks = 4;
-  int64_t latents = 64;      // a key-value head
+  int64_t latents = 64;  // a key-value head
+  // Blocks with another number of latents, as "15-24:256" or "3:16,20-24:512": where the original looks sharply, more help.
+  std::string layer_latents;
   int64_t far_limit = 8192;  // formats/adapter.h
   bool forget = true;        // latents have a decay each
   bool evicted = true;       // latents read what left the window; else everything, sinks and window included
@@ -33,6 +35,7 @@ struct ExtendOptions {
   std::string train = "attention";
   int64_t lora_rank = 16;
   std::string loss = "kl";  // kl: to the original model; text: the next token
+  double text_share = 0.0;  // of the next token in a loss "kl"; the rest is KL
 
   // First stage, of the latents alone: each layer's attention output is matched to the original's.
   int64_t match_sequences = 16;  // of `context` tokens; 0: latents start closed
@@ -61,7 +64,9 @@ struct ExtendOptions {
   int64_t eval_every = 25;       // steps; 0: at the end only
   int64_t eval_sequences = 2;    // a validation
   int64_t save_every = 25;       // steps; 0: at the end only
+  std::string teacher_cache;     // a folder for what the original says of each stretch, which other runs on them read; "": none
 
+  int64_t latents_of(int64_t block) const;
   int64_t steps() const { return (tokens + context * batch - 1) / (context * batch); }
   std::vector<int64_t> training_windows() const;  // rising
   int64_t context_of(int64_t step) const;         // tokens a sequence, at the step that follows `step` finished ones

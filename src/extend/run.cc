@@ -177,7 +177,8 @@ class Run {
     formats::AdapterSpec spec = trainer_.spec();
     // An adapter is passed on: of files it tells the names, not where they lay.
     ExtendOptions named = options_;
-    for (std::string* path : {&named.model, &named.from}) *path = std::filesystem::path(*path).filename().string();
+    for (std::string* path : {&named.model, &named.from, &named.teacher_cache})
+      *path = std::filesystem::path(*path).filename().string();
     for (std::string& path : named.text) path = std::filesystem::path(path).filename().string();
     json recipe = named.to_json();
     recipe["steps_done"] = trainer_.steps_done();
@@ -236,7 +237,8 @@ class Run {
 
 void require_same_model(const ExtendOptions& asked, const ExtendOptions& found) {
   const json ours = asked.to_json(), theirs = found.to_json();
-  for (const char* field : {"attention", "window", "sinks", "latents", "far_limit", "forget", "evicted", "train", "lora_rank"}) {
+  for (const char* field :
+       {"attention", "window", "sinks", "latents", "layer_latents", "far_limit", "forget", "evicted", "train", "lora_rank"}) {
     if (ours.at(field) != theirs.at(field)) {
       throw OptionError(std::string(field) + " is " + ours.at(field).dump() + ", but the checkpoint's is " +
                         theirs.at(field).dump());

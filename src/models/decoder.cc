@@ -59,8 +59,8 @@ DecoderAttentionResult DecoderLayerImpl::attend(const at::Tensor& x, const Decod
 at::Tensor DecoderLayerImpl::finish(const at::Tensor& x, const at::Tensor& attended) {
   const auto middle = x + attended;
   const auto normed = mlp_norm_->forward(middle);
-  const auto gate = gate_(normed);
-  auto out = down_((activation_ == formats::Activation::kSilu ? torch::silu(gate) : torch::gelu(gate, "tanh")) * up_(normed));
+  const auto gate = gate_(normed), up = up_(normed);
+  auto out = down_(activation_ == formats::Activation::kSilu ? swiglu(gate, up) : torch::gelu(gate, "tanh") * up);
   if (post_mlp_norm_) out = post_mlp_norm_->forward(out);
   return middle + out;
 }

@@ -1,5 +1,7 @@
 #include "models/decoder_attention.h"
 
+#include <ATen/cpu/Utils.h>
+
 #include <algorithm>
 #include <tuple>
 #include <utility>
@@ -62,13 +64,19 @@ MacchiatoState window_of(const Rotated& heads, int64_t past) {
   return state;
 }
 
+bool has_tiles() {
+  static const bool has = at::cpu::init_amx();  // asks the system for them, as torch's own operators do
+  return has;
+}
+
 // Keys and values begin with what was read before. Our window kernel, with a window that holds everything, takes half the time of
-// torch's operator; single tokens and gradients are torch's.
+// torch's operator, but twice where that one multiplies bfloat16 in AMX's tiles; single tokens and gradients are torch's.
 at::Tensor full_attention(const Rotated& heads, const formats::DecoderConfig& config) {
   const int64_t time = heads.query.size(1), past = heads.key.size(1) - time;
   const bool grad =
       at::GradMode::is_enabled() && (heads.query.requires_grad() || heads.key.requires_grad() || heads.value.requires_grad());
-  if (time > 1 && !grad) {
+  const bool tiles = past == 0 && heads.query.scalar_type() == torch::kBFloat16 && has_tiles();
+  if (time > 1 && !grad && !tiles) {
     latte::MacchiatoAttentionOptions all;
     all.window = past + time;
     all.scale = config.attention_scale;

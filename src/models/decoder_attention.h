@@ -11,6 +11,7 @@
 #include <string>
 
 #include "formats/decoder_config.h"
+#include "models/fused_rows.h"
 #include "models/rope.h"
 #include "ops/ops.h"
 
@@ -20,7 +21,7 @@ namespace latte::models {
 class RmsNormImpl : public torch::nn::Module {
  public:
   RmsNormImpl(int64_t dim, double eps);
-  at::Tensor forward(const at::Tensor& x) const { return at::rms_norm(x, weight.sizes(), weight, eps_); }
+  at::Tensor forward(const at::Tensor& x) const { return rms_norm(x, weight, eps_); }
 
   at::Tensor weight;  // [dim]
 
