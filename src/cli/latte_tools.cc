@@ -83,7 +83,7 @@ int Perplexity(const PerplexityOptions& options) {
 }
 
 struct QuantizeOptions {
-  std::string from, to, type = "q4_0";
+  std::string from, to, type = "q4_0", tokenizer;
 };
 
 }  // namespace
@@ -119,11 +119,16 @@ void AddPerplexity(CLI::App& app, int& exit_code) {
 void AddQuantize(CLI::App& app, int& exit_code) {
   auto options = std::make_shared<QuantizeOptions>();
   CLI::App* command = app.add_subcommand("quantize", "Bring a model's matrices to another type");
-  command->add_option("model", options->from, "GGUF file; merged models (latte extend --merged) too")->required();
+  command->add_option("model", options->from, "GGUF file, merged models (latte extend --merged) too; or a Hugging Face folder")
+      ->required();
   command->add_option("out", options->to, "File to write; an older one is replaced when all is written")->required();
   command->add_option("--type", options->type, "ggml's name: q4_0, q4_1, q5_0, q5_1, q8_0, bf16, f16, f32, q2_K … q6_K, iq4_nl …")
       ->check(CheckType)
       ->capture_default_str();
+  command
+      ->add_option("--tokenizer", options->tokenizer,
+                   "Of a folder: a GGUF file with the same tokeniser, which the result takes over (tokenizer.json isn't read)")
+      ->type_name("FILE");
   command->footer(
       "Matrices whose rows are no whole blocks of the type become q8_0 or f16, and so does the vocabulary's below 8 bits; what "
       "isn't a\n"
@@ -133,13 +138,21 @@ void AddQuantize(CLI::App& app, int& exit_code) {
       "Examples:\n"
       "  latte quantize model.f16.gguf model.q4_0.gguf --type q4_0\n"
       "  latte quantize model.gguf model.f32.gguf --type f32        # undone as far as it goes: to compare with\n"
+      "  latte quantize SmolLM2-360M/ smollm2-360m.gguf --type bf16 --tokenizer smollm2-135m.gguf\n"
       "  latte perplexity model.q4_0.gguf --text book.txt");
   command->callback([options, &exit_code] {
     std::error_code ignored;
     if (std::filesystem::equivalent(options->from, options->to, ignored)) {
       throw std::runtime_error(options->to + ": is the model itself, which would be lost: give the result another name");
     }
-    runtime::quantize_model(options->from, options->to, *formats::tensor_type_named(options->type));
+    const auto type = *formats::tensor_type_named(options->type);
+    if (std::filesystem::is_directory(options->from, ignored)) {
+      runtime::quantize_folder(options->from, options->to, type, options->tokenizer);
+    } else if (options->tokenizer.empty()) {
+      runtime::quantize_model(options->from, options->to, type);
+    } else {
+      throw CLI::ValidationError("--tokenizer", options->from + " is a file, which brings its own");
+    }
     exit_code = 0;
   });
 }

@@ -62,8 +62,8 @@ TEST(KlLoss, HasAComposedPath) {
   const auto loss = mixed_loss(student, in.teacher.to(torch::kFloat64), in.targets, 0.3, head);
   const auto narrow = mixed_loss(in.student, in.teacher, in.targets, 0.3, in.head);
   EXPECT_TRUE(close(narrow, loss.to(torch::kFloat32)));
-  EXPECT_TRUE(close(torch::autograd::grad({narrow}, {in.student})[0],
-                    torch::autograd::grad({loss}, {student})[0].to(torch::kFloat32)));
+  EXPECT_TRUE(
+      close(torch::autograd::grad({narrow}, {in.student})[0], torch::autograd::grad({loss}, {student})[0].to(torch::kFloat32)));
 }
 
 TEST(TokenLosses, AreThoseOfEachToken) {

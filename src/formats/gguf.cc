@@ -2,6 +2,7 @@
 
 #include <bit>
 #include <cstring>
+#include <filesystem>
 #include <limits>
 #include <type_traits>
 
@@ -207,7 +208,20 @@ std::vector<float> GgufTensor::floats() const {
   return out;
 }
 
-GgufFile::GgufFile(const std::string& path) : file_(path), metadata_(path) {
+namespace {
+
+// Says what to do with the other form that models come in, which some commands don't read.
+const std::string& no_folder(const std::string& path) {
+  std::error_code ignored;
+  if (std::filesystem::exists(std::filesystem::path(path) / "config.json", ignored)) {
+    throw FormatError(path, "a Hugging Face folder where a GGUF file is needed: latte quantize makes one of it (--tokenizer)");
+  }
+  return path;
+}
+
+}  // namespace
+
+GgufFile::GgufFile(const std::string& path) : file_(no_folder(path)), metadata_(path) {
   Reader reader(file_.path(), file_.bytes());
   if (!file_.text().starts_with(kMagic)) {
     reader.fail("not a GGUF file: it begins with " + quote(file_.text().substr(0, kMagic.size())) + ", expected \"GGUF\"");

@@ -12,4 +12,8 @@ namespace latte::runtime {
 // `from` is a path. Throws FileError, FormatError, ModelError; the file at `to` is whole or as it was.
 void quantize_model(const std::string& from, const std::string& to, formats::TensorType wanted);
 
+// The same of a Hugging Face folder, which becomes a GGUF file. The tokeniser is that of a GGUF file (of the same family: its
+// tokens are counted); without one (empty) the model reads numbers alone, not text.
+void quantize_folder(const std::string& folder, const std::string& to, formats::TensorType wanted, const std::string& tokenizer);
+
 }  // namespace latte::runtime

@@ -14,7 +14,9 @@
 #include "formats/safetensors.h"
 #include "formats/test_files.h"
 #include "formats/test_models.h"
+#include "formats/tokenizer.h"
 #include "models/decoder.h"
+#include "runtime/quantize.h"
 #include "small_model.h"
 
 namespace latte {
@@ -136,6 +138,45 @@ TEST(HuggingFace, SmallModels) {
   metadata.set("gemma3.attention.scale", 0.25f);
   write_small_model(path, metadata);
   expect_same(path, kSmallVocabulary, 1, 1e-5);
+}
+
+TEST(HuggingFace, BecomesAGgufFile) {
+  formats::TestFolder folder;
+  const std::string path = folder / "model.gguf", out = folder / "out.gguf";
+  for (const bool untied : {false, true}) {
+    write_small_model(path, small_metadata("llama"), untied);
+    std::filesystem::remove_all(folder / "hf");
+    std::filesystem::create_directory(folder / "hf");
+    export_folder(path, folder / "hf", 2);
+    runtime::quantize_folder(folder / "hf", out, formats::TensorType::kF32, "");
+    EXPECT_TRUE(predictions(out, kSmallVocabulary).equal(predictions(path, kSmallVocabulary)));
+  }
+  EXPECT_CONTAINS(formats::error_text<formats::FormatError>([&] { formats::GgufFile file(folder / "hf"); }), "latte quantize");
+  // The tokeniser of another model has more tokens than this vocabulary; what is no tokeniser is refused too. No file is left.
+  std::filesystem::remove(out);
+  const auto refuse = [&](const std::string& tokenizer) {
+    return formats::error_text<formats::FormatError>(
+        [&] { runtime::quantize_folder(folder / "hf", out, formats::TensorType::kF32, tokenizer); });
+  };
+  EXPECT_CONTAINS(refuse(path), "tokenizer.ggml.model");
+  const std::string real = formats::smollm2_path();
+  if (!real.empty()) EXPECT_CONTAINS(refuse(real), "49152 tokens");
+  EXPECT_FALSE(std::filesystem::exists(out));
+}
+
+TEST(HuggingFace, SmolLM2KeepsItsTokens) {
+  const std::string path = formats::smollm2_path();
+  LATTE_SKIP_WITHOUT(path);
+  formats::TestFolder folder;
+  export_folder(path, folder / "", 1);
+  runtime::quantize_folder(folder / "", folder / "out.gguf", formats::TensorType::kQ8_0, path);
+  const formats::GgufFile out(folder / "out.gguf"), base(path);
+  EXPECT_EQ(formats::Tokenizer(out.metadata()).encode("Hello, world"),
+            formats::Tokenizer(base.metadata()).encode("Hello, world"));
+  EXPECT_EQ(out.at("blk.0.attn_norm.weight").type, formats::TensorType::kF32);
+  EXPECT_EQ(out.at("blk.0.attn_q.weight").type, formats::TensorType::kQ8_0);
+  const auto expected = predictions(path, 49152);
+  EXPECT_LE((predictions(folder / "out.gguf", 49152) - expected).norm().item<double>(), 0.05 * expected.norm().item<double>());
 }
 
 TEST(HuggingFace, SmolLM2) {
