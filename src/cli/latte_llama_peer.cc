@@ -24,10 +24,10 @@ struct LlamaPeer::Parts {
 LlamaPeer::LlamaPeer(const std::string& path, int threads) : parts_(std::make_unique<Parts>()), threads_(threads) {
   llama_log_set([](ggml_log_level, const char*, void*) {}, nullptr);
   llama_backend_init();
-  llama_model_params params = llama_model_default_params();
+  llama_model_params weights = llama_model_default_params();
   // Its path for AMX ends the process on some virtual machines that have it; without, weights aren't repacked either.
-  if (ggml_cpu_has_amx_int8() != 0) params.use_extra_bufts = false;
-  parts_->model = llama_model_load_from_file(path.c_str(), params);
+  if (ggml_cpu_has_amx_int8() != 0) weights.use_extra_bufts = false;
+  parts_->model = llama_model_load_from_file(path.c_str(), weights);
   if (parts_->model == nullptr) throw std::runtime_error(path + ": libllama can't load it");
   ggml_threadpool_params params = ggml_threadpool_params_default(threads);
   parts_->pool = ggml_threadpool_new(&params);  // as llama-bench does: threads that stay between steps

@@ -1,7 +1,6 @@
 // llama.cpp's logits for a list of tokens: what latte's reading of a model is held against.
 #pragma once
 
-#include <ggml-cpu.h>
 #include <llama.h>
 
 #include <algorithm>
@@ -24,8 +23,7 @@ class LlamaReference {
     llama_log_set([](ggml_log_level, const char*, void*) {}, nullptr);
     llama_backend_init();
     llama_model_params params = llama_model_default_params();
-    if (ggml_cpu_has_amx_int8() != 0) params.use_extra_bufts = false;  // whose path for AMX ends the process on some machines
-    params.use_extra_bufts = false;                                    // no repacking: the plain kernels
+    params.use_extra_bufts = false;  // no repacking: the plain kernels
     model_.reset(llama_model_load_from_file(path.c_str(), params));
     if (!model_) throw std::runtime_error("llama.cpp can't load " + path);
   }
