@@ -15,7 +15,7 @@ class TeacherCache {
   TeacherCache(std::string folder, std::string model, std::string dtype);
 
   // The hidden vectors [B T, E] of tokens int64 [B, T], as compute() gives them: read from the file of these tokens, or computed
-  // and written to it. A file that can't be read counts as none. Throws formats::FileError where one can't be written.
+  // and written to it. A damaged file counts as none. Throws formats::FileError where one can't be opened or written.
   at::Tensor get(const at::Tensor& tokens, const std::function<at::Tensor()>& compute) const;
 
  private:
