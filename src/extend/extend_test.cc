@@ -112,6 +112,8 @@ TEST_F(ExtendTest, SomeLayersHaveOtherLatents) {
   ExtendTrainer trainer(options_, text);
   EXPECT_EQ(trainer.spec().latents, (std::vector<int32_t>{4, 7}));
   EXPECT_EQ(trainer.student().converted[1]->latents()->sizes().latents, 7);
+  options_.layer_latents = "1-2:7";
+  EXPECT_THROW(ExtendTrainer(options_, text), OptionError);  // the model has two
   options_.layer_latents = "15-24:256,3:16";
   EXPECT_EQ(options_.latents_of(3), 16);
   EXPECT_EQ(options_.latents_of(15), 256);

@@ -40,6 +40,7 @@ bool trains(const ExtendOptions& options, const std::string& name) {
 }  // namespace
 
 formats::AdapterSpec spec_of(const ExtendOptions& options, const formats::DecoderConfig& config) {
+  options.check_blocks(config.num_layers);
   formats::AdapterSpec spec;
   spec.window = options.window;
   spec.sinks = options.sinks;

@@ -103,6 +103,14 @@ int64_t ExtendOptions::latents_of(int64_t block) const {
   return count;
 }
 
+void ExtendOptions::check_blocks(int64_t blocks) const {
+  for (const LayerLatents& range : parse_layer_latents(layer_latents)) {
+    if (range.last >= blocks) {
+      fail("layer_latents", formats::quote(layer_latents), "blocks in 0 … " + std::to_string(blocks - 1) + ", the model's");
+    }
+  }
+}
+
 std::vector<int64_t> ExtendOptions::training_windows() const {
   std::vector<int64_t> windows;
   for (int64_t size = least_window; size > 0 && size < window; size *= 2) windows.push_back(size);

@@ -67,6 +67,8 @@ struct ExtendOptions {
   std::string teacher_cache;     // a folder for what the original says of each stretch, which other runs on them read; "": none
 
   int64_t latents_of(int64_t block) const;
+  // Throws OptionError where layer_latents names a block that a model of so many hasn't.
+  void check_blocks(int64_t blocks) const;
   int64_t steps() const { return (tokens + context * batch - 1) / (context * batch); }
   std::vector<int64_t> training_windows() const;  // rising
   int64_t context_of(int64_t step) const;         // tokens a sequence, at the step that follows `step` finished ones
