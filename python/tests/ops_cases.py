@@ -60,16 +60,16 @@ class Case:
         cast |= {name: x.to(state_dtype(dtype)) for name, x in self.states.items()}
         return {name: x.detach().requires_grad_(requires_grad) for name, x in cast.items()}
 
+    def arguments(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """The operator's arguments by name, with a MacchiatoState's parts, given or of `rest`, in one list."""
+        arguments = {**self.rest, **tensors}
+        if self.caches:
+            arguments["initial_state"] = [arguments.pop(name) for name in STATE_PARTS]
+        return arguments
+
     def __call__(self, tensors: dict[str, Tensor]) -> list[Tensor]:
         """The outputs that are there, states as parts that carry gradients."""
-        arguments = dict(tensors)
-        names = [*self.caches]
-        if names or "latents" in arguments:
-            arguments["initial_state"] = [arguments.pop("latents")] + [
-                arguments.pop(name) if name in names else self.rest[name] for name in STATE_PARTS[1:]
-            ]
-        arguments |= {name: x for name, x in self.rest.items() if name not in STATE_PARTS}
-        result = getattr(ops, self.operator)(**arguments)
+        result = getattr(ops, self.operator)(**self.arguments(tensors))
         flat: list[Tensor] = []
         for x in [result] if isinstance(result, Tensor) else result:
             flat += [x] if isinstance(x, Tensor) else list(x)
@@ -81,18 +81,17 @@ class Case:
         for x in self(tensors):
             if not x.is_floating_point():
                 continue
-            if self.operator in LATENT and x is not None and x.dim() == 4 and x.shape[-1] == self.state_width():
+            if self.operator in LATENT and x.dim() == 4 and x.shape[-1] == self.state_width():
                 outputs += list(meaning(x))
             else:
                 outputs.append(x)
         return outputs
 
     def state_width(self) -> int:
-        values = self.inputs.get("values")
-        return -1 if values is None else values.shape[-1] + 3
+        return self.inputs["values"].shape[-1] + 3 if "values" in self.inputs else self.states["left"].shape[-1]
 
 
-LATENT = ("causal_attention", "macchiato_attention")
+LATENT = ("causal_attention", "macchiato_attention", "merge_states")
 STATE_PARTS = ("latents", "keys", "values_", "mask", "sink_keys", "sink_values", "sink_mask", "position")
 
 
@@ -221,6 +220,21 @@ def macchiato(
     return case
 
 
+def window(**options: Any) -> Case:
+    """The window of `macchiato` alone; its state's latents have no element."""
+    case = macchiato(**options)
+    case.operator = "window_attention"
+    case.inputs = {name: x for name, x in case.inputs.items() if name in ("query", "key", "values", "sink_query")}
+    if case.states:
+        del case.states["latents"]
+        case.rest["latents"] = torch.zeros(0)
+    return case
+
+
+def merge() -> Case:
+    return Case("merge_states", {}, {"left": some_state(2, 2, 3, 4, 60), "right": some_state(2, 2, 3, 4, 70)})
+
+
 def convolution(*, width: int = 4, bias: bool = True, mask: bool = False, state: bool = False, packed: bool = False) -> Case:
     batch, time, channels = (1 if packed else 2), 37, 7
     case = Case(
@@ -270,12 +284,21 @@ CASES: dict[str, Callable[..., Case]] = {
     "macchiato-packed": lambda **k: macchiato(sinks=3, sink_query=True, mask=True, state=True, packed=True, **k),
     "macchiato-bidirectional": lambda **k: macchiato(causal=False, mask=True, **k),
     "macchiato-bidirectional-packed": lambda **k: macchiato(causal=False, mask=True, packed=True, **k),
+    "window": lambda **k: window(**k),
+    "window-sinks": lambda **k: window(sinks=3, sink_query=True, mask=True, **k),
+    "window-state": lambda **k: window(sinks=3, sink_query=True, mask=True, state=True, **k),
+    "window-packed": lambda **k: window(sinks=3, mask=True, state=True, packed=True, **k),
+    "window-bidirectional": lambda **k: window(causal=False, mask=True, **k),
+    "merge": lambda **k: merge(),
     "convolution": lambda **k: convolution(),
     "convolution-state": lambda **k: convolution(mask=True, state=True),
     "convolution-packed": lambda **k: convolution(mask=True, state=True, packed=True),
     "recurrence": lambda **k: recurrence(),
     "recurrence-state": lambda **k: recurrence(mask=True, state=True),
     "recurrence-packed": lambda **k: recurrence(mask=True, state=True, packed=True),
+    "linear": lambda **k: Case(
+        "linear", {"x": normal(2, 9, 8, seed=52), "weight": normal(7, 8, seed=53), "bias": normal(7, seed=54)}
+    ),
     "vapor": lambda **k: Case("vapor", {"x": normal(2, 9, 3, 8, seed=50)}),
     "vapor-positions": lambda **k: Case(
         "vapor", {"x": normal(2, 4, 3, 8, seed=51)}, rest={"positions": torch.tensor([0, 7, 1000, 123456]), "inverse": True}

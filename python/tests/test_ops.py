@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from ops_cases import CASES, TOLERANCE, Case, assert_close, attention, fresh_state, macchiato, meaning, normal, ops, state_dtype
+from ops_cases import window as window_case
 from torch import Tensor
 
 FUSED = [torch.float32, torch.bfloat16, torch.float16]
@@ -77,14 +80,10 @@ def test_macchiato_is_its_definition(options: dict) -> None:
     values = repeat_heads(case.inputs["values"], share.shape[2])
     latents = torch.einsum("bthl,bthls,bshd->bthd", share[..., 1:], define_latents(case, case.rest["causal"]), values)
     window = define_window(case)
+    alone = window_case(time=70, **options)
     for dtype in (torch.float64, torch.float32):
         assert_close(case(case.tensors(dtype))[0], latents + share[..., :1] * window, TOLERANCE[dtype], str(dtype))
-    alone = Case(
-        "window_attention",
-        {name: x for name, x in case.inputs.items() if name in ("query", "key", "values", "sink_query")},
-        rest=case.rest,
-    )
-    assert_close(alone(alone.tensors(torch.float32))[0], window, 1e-5)
+        assert_close(alone(alone.tensors(dtype))[0], window, TOLERANCE[dtype], f"the window alone, {dtype}")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -97,12 +96,12 @@ def test_fused_is_float64(name: str, dtype: torch.dtype) -> None:
     got, expected = case.readable(tensors), case.readable(exact)
     # Cotangents that every dtype holds exactly.
     cotangents = [normal(*x.shape, seed=90 + i).bfloat16().double() for i, x in enumerate(expected)]
-    assert [x.dtype for x in got][0] == dtype
-    for i, (a, b) in enumerate(zip(got, expected, strict=False)):
+    assert got[0].dtype == (dtype if case.inputs else state_dtype(dtype))
+    for i, (a, b) in enumerate(zip(got, expected, strict=True)):
         assert_close(a, b, TOLERANCE[dtype], f"output {i}")
-    grads = torch.autograd.grad(got, list(tensors.values()), [c.to(x.dtype) for c, x in zip(cotangents, got, strict=False)])
+    grads = torch.autograd.grad(got, list(tensors.values()), [c.to(x.dtype) for c, x in zip(cotangents, got, strict=True)])
     exact_grads = torch.autograd.grad(expected, list(exact.values()), cotangents)
-    for key, a, b in zip(tensors, grads, exact_grads, strict=False):
+    for key, a, b in zip(tensors, grads, exact_grads, strict=True):
         assert_close(a, b, TOLERANCE[dtype], f"gradient of {key}")
 
 
@@ -143,7 +142,7 @@ def test_extreme_logits(kind: str) -> None:
     assert_close(got, expected, tolerance)
     grads = torch.autograd.grad(got, list(tensors.values()), cotangent.float())
     exact_grads = torch.autograd.grad(expected, list(exact.values()), cotangent)
-    for key, a, b in zip(tensors, grads, exact_grads, strict=False):
+    for key, a, b in zip(tensors, grads, exact_grads, strict=True):
         assert_close(a, b, tolerance, f"gradient of {key}")
 
 
@@ -151,7 +150,7 @@ def pieces_of(case: Case, tensors: dict[str, Tensor], cuts: list[int], over_time
     """The outputs of the pieces, each from the state of the one before."""
     results, state = [], None
     time = tensors["values" if "values" in tensors else "x"].shape[1]
-    for begin, end in zip([0, *cuts], [*cuts, time], strict=False):
+    for begin, end in zip([0, *cuts], [*cuts, time], strict=True):
         rest = {name: x[:, begin:end] if name in over_time else x for name, x in case.rest.items()}
         arguments = {name: x[:, begin:end] if name in over_time else x for name, x in tensors.items()} | rest
         arguments |= {"output_final_state": True, "initial_state": state}
@@ -171,16 +170,14 @@ def test_whole_is_pieces(operator: str, dtype: torch.dtype, cuts: list[int]) -> 
     if operator == "causal_attention":
         case = attention(time=70, decay=True, mask=True)
     else:
-        case = macchiato(time=70, sinks=3, sink_query=True, mask=True, window=6, decay=operator == "macchiato_attention")
-        case.operator = operator
-        if operator == "window_attention":
-            case.inputs = {name: x for name, x in case.inputs.items() if name in ("query", "key", "values", "sink_query")}
+        options = {"time": 70, "sinks": 3, "sink_query": True, "mask": True, "window": 6}
+        case = macchiato(decay=True, **options) if operator == "macchiato_attention" else window_case(**options)
     case.rest.pop("output_final_state", None)
     tensors = case.tensors(dtype)
     out, state = getattr(ops, operator)(**tensors, **case.rest, output_final_state=True)
     results = pieces_of(case, tensors, cuts, OVER_TIME)
     assert_close(torch.cat([r[0] for r in results], 1), out, TOLERANCE[dtype])
-    for i, (a, b) in enumerate(zip(*([x] if isinstance(x, Tensor) else x for x in (results[-1][1], state)), strict=False)):
+    for i, (a, b) in enumerate(zip(*([x] if isinstance(x, Tensor) else x for x in (results[-1][1], state)), strict=True)):
         if operator != "window_attention" and i == 0:
             a, b = meaning(a)[0], meaning(b)[0]
         if a.is_floating_point():
@@ -202,7 +199,7 @@ def test_pieces_carry_gradients() -> None:
             cotangent = normal(*whole.shape, seed=4).to(dtype)
             expected = torch.autograd.grad(whole, list(tensors.values()), cotangent)
             got = torch.autograd.grad(joined, list(tensors.values()), cotangent)
-            for key, a, b in zip(tensors, got, expected, strict=False):
+            for key, a, b in zip(tensors, got, expected, strict=True):
                 assert_close(a, b, TOLERANCE[dtype], f"{case.operator}, gradient of {key}")
 
 
@@ -221,10 +218,10 @@ def test_whole_is_merged_pieces(dtype: torch.dtype) -> None:
     cotangents = [normal(*x.shape, seed=5 + i).to(dtype) for i, x in enumerate(meaning(whole))]
     expected = torch.autograd.grad(meaning(whole), list(tensors.values()), cotangents, allow_unused=True)
     for merged in (left, right):
-        for a, b in zip(meaning(merged), meaning(whole), strict=False):
+        for a, b in zip(meaning(merged), meaning(whole), strict=True):
             assert_close(a, b, TOLERANCE[dtype])
         got = torch.autograd.grad(meaning(merged), list(tensors.values()), cotangents, retain_graph=True, allow_unused=True)
-        for key, a, b in zip(tensors, got, expected, strict=False):
+        for key, a, b in zip(tensors, got, expected, strict=True):
             if b is not None and key != "query_logits":
                 assert_close(a, b, TOLERANCE[dtype], f"gradient of {key}")
     empty = fresh_state(2, 2, 5, 6).to(dtype)
@@ -242,7 +239,7 @@ def test_packed_is_separate(name: str, dtype: torch.dtype) -> None:
     packed = case(tensors)
     separate = []
     states = {*case.states, *case.caches} - {"weight", "bias", "lambda_"}
-    for n, (begin, end) in enumerate(zip(ends, ends[1:], strict=False)):
+    for n, (begin, end) in enumerate(pairwise(ends)):
         one = Case(case.operator, case.inputs, case.states, dict(case.rest), case.caches)
         del one.rest["cu_seqlens"]
         for key, x in one.rest.items():
@@ -301,17 +298,17 @@ def test_any_strides(name: str) -> None:
         assert not y.is_contiguous()
         strided[key] = y.requires_grad_()
     got, expected = case(strided), case(tensors)
-    for a, b in zip(got, expected, strict=False):
+    for a, b in zip(got, expected, strict=True):
         assert torch.equal(a, b)
     grads = torch.autograd.grad(got[0].sum(), list(strided.values()), allow_unused=True)
     exact = torch.autograd.grad((expected[0] * torch.ones_like(expected[0])).sum(), list(tensors.values()), allow_unused=True)
-    for key, a, b in zip(tensors, grads, exact, strict=False):
+    for key, a, b in zip(tensors, grads, exact, strict=True):
         assert (a is None) == (b is None)
         if a is not None:
             assert_close(a, b, 1e-6, key)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("vapor")])
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith(("vapor", "merge"))])
 def test_autocast(name: str) -> None:
     """Inputs go to bfloat16, states stay float32; gradients come back in float32."""
     case = CASES[name]()
@@ -322,7 +319,7 @@ def test_autocast(name: str) -> None:
     assert outputs[0].dtype == plain.dtype == torch.bfloat16
     assert all(x.dtype == torch.float32 for x in outputs[1:2] if case.operator != "window_attention")
     rounded = case({key: x.bfloat16() if key in case.inputs or key in case.caches else x for key, x in tensors.items()})
-    for a, b in zip(outputs, rounded, strict=False):
+    for a, b in zip(outputs, rounded, strict=True):
         assert torch.equal(a, b)
     for grad in torch.autograd.grad(outputs[0].float().sum(), list(tensors.values()), allow_unused=True):
         assert grad is None or (grad.dtype == torch.float32 and grad.isfinite().all())
@@ -337,7 +334,7 @@ def test_caches_are_the_same_with_and_without_gradients(packed: bool, time: int)
         for dtype in (torch.float64, torch.bfloat16):
             fast, slow = case(case.tensors(dtype)), case(case.tensors(dtype, requires_grad=True))
             assert len(fast) == len(slow)
-            for a, b in zip(fast[2:], slow[2:], strict=False):
+            for a, b in zip(fast[2:], slow[2:], strict=True):
                 assert a.dtype == b.dtype and torch.equal(a, b)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import latte
 import pytest
 import torch
 from helpers import needs_inductor
-from ops_cases import CASES, TOLERANCE, Case, assert_close, normal, ops, some_state
+from ops_cases import CASES, TOLERANCE, Case, assert_close, normal, ops, some_state, state_dtype
 from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
 
@@ -14,7 +17,7 @@ def followed(case: Case):
     """The case as a function of its tensors."""
     tensors = case.tensors(torch.float64, requires_grad=True)
     names = list(tensors)
-    return lambda *values: tuple(case.readable(dict(zip(names, values, strict=False)))), tuple(tensors.values())
+    return lambda *values: tuple(case.readable(dict(zip(names, values, strict=True)))), tuple(tensors.values())
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -69,7 +72,8 @@ def test_masked_tokens_add_nothing_whatever_they_hold(name: str, dtype: torch.dt
                 tensors[key] = torch.where(masked.reshape(*masked.shape, *[1] * (tensors[key].dim() - 2)), held, tensors[key])
         tensors = {key: x.requires_grad_() for key, x in tensors.items()}
         # Without the tokens that a window's state remembers as they came.
-        outputs = [x for x in case.readable(tensors)[:3] if x.requires_grad]
+        count = 1 if case.operator == "window_attention" else 3
+        outputs = [x for x in case.readable(tensors)[:count] if x.requires_grad]
         rows = [x[~masked] if x.shape[:2] == masked.shape else x for x in outputs]
         grads = torch.autograd.grad(
             sum(x.sum() for x in rows), list(tensors.values()), create_graph=create_graph, materialize_grads=True
@@ -115,7 +119,7 @@ def test_double_backward_in_float32(name: str) -> None:
                                     allow_unused=True)  # fmt: skip
         penalty = sum((g * g).sum() for g in grads if g is not None)
         results.append(torch.autograd.grad(penalty, list(tensors.values()), allow_unused=True))
-    for key, a, b in zip(tensors, *results, strict=False):
+    for key, a, b in zip(tensors, *results, strict=True):
         assert (a is None) == (b is None), key
         if a is not None:
             assert_close(a, b, 1e-4, key)
@@ -129,46 +133,54 @@ def test_double_backward_in_float32(name: str) -> None:
 )  # fmt: skip
 def test_opcheck(name: str, dtype: torch.dtype) -> None:
     case = CASES[name]()
-    tensors = case.tensors(dtype, requires_grad=True)
-    arguments = dict(tensors) | dict(case.rest.items())
-    if case.operator == "macchiato_attention" and case.caches:
-        parts = ("latents", "keys", "values_", "mask", "sink_keys", "sink_values", "sink_mask", "position")
-        arguments["initial_state"] = [arguments.pop(part) for part in parts]
+    arguments = case.arguments(case.tensors(dtype, requires_grad=True))
     operator = getattr(ops, case.operator).default
     tolerance = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {}
     positional = [arguments.pop(a.name) for a in operator._schema.arguments if a.name in arguments and not a.kwarg_only]
     opcheck(operator, tuple(positional), arguments, **tolerance)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_opcheck_of_the_core(dtype: torch.dtype) -> None:
-    """The core operators, their backward passes included."""
+def core_calls(dtype: torch.dtype) -> Iterator[tuple[torch._ops.OpOverload, tuple]]:
+    """Calls of the operators that the public ones are made of, their backward passes included."""
     q, k, v = (normal(2, 9, *s, seed=i).to(dtype) for i, s in enumerate(((4, 3), (2, 3), (2, 5))))
     for causal in (True, False):
         inputs = (q, k, v, None, -k.abs() if causal else None, None, None, None, causal)
-        opcheck(ops.latent_attention.default, (*inputs, causal, True))
+        yield ops.latent_attention.default, (*inputs, causal, True)
         out, state, saved = ops.latent_attention(*inputs, causal, True)
         state = state if causal else None
-        opcheck(ops.latent_attention_backward.default, (torch.ones_like(out), state, *inputs, state, saved))
+        yield ops.latent_attention_backward.default, (torch.ones_like(out), state, *inputs, state, saved)
     query, key = (normal(2, 9, h, 6, seed=5 + h).to(dtype) for h in (4, 2))
     inputs = (query, key, v, *[None] * 10, 4, 2, 0.5, True)
-    opcheck(ops.window_attention_core.default, (*inputs, True))
+    yield ops.window_attention_core.default, (*inputs, True)
     out, lse = ops.window_attention_core(*inputs, True)
-    opcheck(ops.window_attention_core_backward.default, (torch.ones_like(out), out, lse, *inputs))
+    yield ops.window_attention_core_backward.default, (torch.ones_like(out), out, lse, *inputs)
     past = (torch.tensor([1, 7]), *(normal(2, 4, 2, n, seed=n).to(dtype) for n in (6, 5)), torch.ones(2, 4) > 0)
     sinks = (*(normal(2, 2, 2, n, seed=20 + n).to(dtype) for n in (6, 5)), torch.ones(2, 2) > 0)
-    opcheck(ops.window_state.default, (query, key, v, None, *past, *sinks, None, 4, 2))
-    opcheck(ops.window_state.default, (query, key, v, *[None] * 9, 4, 2))
+    yield ops.window_state.default, (query, key, v, None, *past, *sinks, None, 4, 2)
+    yield ops.window_state.default, (query, key, v, *[None] * 9, 4, 2)
     x = normal(2, 9, 5, seed=8).to(dtype)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = state_dtype(dtype)
     weight, bias, lambda_ = normal(5, 3, seed=9).to(wide), normal(5, seed=10).to(wide), normal(5, seed=11).to(wide)
-    opcheck(ops.causal_conv1d_core.default, (x, weight, bias, None, None, None, True))
-    opcheck(ops.causal_conv1d_core_backward.default, (x, None, x, weight, bias, None, None, None))
-    opcheck(ops.rg_lru_core.default, (x, x, x, lambda_, None, None, None, True, True))
+    yield ops.causal_conv1d_core.default, (x, weight, bias, None, None, None, True)
+    yield ops.causal_conv1d_core_backward.default, (x, None, x, weight, bias, None, None, None)
+    yield ops.rg_lru_core.default, (x, x, x, lambda_, None, None, None, True, True)
     hidden = ops.rg_lru_core(x, x, x, lambda_, None, None, None, True, True)[2]
-    opcheck(ops.rg_lru_core_backward.default, (x, None, hidden, x, x, x, lambda_, None, None, None))
-    left = some_state(1, 2, 3, 4, 60)
-    opcheck(ops.merge_states.default, (left, left))
+    yield ops.rg_lru_core_backward.default, (x, None, hidden, x, x, x, lambda_, None, None, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_opcheck_of_the_core(dtype: torch.dtype) -> None:
+    for operator, arguments in core_calls(dtype):
+        opcheck(operator, arguments)
+
+
+def test_every_operator_has_a_case() -> None:
+    """Of all that the library registers: opcheck sees it, and what is public is compiled as well."""
+    registered = {name.removeprefix("latte::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("latte::")}
+    public = {case().operator for case in CASES.values()}
+    core = {operator.name().removeprefix("latte::") for operator, _ in core_calls(torch.float32)}
+    assert registered == public | core
+    assert {name for name in latte.__all__ if hasattr(ops, name)} <= public
 
 
 def check_compiled(name: str, **options) -> None:
@@ -179,14 +191,12 @@ def check_compiled(name: str, **options) -> None:
     compiled = torch.compile(case, fullgraph=True, **options)
     got, expected = compiled(tensors), case(tensors)
     assert len(got) == len(expected)
-    for a, b in zip(got, expected, strict=False):
+    for a, b in zip(got, expected, strict=True):
         assert a.dtype == b.dtype and torch.equal(a, b)
-    sums = [[(x * x.detach().cos()).sum() for x in outputs if x.requires_grad] for outputs in (
-        [got[0], *(x for x in got[1:] if x.requires_grad and x.isfinite().all())],
-        [expected[0], *(x for x in expected[1:] if x.requires_grad and x.isfinite().all())],
-    )]  # fmt: skip
+    finite = [[x[x.isfinite()] for x in outputs if x.requires_grad] for outputs in (got, expected)]
+    sums = [[(x * x.detach().cos()).sum() for x in outputs] for outputs in finite]
     grads = [torch.autograd.grad(s, list(tensors.values()), allow_unused=True) for s in sums]
-    for key, a, b in zip(tensors, *grads, strict=False):
+    for key, a, b in zip(tensors, *grads, strict=True):
         a, b = (torch.zeros_like(tensors[key]) if g is None else g for g in (a, b))
         assert_close(a, b, TOLERANCE[torch.float32], f"gradient of {key}")
 
@@ -212,6 +222,6 @@ def test_compile_of_several_lengths() -> None:
     for time in (5, 300, 513, 7):
         q, k, v = (normal(2, time, *s, seed=time).float().requires_grad_() for s in ((4, 3), (2, 3), (2, 5)))
         got, expected = function(q, k, v), ops.causal_attention(q, k, v, output_final_state=True)
-        for a, b in zip(got, expected, strict=False):
+        for a, b in zip(got, expected, strict=True):
             assert torch.equal(a, b)
         got[0].sum().backward()

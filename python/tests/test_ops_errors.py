@@ -8,12 +8,7 @@ from ops_cases import Case, attention, convolution, macchiato, ops, recurrence
 
 
 def attempt(case: Case, **changes: object) -> None:
-    tensors = case.tensors(torch.float32)
-    state = [k for k in ("latents", *case.caches) if k in tensors]
-    parts = ("latents", "keys", "values_", "mask", "sink_keys", "sink_values", "sink_mask", "position")
-    arguments: dict = dict(tensors) | case.rest
-    if state:
-        arguments["initial_state"] = [arguments.pop(part) for part in parts]
+    arguments = case.arguments(case.tensors(torch.float32))
     for name, change in changes.items():
         arguments[name] = change(arguments.get(name)) if callable(change) else change
     getattr(ops, case.operator)(**arguments)
