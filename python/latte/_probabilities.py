@@ -71,6 +71,7 @@ def window_probabilities(
     sinks: int = 0,
     sink_query: Tensor | None = None,
     key_mask: Tensor | None = None,
+    key_bias: Tensor | None = None,
 ) -> Tensor:
     """p0(s|t), softmax attention over a window and sinks, scores scaled by 1/√Dk.
 
@@ -82,6 +83,7 @@ def window_probabilities(
         sinks: S, causal only.
         sink_query: [B, T, H, Dk], scores the sinks that have left the window.
         key_mask: bool [B, T], True = a real token.
+        key_bias: finite floats [B, T], added to the scores.
 
     Returns:
         float64 [B, H, T, T]; a row that may read nothing is 0.
@@ -98,4 +100,7 @@ def window_probabilities(
         readable = (readable & (distance >= 0)) | past_sinks
     if key_mask is not None:
         readable = readable & key_mask[:, None, None, :]
-    return _softmax_over(scores / math.sqrt(key_dim), readable)
+    scores = scores / math.sqrt(key_dim)
+    if key_bias is not None:
+        scores = scores + key_bias.double()[:, None, None, :]
+    return _softmax_over(scores, readable)

@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, E embed_dim, H query heads, Hkv key-value heads (quer
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, NoReturn
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latte._linear import Linear
-from latte._masks import is_causal_request, key_mask_from_padding
+from latte._masks import bias_key_logits, bias_window, is_causal_request, split_padding
 from latte._probabilities import latent_probabilities, window_probabilities
 from latte._recurrent import CausalConv1d, RgLru
 from latte.functional import (
@@ -35,7 +36,7 @@ class AttentionState(NamedTuple):
 
     Attributes:
         latents: of LatteAttention: [B, Hkv, L, D + 3].
-        macchiato: of MacchiatoAttention.
+        macchiato: of MacchiatoAttention. Its keys have D features; D + 1 from the first key_padding_mask of floats on.
         conv: with position="conv": the convolution's last inputs, [B, K - 1, E].
         rg_lru: with position="rg_lru": [B, E].
         position: tokens seen, padding included.
@@ -186,9 +187,12 @@ class _LatentAttention(nn.Module):
             query: [T, B, E], with batch_first [B, T, E], without a batch [T, E].
             key: the same tensor as `query`, or None.
             value: the same tensor as `query`, or None.
-            key_padding_mask: [B, T] ([T] without a batch): bool, True = padding, or floats with -inf at padding and 0 elsewhere.
+            key_padding_mask: [B, T] ([T] without a batch): bool, True = padding, or floats: -inf at padding, what is finite is
+                added to the token's key logits for every latent and, in a window, to its scores. It carries gradients. In half
+                precision it is rounded to the module's dtype.
             need_weights: return p(s|t) too, by quadratic arithmetic, for looking at. MultiheadAttention's default is True.
-            attn_mask: None or the causal mask (bool or float, [T, T] or [B · H, T, T]), checked unless is_causal=True.
+            attn_mask: None, a mask of nothing or the causal mask (bool or float, [T, T] or [B · H, T, T]), checked unless
+                is_causal=True.
             average_attn_weights: average those over the heads.
             is_causal: causal attention, with or without `attn_mask`.
             state: what came before these tokens, from an earlier call (causal only). A state is then returned as well.
@@ -200,8 +204,9 @@ class _LatentAttention(nn.Module):
             weights, and with position="vapor" the values that they weigh are rotated by the distance t - s.
 
         Raises:
-            ValueError: a wrong shape; cross-attention; an attn_mask that isn't the causal mask; a state, or forget=True, where
-                attention is bidirectional; need_weights with a state, whose past tokens' probabilities aren't known.
+            ValueError: a wrong shape; cross-attention; an attn_mask that isn't the causal mask; NaN or +inf in key_padding_mask;
+                a state, or forget=True, where attention is bidirectional; need_weights with a state, whose past tokens'
+                probabilities aren't known.
             TypeError: a wrong dtype, a nested tensor.
         """
         name = type(self).__name__
@@ -218,7 +223,7 @@ class _LatentAttention(nn.Module):
         else:
             x = query if self.batch_first else query.transpose(0, 1)
         batch, tokens = x.shape[:2]
-        key_mask = key_mask_from_padding(key_padding_mask, batch, tokens, batched)
+        key_mask, key_bias = split_padding(key_padding_mask, batch, tokens, batched)
         causal = is_causal_request(attn_mask, is_causal, tokens, batch * self.num_heads)
         output_state = output_state or state is not None
         if output_state and not causal:
@@ -228,7 +233,7 @@ class _LatentAttention(nn.Module):
         if self.forget and not causal:
             raise ValueError(f"{name}: forget=True belongs to causal attention: pass is_causal=True")
 
-        heads, weights, next_state = self._attend(x, key_mask, causal, need_weights, state, output_state)
+        heads, weights, next_state = self._attend(x, key_mask, key_bias, causal, need_weights, state, output_state)
         heads = F.dropout(heads.flatten(-2), self.dropout, self.training)
         out = self.out_proj(heads)
         if not batched:
@@ -244,18 +249,19 @@ class _LatentAttention(nn.Module):
         self,
         x: Tensor,
         key_mask: Tensor | None,
+        key_bias: Tensor | None,
         causal: bool,
         need_weights: bool,
         state: AttentionState | None,
         output_state: bool,
     ) -> tuple[Tensor, Tensor | None, AttentionState | None]:
-        """x [B, T, E], key_mask bool [B, T] → the heads' output [B, T, H, D], weights [B, H, T, T] or None, the next state or
-        None.
+        """x [B, T, E], key_mask bool [B, T], key_bias [B, T] → the heads' output [B, T, H, D], weights [B, H, T, T] or None, the
+        next state or None.
         """
         raise NotImplementedError
 
     def _logits(
-        self, x: Tensor, key_mask: Tensor | None, state: AttentionState | None, output_state: bool
+        self, x: Tensor, key_mask: Tensor | None, key_bias: Tensor | None, state: AttentionState | None, output_state: bool
     ) -> tuple[Tensor, Tensor, AttentionState]:
         """query_logits [B, T, H, L or L + 1], key_logits [B, T, Hkv, L], and the next state's position, conv and rg_lru."""
         after = AttentionState(position=(0 if state is None else state.position) + x.shape[1])
@@ -267,7 +273,7 @@ class _LatentAttention(nn.Module):
             after = after._replace(rg_lru=memory)
         query_logits = self.query_logits_proj(x).unflatten(-1, (self.num_heads, -1))
         key_logits = self.key_logits_proj(x).unflatten(-1, (self.num_kv_heads, -1))
-        return query_logits, key_logits, after
+        return query_logits, bias_key_logits(key_logits, key_bias), after
 
     def _part(self, state: AttentionState | None, name: str) -> Tensor | MacchiatoState | None:
         """The state's field that this module reads; None without a state.
@@ -412,8 +418,8 @@ class LatteAttention(_LatentAttention):
         )
         self.reset_parameters()
 
-    def _attend(self, x, key_mask, causal, need_weights, state, output_state):
-        query_logits, key_logits, after = self._logits(x, key_mask, state, output_state)
+    def _attend(self, x, key_mask, key_bias, causal, need_weights, state, output_state):
+        query_logits, key_logits, after = self._logits(x, key_mask, key_bias, state, output_state)
         log_decay = self._log_decay(x)
         out, latents = self._read_latents(
             query_logits,
@@ -431,6 +437,14 @@ class LatteAttention(_LatentAttention):
             shares = query_logits.double().softmax(-1)
             weights = latent_probabilities(shares, key_logits, causal=causal, key_mask=key_mask, log_decay=log_decay)
         return out, weights, after._replace(latents=latents) if output_state else None
+
+
+def _widen_keys(state: MacchiatoState | None, width: int) -> MacchiatoState | None:
+    """The state with keys of `width` features: those of before came without a bias."""
+    if state is None or state.keys.shape[-1] == width:
+        return state
+    missing = (0, width - state.keys.shape[-1])
+    return state._replace(keys=F.pad(state.keys, missing), sink_keys=F.pad(state.sink_keys, missing))
 
 
 class MacchiatoAttention(_LatentAttention):
@@ -527,18 +541,26 @@ class MacchiatoAttention(_LatentAttention):
             sink_query = vapor(query, positions.clamp(max=self.window + self.sinks - 1), self.rope_base)
         return vapor(query, positions, self.rope_base), vapor(key, positions, self.rope_base), sink_query
 
-    def _attend(self, x, key_mask, causal, need_weights, state, output_state):
+    def _attend(self, x, key_mask, key_bias, causal, need_weights, state, output_state):
         if self.sinks > 0 and not causal:
             raise ValueError(
                 "MacchiatoAttention: sinks belong to causal attention: pass is_causal=True, or sinks=0 to the constructor"
             )
-        query_logits, key_logits, after = self._logits(x, key_mask, state, output_state)
+        query_logits, key_logits, after = self._logits(x, key_mask, key_bias, state, output_state)
         values = self.value_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
         positions = self._positions(x, state)
         query, key, sink_query = self._window_inputs(x, positions)
         log_decay = self._log_decay(x)
         before = self._part(state, "macchiato")
-        window = {"window": self.window, "sinks": self.sinks, "sink_query": sink_query, "causal": causal, "key_mask": key_mask}
+        reach = {"window": self.window, "sinks": self.sinks, "causal": causal, "key_mask": key_mask}
+        local_weights = None
+        if need_weights:
+            local_weights = window_probabilities(query, key, sink_query=sink_query, key_bias=key_bias, **reach)
+        scale = 1.0 / math.sqrt(self.head_dim)
+        if key_bias is not None or (before is not None and before.keys.shape[-1] > self.head_dim):
+            query, key, sink_query = bias_window(query, key, sink_query, key_bias, scale)
+            before = _widen_keys(before, self.head_dim + 1)
+        window = reach | {"sink_query": sink_query, "scale": scale}
         if self.position == "vapor":
             # The window reads plain values and the latents rotated ones, so they are two calls, mixed here by the softmax over L
             # + 1 logits: p(0|t) = sigmoid(gate - logsumexp(the rest)).
@@ -582,5 +604,5 @@ class MacchiatoAttention(_LatentAttention):
         if need_weights:
             shares = query_logits.double().softmax(-1)
             far = latent_probabilities(shares[..., 1:], key_logits, causal=causal, key_mask=key_mask, log_decay=log_decay)
-            weights = shares[..., 0].transpose(1, 2).unsqueeze(-1) * window_probabilities(query, key, **window) + far
+            weights = shares[..., 0].transpose(1, 2).unsqueeze(-1) * local_weights + far
         return out, weights, after._replace(macchiato=final_state) if output_state else None

@@ -52,9 +52,7 @@ def test_probabilities_reproduce_the_output(name, causal):
         assert (weights.triu(1) == 0).all()
         assert (weights[1, :, 0] == 0).all()
     if "vapor" not in name:
-        values = module.value_proj(x).unflatten(-1, (module.num_kv_heads, -1)).transpose(1, 2)
-        values = values.repeat_interleave(NUM_HEADS // module.num_kv_heads, 1)
-        assert_close(module.out_proj((weights @ values).transpose(1, 2).flatten(-2)), out)
+        assert_close(module.out_proj((weights @ heads_of(module, x)).transpose(1, 2).flatten(-2)), out)
     averaged = module(x, key_padding_mask=ignored, is_causal=causal, need_weights=True)[1]
     assert_close(averaged, weights.mean(1))
     assert module(x[0], is_causal=causal, need_weights=True)[1].shape == (11, 11)
@@ -105,6 +103,131 @@ def test_padding_does_not_reach_other_tokens(name, causal):
     end = padding()
     end[:, 2] = False
     assert_close(module(x, key_padding_mask=end, is_causal=causal)[0][1, :7], module(x[1, :7], is_causal=causal)[0])
+
+
+def float_padding(dtype=torch.float64):
+    """[2, 11]: -inf at padding, other floats elsewhere."""
+    floats = torch.linspace(-3, 2, 22, dtype=torch.float64).view(2, 11).roll(3, 1).contiguous()
+    return floats.masked_fill(padding(), -torch.inf).to(dtype)
+
+
+def heads_of(module, x):
+    """The values that each query head reads, [B, H, T, D]."""
+    values = module.value_proj(x).unflatten(-1, (module.num_kv_heads, -1)).transpose(1, 2)
+    return values.repeat_interleave(NUM_HEADS // module.num_kv_heads, 1)
+
+
+@pytest.mark.parametrize("name, causal", [case for case in both_ways if "vapor" not in case[0]])
+def test_a_float_mask_biases_every_key(name, causal):
+    """Against plain arithmetic: p(s|t) ∝ p(s|t without it) exp(bias[s]) in each latent and in the window."""
+    module, x, floats = make(name), tokens(), float_padding()
+    out, weights = module(x, key_padding_mask=floats, is_causal=causal, need_weights=True, average_attn_weights=False)
+    assert_close(module.out_proj((weights @ heads_of(module, x)).transpose(1, 2).flatten(-2)), out)
+    assert (weights.transpose(-1, -2)[1, :, padding()[1]] == 0).all()
+    # One part of the mixture at a time, the others' gates shut.
+    if module.query_logits_proj.bias is None:
+        return
+    for part in range(module.query_logits_proj.out_features // NUM_HEADS):
+        apart = copy.deepcopy(module)
+        with torch.no_grad():
+            apart.query_logits_proj.weight.zero_()
+            apart.query_logits_proj.bias.view(NUM_HEADS, -1).fill_(-torch.inf)[:, part] = 0
+        unbiased, biased = (
+            apart(x, key_padding_mask=mask, is_causal=causal, need_weights=True, average_attn_weights=False)[1]
+            for mask in (floats.isneginf(), floats)
+        )
+        expected = unbiased * floats.exp()[:, None, None, :]
+        total = expected.sum(-1, keepdim=True)
+        assert_close(biased, expected / total.masked_fill(total == 0, 1))
+    assert_close(module(x[1], key_padding_mask=floats[1], is_causal=causal)[0], out[1])  # without a batch
+    assert (module(x, key_padding_mask=floats.isneginf(), is_causal=causal)[0] - out)[~padding()].norm() > 1e-3
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [11, 4])
+def test_a_float_mask_is_multihead_attentions(causal, window):
+    """With the gate to the window wide open: torch's module itself, whose every token reads the window alone."""
+    module = MacchiatoAttention(EMBED_DIM, NUM_HEADS, batch_first=True, dtype=torch.float64, window=window, rope=False)
+    torch_module = torch.nn.MultiheadAttention(EMBED_DIM, NUM_HEADS, batch_first=True, dtype=torch.float64)
+    with torch.no_grad():
+        module.query_logits_proj.bias.view(NUM_HEADS, -1)[:, 0] = 1e4
+        for part in ("query", "key", "value", "out"):
+            torch.nn.init.normal_(module.get_submodule(f"{part}_proj").bias)
+        torch_module.in_proj_weight.copy_(torch.cat([module.query_proj.weight, module.key_proj.weight, module.value_proj.weight]))
+        torch_module.in_proj_bias.copy_(torch.cat([module.query_proj.bias, module.key_proj.bias, module.value_proj.bias]))
+        torch_module.out_proj.load_state_dict(module.out_proj.state_dict())
+    distance = torch.arange(11)[:, None] - torch.arange(11)
+    outside = (distance.abs() >= window) | ((distance < 0) & causal)
+    attn_mask = torch.zeros(11, 11, dtype=torch.float64).masked_fill(outside, -torch.inf)
+    results = []
+    for attend in (
+        lambda x, floats: module(x, key_padding_mask=floats, is_causal=causal, need_weights=True),
+        lambda x, floats: torch_module(x, x, x, key_padding_mask=floats, attn_mask=attn_mask, need_weights=True),
+    ):
+        x, floats = tokens().requires_grad_(), float_padding()
+        floats[1] = floats[0].flip(0)  # torch gives NaN where a token may read nothing
+        floats.requires_grad_()
+        out, weights = attend(x, floats)
+        results.append([out, weights, *torch.autograd.grad(out.square().sum(), (x, floats))])
+    for got, expected in zip(*results, strict=True):
+        assert_close(got, expected, 1e-10)
+
+
+@every_variant_both_ways
+def test_a_float_mask_carries_gradients(name, causal):
+    module, x, ignored = make(name), tokens(length=6), padding(length=6)
+
+    def run(floats):
+        return module(x, key_padding_mask=floats.masked_fill(ignored, -torch.inf), is_causal=causal)[0]
+
+    floats = torch.linspace(-1, 1, 12, dtype=torch.float64).view(2, 6)
+    assert torch.autograd.gradcheck(run, floats.requires_grad_())
+    # Where a bias could be left out, as all of it is 0, it has a gradient all the same.
+    zeros = torch.zeros_like(floats, requires_grad=True)
+    assert torch.autograd.grad(run(zeros).square().sum(), zeros)[0].norm() > 1e-3
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if "macchiato" in name or name in ("latte", "latte-forget")])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 3e-6)])
+@pytest.mark.parametrize("cuts", [(4, 7), (5, 1, 5)])
+def test_whole_is_chunked_under_a_float_mask(name, dtype, tolerance, cuts):
+    """Stretches with a float mask, with a bool mask and without one follow each other."""
+    module, x, floats = make(name).to(dtype), tokens(dtype=dtype), float_padding(dtype)
+    for first, later in (("float", "float"), ("float", "bool"), ("bool", "float"), ("none", "float"), ("float", "none")):
+        masks = []
+        for i, part in enumerate(floats.split(cuts, 1)):
+            masks.append({"float": part, "bool": part.isneginf(), "none": None}[later if i else first])
+        full = [torch.zeros_like(x[:, : part.shape[1], 0]) if mask is None else
+                torch.zeros_like(part).masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else mask
+                for mask, part in zip(masks, floats.split(cuts, 1), strict=True)]  # fmt: skip
+        whole = module(x, key_padding_mask=torch.cat(full, 1), is_causal=True)[0]
+        state, pieces = None, []
+        for piece, mask in zip(x.split(cuts, 1), masks, strict=True):
+            out, _, state = module(piece, key_padding_mask=mask, is_causal=True, state=state, output_state=True)
+            pieces.append(out)
+        assert_close(torch.cat(pieces, 1), whole, tolerance)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 5e-2), (torch.float16, 1e-2)])
+@pytest.mark.parametrize("name", ["latte", "macchiato", "macchiato-sinks"])
+def test_a_float_mask_in_other_dtypes(name, dtype, tolerance):
+    """Also of float32 beside a narrower module, and with numbers that stand for -inf but are finite."""
+    module, x = make(name).to(dtype), tokens(dtype=dtype)
+    wide = copy.deepcopy(module).double()
+    lowest = torch.finfo(torch.float32).min
+    huge = float_padding(torch.float32)
+    huge[0, :4] = lowest  # what these tokens read, differences in 1e30, is lost in rounding; later ones read none of them
+    for floats, first in ((float_padding(dtype), 0), (float_padding(torch.float32), 0), (huge, 4)):
+        out = module(x, key_padding_mask=floats, is_causal=True)[0]
+        assert out.dtype == dtype
+        assert_close(out[:, first:], wide(x.double(), key_padding_mask=floats.double(), is_causal=True)[0][:, first:], tolerance)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = make(name).float()(tokens(dtype=torch.float32), key_padding_mask=huge, is_causal=True)[0]
+    assert_close(out[:, 4:], make(name)(tokens(), key_padding_mask=huge.double(), is_causal=True)[0][:, 4:], 5e-2)
+    # A finite bias, however low, is no padding: where there is nothing else it is read.
+    out, weights = module(x, key_padding_mask=torch.full((2, 11), lowest), is_causal=True, need_weights=True)
+    assert_close(weights.double().sum(-1), torch.ones(2, 11), tolerance)
+    assert out.isfinite().all() and (out - module.out_proj.bias).norm() > 1e-3
 
 
 @every_variant
@@ -243,21 +366,23 @@ def test_causal_attn_mask_is_recognised(dtype):
     other[3, 2] = True if dtype == torch.bool else -torch.inf
     with pytest.raises(ValueError, match="not the causal mask"):
         module(x, x, x, attn_mask=other)
-    with pytest.raises(ValueError, match="not the causal mask"):
-        module(x, x, x, attn_mask=torch.zeros_like(causal))
+    nothing = torch.zeros_like(causal)
+    assert torch.equal(module(x, x, x, attn_mask=nothing)[0], module(x)[0])
+    assert torch.equal(module(x, x, x, attn_mask=nothing.expand(2 * NUM_HEADS, 11, 11))[0], module(x)[0])
 
 
 @every_variant_both_ways
 def test_compile_without_graph_breaks(name, causal):
     torch.compiler.reset()
-    module, x, ignored = make(name), tokens().requires_grad_(), padding()
+    module, x = make(name), tokens().requires_grad_()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    out = compiled(x, key_padding_mask=ignored, is_causal=causal)[0]
-    expected = module(x, key_padding_mask=ignored, is_causal=causal)[0]
-    assert_close(out, expected)
-    (grad,) = torch.autograd.grad(out.square().sum(), x)
-    (grad_expected,) = torch.autograd.grad(expected.square().sum(), x)
-    assert_close(grad, grad_expected, 1e-10)
+    for ignored in (padding(), float_padding()):
+        out = compiled(x, key_padding_mask=ignored, is_causal=causal)[0]
+        expected = module(x, key_padding_mask=ignored, is_causal=causal)[0]
+        assert_close(out, expected)
+        (grad,) = torch.autograd.grad(out.square().sum(), x)
+        (grad_expected,) = torch.autograd.grad(expected.square().sum(), x)
+        assert_close(grad, grad_expected, 1e-10)
 
 
 @pytest.mark.parametrize("name", ["latte-conv", "latte-vapor", "macchiato-sinks"])
@@ -354,10 +479,9 @@ def test_forward_errors(name):
         module(x, key_padding_mask=padding()[:, :10])
     with pytest.raises(TypeError, match="torch.int64"):
         module(x, key_padding_mask=padding().long())
-    with pytest.raises(ValueError, match="0 and -inf"):
-        module(x, key_padding_mask=torch.full((2, 11), -1.0))
-    with pytest.raises(ValueError, match="0 and -inf"):
-        module(x, key_padding_mask=torch.full((2, 11), torch.nan))
+    for value in (torch.nan, torch.inf):
+        with pytest.raises(ValueError, match="key_padding_mask has NaN or .inf"):
+            module(x, key_padding_mask=torch.full((2, 11), value))
     causal = torch.ones(11, 11, dtype=torch.bool).triu(1)
     for mask in (causal[:10, :10], causal.expand(2, 11, 11), causal[:1]):
         with pytest.raises(ValueError, match=r"attn_mask has shape .*, expected \(11, 11\) or \(8, 11, 11\)"):
