@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -105,23 +106,42 @@ def test_fused_is_float64(name: str, dtype: torch.dtype) -> None:
         assert_close(a, b, TOLERANCE[dtype], f"gradient of {key}")
 
 
-def extreme(kind: str) -> Case:
-    case = attention(decay=kind.startswith("decay"), time=70, latents=3)
+EXTREMES = ["huge", "offset", "rising", "falling", "jump", "absent", "decay", "decay-extreme"]
+MIXTURES: dict[str, Callable[..., Case]] = {
+    "causal": lambda **k: attention(state=True, **k),
+    "bidirectional": lambda **k: attention(causal=False, **k),
+    "macchiato": lambda **k: macchiato(sinks=3, sink_query=True, state=True, **k),
+    "macchiato-bidirectional": lambda **k: macchiato(causal=False, **k),
+}
+
+
+def extreme(mixture: str, kind: str) -> Case:
+    """Logits, scores of the window and decays as the kernels' chunks like them least; float16 holds them all."""
+    case = MIXTURES[mixture](time=70, latents=3, **({"decay": True} if kind.startswith("decay") else {}))
     q, k = case.inputs["query_logits"], case.inputs["key_logits"]
+    query, key = (case.inputs.get(name, torch.zeros(1, 70, 1, 0)) for name in ("query", "key"))
+    time = torch.arange(70).view(1, -1, 1, 1) - 35.0
     if kind == "huge":
-        q.mul_(5000.0), k.mul_(5000.0)
+        q.mul_(5000.0), k.mul_(5000.0), query.mul_(100.0), key.mul_(100.0)
+    elif kind == "offset":
+        q.sub_(1e4), k.add_(1e4)
     elif kind == "rising":
-        k.add_(1000.0 * torch.arange(70).view(1, -1, 1, 1))
+        k.add_(1000.0 * time)
+        query.abs_().mul_(30.0), key.add_(30.0 * time)
     elif kind == "falling":
-        k.sub_(1000.0 * torch.arange(70).view(1, -1, 1, 1))
+        k.sub_(1000.0 * time)
+        query.abs_().mul_(30.0), key.sub_(30.0 * time)
     elif kind == "jump":
         k[:, 17:] += 1000.0
         k[:, 40:] -= 3000.0
+        key[:, 17:] *= 1000.0
+        key[:, 40:] *= -0.01
     elif kind == "absent":
         k[:, :20] = -torch.inf
         k[:, :, :, 1] = -torch.inf
         q[:, 5:9] = -torch.inf
-        q[:, 30:, :, 0] = -torch.inf
+        q[:, 60:, :, 0] = -torch.inf
+        case.rest["key_mask"] = (time.flatten() > 0).expand(q.shape[0], -1)
     elif kind == "decay":
         case.inputs["log_decay"].mul_(30.0)
     elif kind == "decay-extreme":
@@ -129,19 +149,28 @@ def extreme(kind: str) -> Case:
     return case
 
 
-@pytest.mark.parametrize("kind", ["huge", "rising", "falling", "jump", "absent", "decay", "decay-extreme"])
-def test_extreme_logits(kind: str) -> None:
-    case = extreme(kind)
-    tensors = case.tensors(torch.float32, requires_grad=True)
+@pytest.mark.parametrize("dtype", FUSED, ids=str)
+@pytest.mark.parametrize(
+    ("mixture", "kind"), [(m, k) for m in MIXTURES for k in EXTREMES if "bidirectional" not in m or not k.startswith("decay")]
+)
+def test_extreme_logits(mixture: str, kind: str, dtype: torch.dtype) -> None:
+    """Outputs, states and every gradient, against the composed path in float64 on the inputs as dtype rounds them."""
+    case = extreme(mixture, kind)
+    tensors = case.tensors(dtype, requires_grad=True)
     exact = {key: x.detach().double().requires_grad_() for key, x in tensors.items()}
-    got, expected = case(tensors)[0], case(exact)[0]
-    cotangent = normal(*expected.shape, seed=3).float().double()
-    # The error of a logit is that of its rounding.
-    largest = max(x.detach()[x.detach().isfinite()].abs().max().item() for x in tensors.values())
-    tolerance = 1e-5 * max(1.0, largest / 64)
-    assert_close(got, expected, tolerance)
-    grads = torch.autograd.grad(got, list(tensors.values()), cotangent.float())
-    exact_grads = torch.autograd.grad(expected, list(exact.values()), cotangent)
+    got, expected = case.readable(tensors), case.readable(exact)
+    cotangents = [normal(*x.shape, seed=3 + i).bfloat16().double() for i, x in enumerate(expected)]
+    # The error of a logit, whatever the inputs' dtype, is that of a float32 of its size.
+    sizes = [x.detach()[x.detach().isfinite()].abs().max().item() for x in exact.values() if x.numel() > 0]
+    if "query" in exact:
+        sizes.append(
+            (exact["query"].norm(dim=-1).max() * exact["key"].norm(dim=-1).max()).item() * exact["key"].shape[-1] ** -0.5
+        )
+    tolerance = max(TOLERANCE[dtype], 1e-5 * max(sizes) / 64)
+    for i, (a, b) in enumerate(zip(got, expected, strict=True)):
+        assert_close(a, b, tolerance, f"output {i}")
+    grads = torch.autograd.grad(got, list(tensors.values()), [c.to(x.dtype) for c, x in zip(cotangents, got, strict=True)])
+    exact_grads = torch.autograd.grad(expected, list(exact.values()), cotangents)
     for key, a, b in zip(tensors, grads, exact_grads, strict=True):
         assert_close(a, b, tolerance, f"gradient of {key}")
 
