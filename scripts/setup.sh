@@ -33,6 +33,10 @@ install_debian_packages() {
     die "apt-get could not install ${missing[*]}"
 }
 
+has_python_h() {
+  "$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.isfile(os.path.join(sysconfig.get_path("include"), "Python.h")))'
+}
+
 command -v "$python" >/dev/null || die "$python is missing: install Python 3.11, or name another with PYTHON="
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || die "$python is older than Python 3.10"
 command -v g++ >/dev/null || command -v clang++ >/dev/null || die "no C++ compiler: install g++ 12 or newer"
@@ -41,9 +45,13 @@ if command -v apt-get >/dev/null && command -v dpkg-query >/dev/null; then
   install_debian_packages "${packages[@]}"
   # Debian splits ensurepip off Python, and only its own interpreter needs the package.
   "$python" -c 'import ensurepip, venv' 2>/dev/null || install_debian_packages python3-venv
+  # The same for Python.h, which what torch.compile writes includes.
+  has_python_h || install_debian_packages python3-dev
 else
   say "no apt-get here: the equivalents of these packages have to be installed already: ${packages[*]}"
 fi
+
+has_python_h || say "$python has no Python.h, which torch.compile's inductor needs: tests of it will fail"
 
 for tool in cmake ninja; do
   command -v "$tool" >/dev/null || die "$tool is missing"

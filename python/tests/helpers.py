@@ -1,19 +1,12 @@
 """What the tests share: module variants, and a comparison whose tolerance comes from norms."""
 
 import math
-import shutil
-import sysconfig
-from pathlib import Path
 
 import pytest
 import torch
 from latte import LatteAttention, MacchiatoAttention
 
-# What inductor writes includes Python.h, which Debian keeps apart from Python.
-needs_inductor = pytest.mark.skipif(
-    not Path(sysconfig.get_path("include"), "Python.h").is_file() or not (shutil.which("g++") or shutil.which("clang++")),
-    reason="torch's inductor needs a C++ compiler and Python.h (python3-dev)",
-)
+needs_inductor = pytest.mark.usefixtures("inductor")
 
 EMBED_DIM = 16
 NUM_HEADS = 4
