@@ -2,11 +2,8 @@
 
 import math
 
-import pytest
 import torch
 from latte import LatteAttention, MacchiatoAttention
-
-needs_inductor = pytest.mark.usefixtures("inductor")
 
 EMBED_DIM = 16
 NUM_HEADS = 4

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import latte
 import pytest
 import torch
-from helpers import needs_inductor
 from ops_cases import CASES, TOLERANCE, Case, assert_close, normal, ops, some_state, state_dtype
 from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
@@ -208,7 +207,7 @@ def test_compile(name: str, dynamic: bool) -> None:
     check_compiled(name, dynamic=dynamic, backend="aot_eager")
 
 
-@needs_inductor
+@pytest.mark.usefixtures("inductor")
 @pytest.mark.parametrize("name", ["causal-mask-state", "macchiato-sinks", "recurrence-state"])
 def test_compile_with_inductor(name: str) -> None:
     """The backend that torch.compile takes by itself."""

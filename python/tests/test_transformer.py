@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import EMBED_DIM, NUM_HEADS, VARIANTS, assert_close, is_causal_only, make, needs_inductor, padding, tokens
+from helpers import EMBED_DIM, NUM_HEADS, VARIANTS, assert_close, is_causal_only, make, padding, tokens
 from latte import LatteAttention, MacchiatoAttention
 
 BIDIRECTIONAL = [name for name in VARIANTS if not is_causal_only(name)]
@@ -107,8 +107,10 @@ def test_decoder_layer_takes_it_as_self_attention():
     assert_close(layer(changed, memory, tgt_mask=mask)[:, :7], layer(x, memory, tgt_mask=mask)[:, :7])
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_inductor)])
-def test_compiled_encoder(backend):
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_encoder(backend, request):
+    if backend == "inductor":
+        request.getfixturevalue("inductor")
     torch.compiler.reset()
     encoder, x = make_encoder("macchiato"), tokens().requires_grad_()
     floats = torch.zeros(2, 11, dtype=x.dtype).masked_fill(padding(), -torch.inf)
