@@ -31,6 +31,7 @@ struct Options {
   int threads = 0;
   double rival_seconds = 40.0;
   double repeat_seconds = 0.5;
+  double total_seconds = 540.0;
   bool json = false;
 };
 
@@ -75,6 +76,38 @@ void Race(std::vector<Contestant*> contestants, double budget) {
     next->spent += next->runs.back();
   }
 }
+
+// Which rows of the rival there is time for: our own are measured in any case, and their share of the total is kept free.
+class RivalTime {
+ public:
+  explicit RivalTime(const Options& options) : options_(options) {
+    const size_t passes = 2, rows = options.tokens.size() * options.attention.size() * options.dtypes.size() * passes;
+    own_rows_ = static_cast<int64_t>(rows);
+  }
+
+  void OwnRowsDone(size_t count) { own_rows_ -= static_cast<int64_t>(count); }
+
+  // Why a row that may take `expected` seconds (none: nothing is known of it) isn't run; empty where it is.
+  std::string WhyNot(std::optional<double> expected) const {
+    if (expected && *expected > options_.rival_seconds) return Skipped("over", options_.rival_seconds);
+    const double turn = 2 * options_.repeat_seconds;  // a measurement of something short, with its warming up
+    const double needed = std::max(expected.value_or(0.0), turn) + turn * static_cast<double>(own_rows_);
+    if (spent() + needed > options_.total_seconds) return Skipped("no time left of", options_.total_seconds);
+    return "";
+  }
+
+ private:
+  static std::string Skipped(const char* why, double seconds) {
+    char text[64];
+    std::snprintf(text, sizeof text, "sdpa skipped: %s %g s", why, seconds);
+    return text;
+  }
+  double spent() const { return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count(); }
+
+  const Options& options_;
+  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+  int64_t own_rows_;
+};
 
 // Peak of what torch's CPU allocator hands out on this thread, above what it held at the start.
 class MemoryMeter : public c10::MemoryReportingInfoBase {
@@ -257,6 +290,15 @@ std::optional<double> Exponent(const std::vector<std::pair<int64_t, double>>& se
   return std::log(s1 / s0) / std::log(static_cast<double>(t1) / static_cast<double>(t0));
 }
 
+// Each once, in the order of their first appearance.
+void KeepFirst(std::vector<std::string>& names) {
+  std::vector<std::string> kept;
+  for (const std::string& name : names) {
+    if (std::find(kept.begin(), kept.end(), name) == kept.end()) kept.push_back(name);
+  }
+  names = std::move(kept);
+}
+
 // Microseconds a head and token of decoding, through the operator.
 double StepMicroseconds(const Options& options) {
   const at::InferenceMode inference;
@@ -275,6 +317,7 @@ double StepMicroseconds(const Options& options) {
 
 int BenchAttention(const Options& options) {
   if (options.threads > 0) at::set_num_threads(options.threads);
+  RivalTime time(options);
   const Limits limits = MeasureLimits();
   if (!options.json) PrintHeader(options, limits);
   nlohmann::json rows = nlohmann::json::array(), exponents = nlohmann::json::array();
@@ -293,11 +336,14 @@ int BenchAttention(const Options& options) {
           ours[attention].work = [&, attention] { problem.Run([&] { return problem.Latent(attention); }, backward); };
           const bool causal = attention != "bidirectional";
           const auto last = rival_last.find(causal);
-          const double ratio =
-              last == rival_last.end() ? 0.0 : static_cast<double>(tokens) / static_cast<double>(last->second.first);
-          if (last != rival_last.end() && last->second.second * ratio * ratio > options.rival_seconds) {
-            note[causal] = "sdpa skipped: over " + std::to_string(static_cast<int>(options.rival_seconds)) + " s";
-          } else {
+          std::optional<double> expected;
+          if (last != rival_last.end()) {
+            const double ratio = static_cast<double>(tokens) / static_cast<double>(last->second.first);
+            expected = last->second.second * ratio * ratio;
+          }
+          if (note.contains(causal)) continue;
+          note[causal] = time.WhyNot(expected);
+          if (note[causal].empty()) {
             rivals[causal].work = [&, causal] { problem.Run([&] { return problem.Sdpa(causal); }, backward); };
           }
         }
@@ -322,6 +368,7 @@ int BenchAttention(const Options& options) {
           rows.push_back(ToJson(row, limits));
           if (!options.json) Print(row, limits);
         }
+        time.OwnRowsDone(options.attention.size());
       }
       for (const auto& [name, points] : series) {
         const std::optional<double> exponent = Exponent(points);
@@ -386,6 +433,11 @@ void AddBench(CLI::App& app, int& exit_code) {
   command->add_option("--rival-seconds", options->rival_seconds, "Skip a row of the rival that would take longer than this")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
+  command
+      ->add_option("--total-seconds", options->total_seconds,
+                   "Skip rows of the rival that there is no time for, of so much in all; our own rows are always measured")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
   command->add_option("--repeat-seconds", options->repeat_seconds, "Repeat each measurement for about this long")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
@@ -400,6 +452,11 @@ void AddBench(CLI::App& app, int& exit_code) {
       throw CLI::ValidationError(
           "--kv-heads", std::to_string(options->kv_heads) + " is no divisor of --heads, " + std::to_string(options->heads));
     }
+    // Lengths in ascending order, each row once: a series of two equal lengths has no slope.
+    std::sort(options->tokens.begin(), options->tokens.end());
+    options->tokens.erase(std::unique(options->tokens.begin(), options->tokens.end()), options->tokens.end());
+    KeepFirst(options->attention);
+    KeepFirst(options->dtypes);
     exit_code = BenchAttention(*options);
   });
   AddBenchDistributed(*bench, exit_code);
