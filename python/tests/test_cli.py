@@ -9,8 +9,10 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors import safe_open
+from safetensors.numpy import save_file
 
 BUILD = Path(os.environ.get("LATTE_BUILD_DIR", Path(__file__).parents[2] / "build"))
 LATTE = BUILD / "latte"
@@ -191,6 +193,23 @@ def test_a_run_killed_before_its_first_save_resumes_from_its_start(tmp_path, tex
     assert [line["step"] for line in lines_of(metrics)] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("attention", ["softmax", "window"])
+@pytest.mark.parametrize("position", ["vapor", "conv", "rg_lru"])
+def test_every_position_is_trained_resumed_and_written_with(tmp_path, text, attention, position):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options = ["--attention", attention, "--position", position, "--window", 4, "--lr", 1e-2, "--min-lr", 1e-2]
+    assert latte("train", "--text", text, "--out", whole, *SHORT, *options).returncode == 0
+    assert latte("train", "--text", text, "--out", parts, *SHORT, *options, "--steps", 3).returncode == 0
+    result = latte("train", "--out", parts, "--resume", "--steps", 6)
+    assert result.returncode == 0, result.stderr
+    assert weights(whole) == weights(parts)
+    first, last = lines_of(whole / "metrics.jsonl")[:: len(lines_of(whole / "metrics.jsonl")) - 1]
+    assert last["loss"] < first["loss"]
+    result = latte("generate", whole, "--prompt", "the", "--tokens", 40, "--temperature", 0, "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["tokens"] == 40
+
+
 def test_two_runs_do_not_share_a_folder(tmp_path, text):
     folder = tmp_path / "run"
     process = start("train", "--text", text, "--out", folder, *ENDLESS, "--save-every", "1")
@@ -230,7 +249,7 @@ def test_a_folder_is_no_text(tmp_path):
         (["--steps", "0"], "steps"),
         (["--steps", "many"], "steps"),
         (["--heads", "3"], "num_heads"),
-        (["--attention", "softmax", "--position", "conv"], "position"),
+        (["--attention", "latte", "--position", "rotary"], "position"),
         (["--attention", "cubic"], "attention"),
         (["--batch", "99999999999"], "batch"),
         (["--resume", "--overwrite"], "overwrite"),
@@ -430,6 +449,93 @@ def test_verify_runs_every_target():
         errors.setdefault(row["target"], []).append(row["errors"])
     # Targets round differently (the order of sums, fused products): equal errors would mean that one of them ran twice.
     assert len({json.dumps(rows) for rows in errors.values()}) == len(errors)
+
+
+GOLDEN = Path(__file__).parents[2] / "tests" / "golden"
+
+
+def rewritten(source: Path, path: Path, change=lambda tensors: None, **metadata) -> Path:
+    """A copy of a reference file whose tensors change(tensors) has altered."""
+    with safe_open(source, "np") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        metadata = file.metadata() | metadata
+    change(tensors)
+    save_file(tensors, path, metadata)
+    return path
+
+
+@pytest.mark.parametrize("name", ["y", "dx", "dwk"])
+def test_verify_marks_what_exceeds_its_tolerance(tmp_path, name):
+    good = GOLDEN / "causal_small.safetensors"
+    row = next(r for r in json.loads(latte("verify", good, "--json").stdout)["rows"] if r["dtype"] == "float32")
+
+    def moved_by(share):
+        """The reference `name`, moved by so much of what verify allows, tol (norm + sqrt(n))."""
+
+        def move(tensors):
+            reference = tensors[name]
+            allowed = row["tolerance"] * (np.linalg.norm(reference) + np.sqrt(reference.size))
+            reference.flat[3] += share * allowed
+
+        return move
+
+    assert latte("verify", rewritten(good, tmp_path / "causal_near.safetensors", moved_by(0.5))).returncode == 0
+    bad = rewritten(good, tmp_path / "causal_far.safetensors", moved_by(2))
+    result = latte("verify", good, bad)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "Some errors exceed" in result.stdout.splitlines()[-1]
+    above, below = result.stdout.split(str(bad))
+    assert "EXCEEDS" not in above
+    # References hold what float32 is judged by; half precision is judged by float64 on the rounded inputs.
+    for line in below.splitlines()[1:-1]:
+        assert line.endswith("EXCEEDS" if " float32 " in line else "ok"), line
+    report = latte("verify", bad, "--json")
+    assert report.returncode == 1
+    rows = json.loads(report.stdout)["rows"]
+    assert {r["passed"] for r in rows if r["dtype"] == "float32"} == {False}
+    assert all(r["errors"][name] > r["tolerance"] for r in rows if r["dtype"] == "float32")
+    assert not json.loads(report.stdout)["passed"]
+
+
+def test_verify_refuses_what_it_cannot_read(tmp_path):
+    good = GOLDEN / "causal_small.safetensors"
+    short = tmp_path / "short.safetensors"
+    short.write_bytes(good.read_bytes()[:-1])
+    lacking = rewritten(good, tmp_path / "lacking.safetensors", lambda tensors: tensors.pop("dwq"))
+    heads = rewritten(good, tmp_path / "heads.safetensors", heads="0")
+    for path, part in ((short, "short.safetensors"), (lacking, "dwq"), (heads, "heads"), (tmp_path / "none", "No such file")):
+        assert_fails(latte("verify", good, path), part, code=2)
+
+
+BENCH = ["bench", "attention", "--threads", 1, "--heads", 2, "--latents", 8, "--head-dim", 8, "--repeat-seconds", 0.001]
+
+
+def bench(*options) -> dict:
+    result = latte(*BENCH, *options, "--json")
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_bench_attention_measures_a_row_once():
+    result = bench("--tokens", "64,32,64", "--attention", "causal,causal", "--dtypes", "float32,float32")
+    assert [(row["pass"], row["tokens"]) for row in result["rows"]] == [
+        ("forward", 32), ("forward", 64), ("forward + backward", 32), ("forward + backward", 64)
+    ]  # fmt: skip
+    assert {e["attention"] for e in result["exponents"]} == {"causal", "sdpa"}
+    assert all(isinstance(e["exponent"], float) for e in result["exponents"])
+    assert bench("--tokens", "32,32", "--dtypes", "float32")["exponents"] == []
+
+
+def test_bench_attention_skips_the_rival_when_time_is_up():
+    result = bench("--tokens", "32,64", "--total-seconds", 0.0001)
+    assert len(result["rows"]) == 3 * 2 * 2 * 2
+    for row in result["rows"]:
+        assert row["milliseconds"] > 0
+        assert row["sdpa_milliseconds"] is None and row["speedup"] is None
+        assert row["sdpa_note"] == "sdpa skipped: no time left of 0.0001 s"
+    assert not any(e["attention"].startswith("sdpa") for e in result["exponents"])
+    assert all(row["sdpa_milliseconds"] > 0 for row in bench("--tokens", "32,64")["rows"])
+    assert_fails(latte(*BENCH, "--total-seconds", 0), "--total-seconds", code=2)
 
 
 def test_reports_notice_a_full_disk(run, text):

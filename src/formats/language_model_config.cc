@@ -73,9 +73,8 @@ bool HasLatents(std::string_view attention) { return attention == "latte" || att
 
 std::vector<std::string_view> positions_of(std::string_view attention) {
   if (attention == "latte") return {"none", "learned", "sinusoidal", "vapor", "conv", "rg_lru"};
-  if (attention == "macchiato") return {"none", "learned", "sinusoidal", "rotary", "vapor", "conv", "rg_lru"};
   if (HasNoPositionOfItsOwn(attention)) return {"none", "learned", "sinusoidal"};
-  return {"none", "learned", "sinusoidal", "rotary"};
+  return {"none", "learned", "sinusoidal", "rotary", "vapor", "conv", "rg_lru"};
 }
 
 // One place that lists the fields, for reading and writing.
@@ -162,9 +161,9 @@ int64_t LanguageModelConfig::parameter_count() const {
     const int64_t gates = attention == "macchiato" ? 1 : 0;
     layer += linear(embed_dim, num_heads * (latents + gates)) + linear(embed_dim, kv_heads * latents);
     if (forgets()) layer += linear(embed_dim, kv_heads * latents);
-    if (position_name() == "conv") layer += embed_dim * (conv_width + 1);
-    if (position_name() == "rg_lru") layer += 2 * linear(embed_dim, embed_dim) + embed_dim;
   }
+  if (position_name() == "conv") layer += embed_dim * (conv_width + 1);
+  if (position_name() == "rg_lru") layer += 2 * linear(embed_dim, embed_dim) + embed_dim;
   if (attention == "gated_linear")
     layer += embed_dim * kDecayRank + (kDecayRank + 1) * kv_dim + linear(embed_dim, embed_dim) + head_dim;
   if (attention == "linformer") layer += projected * max_positions;
@@ -195,8 +194,8 @@ void LanguageModelConfig::validate(Role role) const {
   const bool has_latents = HasLatents(attention);
   const std::string where = position_name();
   const bool absolute = where == "none" || where == "learned" || where == "sinusoidal";
-  const bool rotates_window = attention != "latte" && !absolute;
-  if ((rotates_window || where == "vapor") && head_dim % 2 != 0) {
+  const bool rotates = where == "rotary" || where == "vapor" || (attention == "macchiato" && !absolute);
+  if (rotates && head_dim % 2 != 0) {
     fail("num_heads", num_heads,
          "heads of an even size with position " + where + ", not embed_dim / num_heads = " + std::to_string(head_dim));
   }

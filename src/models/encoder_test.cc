@@ -29,6 +29,8 @@ int64_t count(Encoder& model) {
 TEST(Encoder, ParameterCountIsTheModels) {
   for (const json& fields : std::vector<json>{{{"attention", "softmax"}},
                                               {{"attention", "window"}, {"position", "learned"}},
+                                              {{"attention", "window"}, {"position", "conv"}},
+                                              {{"attention", "softmax"}, {"position", "rg_lru"}},
                                               {{"attention", "latte"}, {"num_latents", 5}},
                                               {{"attention", "latte"}, {"shared_latents", true}, {"position", "conv"}},
                                               {{"attention", "macchiato"}, {"norm", "batch"}, {"bias", false}},

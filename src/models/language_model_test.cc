@@ -43,25 +43,25 @@ struct Case {
 void PrintTo(const Case& one, std::ostream* out) { *out << one.name; }
 
 std::vector<Case> cases() {
-  std::vector<Case> all{{"SoftmaxNone", small_config("softmax", "none")},
-                        {"SoftmaxLearned", small_config("softmax", "learned")},
-                        {"SoftmaxRotary", small_config("softmax", "rotary")},
-                        {"WindowLearned", small_config("window", "learned")},
-                        {"WindowRotary", small_config("window", "rotary")},
-                        {"LatteNone", small_config("latte", "none")},
-                        {"LatteLearned", small_config("latte", "learned")},
-                        {"LatteVapor", small_config("latte", "vapor")},
-                        {"LatteConv", small_config("latte", "conv")},
-                        {"LatteRgLru", small_config("latte", "rg_lru")},
-                        {"MacchiatoNone", small_config("macchiato", "none")},
-                        {"MacchiatoRotary", small_config("macchiato", "rotary")},
-                        {"MacchiatoVapor", small_config("macchiato", "vapor")},
-                        {"MacchiatoConv", small_config("macchiato", "conv")},
-                        {"MacchiatoRgLru", small_config("macchiato", "rg_lru")},
-                        {"LatteSinusoidal", small_config("latte", "sinusoidal")},
-                        {"LinearNone", small_config("linear", "none")},
-                        {"LinearSinusoidal", small_config("linear", "sinusoidal")},
-                        {"GatedLinear", small_config("gated_linear", "none")}};
+  std::vector<Case> all;
+  for (const auto& [attention, name] :
+       {std::pair{"softmax", "Softmax"}, {"window", "Window"}, {"latte", "Latte"}, {"macchiato", "Macchiato"}}) {
+    for (const auto& [position, where] : {std::pair{"none", "None"},
+                                          {"learned", "Learned"},
+                                          {"sinusoidal", "Sinusoidal"},
+                                          {"rotary", "Rotary"},
+                                          {"vapor", "Vapor"},
+                                          {"conv", "Conv"},
+                                          {"rg_lru", "RgLru"}}) {
+      // Latents alone have no queries and keys of heads that could be rotated.
+      if (std::string(attention) == "latte" && std::string(position) == "rotary") continue;
+      all.push_back({std::string(name) + where, small_config(attention, position)});
+    }
+  }
+  for (const std::string position : {"none", "sinusoidal"}) {
+    all.push_back({position == "none" ? "LinearNone" : "LinearSinusoidal", small_config("linear", position)});
+  }
+  all.push_back({"GatedLinear", small_config("gated_linear", "none")});
   for (const std::string attention : {"latte", "macchiato"}) {
     auto keeping = small_config(attention, "conv");
     keeping.forget = false;
@@ -327,7 +327,9 @@ TEST(LanguageModelConfigJson, WhatCannotBeIsRefused) {
           "softmax, window, latte, macchiato, linear or gated_linear");
   refuses({{"attention", "latte"}, {"position", "rotary"}}, "position is \"rotary\"",
           "none, learned, sinusoidal, vapor, conv or rg_lru with");
-  refuses({{"position", "vapor"}}, "position is \"vapor\"", "none, learned, sinusoidal or rotary with attention softmax");
+  refuses({{"position", "alibi"}}, "position is \"alibi\"",
+          "none, learned, sinusoidal, rotary, vapor, conv or rg_lru with attention softmax");
+  refuses({{"embed_dim", 18}, {"num_heads", 6}, {"position", "vapor"}}, "num_heads is 6", "even size with position vapor");
   refuses({{"attention", "linear"}, {"position", "rotary"}}, "position is \"rotary\"",
           "none, learned or sinusoidal with attention linear");
   refuses({{"shared_latents", true}}, "shared_latents is true", "no latents");

@@ -29,11 +29,12 @@ Options attention_options(const formats::LanguageModelConfig& config) {
 std::shared_ptr<nn::AttentionImpl> make_attention(const formats::LanguageModelConfig& config) {
   const std::string position = config.position_name();
   const bool absolute = position == "none" || position == "learned" || position == "sinusoidal";
+  const auto of_its_own = absolute || position == "rotary" ? nn::LatentPosition::kNone : nn::parse_latent_position(position);
   if (config.attention == "latte" || config.attention == "macchiato") {
     auto options = attention_options<nn::MacchiatoAttentionOptions>(config);
     options.num_latents = config.num_latents;
     options.num_kv_heads = config.kv_heads();
-    if (!absolute && position != "rotary") options.position = nn::parse_latent_position(position);
+    options.position = of_its_own;
     options.conv_width = config.conv_width;
     options.forget = config.forgets();
     if (config.attention == "latte") return std::make_shared<nn::LatteAttentionImpl>(options);
@@ -57,8 +58,10 @@ std::shared_ptr<nn::AttentionImpl> make_attention(const formats::LanguageModelCo
   }
   auto options = attention_options<nn::SoftmaxAttentionOptions>(config);
   options.num_kv_heads = config.num_kv_heads;
-  options.rope = !absolute;
+  options.rope = position == "rotary";
   options.rope_base = config.rope_base;
+  options.position = of_its_own;
+  options.conv_width = config.conv_width;
   if (config.attention == "window") {
     options.window = config.window;
     options.sinks = config.sinks;

@@ -105,6 +105,9 @@ const Case kCases[] = {
     {"macchiato_rotary", "macchiato", "rotary", false, 1, 0},
     {"window", "window", "rotary", std::nullopt, 5, 0},
     {"window_sinks", "window", "rotary", std::nullopt, 3, 6},
+    {"window_vapor", "window", "vapor", std::nullopt, 4, 2},
+    {"window_conv", "window", "conv", std::nullopt, 4, 0},
+    {"window_rg_lru", "window", "rg_lru", std::nullopt, 3, 2},
 };
 
 INSTANTIATE_TEST_SUITE_P(Models, SequenceParallel, testing::Combine(testing::ValuesIn(kCases), testing::Values(2, 3, 5)),

@@ -12,8 +12,6 @@ namespace {
 // attention's temperature).
 constexpr double kDecayTemperature = 16.0;
 
-constexpr double kVaporBase = 10000.0;
-
 }  // namespace
 
 AttentionImpl::AttentionImpl(std::string name, int64_t embed_dim, bool batch_first)
@@ -54,6 +52,41 @@ AttentionResult AttentionImpl::forward(const at::Tensor& x, const AttentionForwa
   return result;
 }
 
+void AttentionImpl::register_mixer(LatentPosition position, int64_t conv_width, bool bias) {
+  if (position == LatentPosition::kConv) {
+    check_size(class_name_, "conv_width", conv_width, 1);
+    conv = register_module("conv", CausalConv1d(embed_dim_, conv_width));
+  }
+  if (position == LatentPosition::kRgLru) rg_lru = register_module("rg_lru", RgLru(embed_dim_, bias));
+}
+
+void AttentionImpl::reset_mixer() {
+  if (conv) conv->reset_parameters();
+  if (rg_lru) rg_lru->reset_parameters();
+}
+
+at::Tensor AttentionImpl::mix(const at::Tensor& x, const OptionalTensor& key_mask, const AttentionForwardOptions& options,
+                              AttentionState& next) {
+  if (conv) {
+    if (options.state) check_state(class_name_, options.state->conv.defined());
+    auto state = options.state ? OptionalTensor(options.state->conv) : std::nullopt;
+    if (options.peers && conv->weight.size(1) > 1) {
+      state = rows_before(*options.peers, x, conv->weight.size(1) - 1).to(conv->weight.scalar_type());
+    }
+    const auto [out, after] = conv->forward(x, key_mask, state, options.output_state);
+    if (after) next.conv = *after;
+    return out;
+  }
+  if (rg_lru) {
+    if (options.state) check_state(class_name_, options.state->rg_lru.defined());
+    const auto state = options.state ? OptionalTensor(options.state->rg_lru) : std::nullopt;
+    const auto [out, after] = rg_lru->forward(x, key_mask, state, options.output_state, options.peers);
+    if (after) next.rg_lru = *after;
+    return out;
+  }
+  return x;
+}
+
 LatentPosition parse_latent_position(std::string_view name) {
   for (const auto position : {LatentPosition::kNone, LatentPosition::kVapor, LatentPosition::kConv, LatentPosition::kRgLru}) {
     if (name == to_string(position)) return position;
@@ -92,19 +125,14 @@ LatentAttentionImpl::LatentAttentionImpl(const std::string& name, const LatteAtt
   value_proj = register_module("value_proj", make_linear(dim, num_kv_heads_ * head_dim_, options.bias));
   out_proj = register_module("out_proj", make_linear(dim, dim, options.bias));
   if (options.forget) decay_proj = register_module("decay_proj", make_linear(dim, num_kv_heads_ * num_latents_, options.bias));
-  if (options.position == LatentPosition::kConv) {
-    check_size(name, "conv_width", options.conv_width, 1);
-    conv = register_module("conv", CausalConv1d(dim, options.conv_width));
-  }
-  if (options.position == LatentPosition::kRgLru) rg_lru = register_module("rg_lru", RgLru(dim, options.bias));
+  register_mixer(options.position, options.conv_width, options.bias);
 }
 
 void LatentAttentionImpl::reset_parameters() {
   for (const auto& child : children()) {
     if (auto* projection = child->as<torch::nn::Linear>()) reset_linear(*projection);
   }
-  if (conv) conv->reset_parameters();
-  if (rg_lru) rg_lru->reset_parameters();
+  reset_mixer();
 }
 
 LatentAttentionImpl::Latents LatentAttentionImpl::project(const at::Tensor& x, const OptionalTensor& key_mask,
@@ -114,24 +142,7 @@ LatentAttentionImpl::Latents LatentAttentionImpl::project(const at::Tensor& x, c
   const int64_t begin = options.state ? options.state->position : options.peers ? options.peers->rank() * time : 0;
   next.position = begin + time;
 
-  auto mixed = x;
-  if (conv) {
-    if (options.state) check_state(class_name_, options.state->conv.defined());
-    auto state = options.state ? OptionalTensor(options.state->conv) : std::nullopt;
-    if (options.peers && conv->weight.size(1) > 1) {
-      state = rows_before(*options.peers, x, conv->weight.size(1) - 1).to(conv->weight.scalar_type());
-    }
-    const auto [out, after] = conv->forward(x, key_mask, state, options.output_state);
-    mixed = out;
-    if (after) next.conv = *after;
-  } else if (rg_lru) {
-    if (options.state) check_state(class_name_, options.state->rg_lru.defined());
-    const auto state = options.state ? OptionalTensor(options.state->rg_lru) : std::nullopt;
-    const auto [out, after] = rg_lru->forward(x, key_mask, state, options.output_state, options.peers);
-    mixed = out;
-    if (after) next.rg_lru = *after;
-  }
-
+  const auto mixed = mix(x, key_mask, options, next);
   Latents latents;
   latents.query_logits = query_logits_proj(mixed).unflatten(-1, {latte_.num_heads, -1});
   latents.key_logits = key_logits_proj(mixed).view({batch, time, num_kv_heads_, num_latents_});

@@ -54,14 +54,38 @@ struct AttentionResult {
   std::optional<AttentionState> state;  // if asked for or given
 };
 
+// How attention knows where a token stands, other than by rotated queries and keys.
+enum class LatentPosition : uint8_t {
+  kNone,
+  kVapor,  // values are rotated by their position, what is read of them is rotated back by the reader's
+  kConv,   // a short causal convolution on the input of the query and key logits; without latents, of queries and keys
+  kRgLru,  // Griffin's real-gated linear recurrence there
+};
+
+// "none", "vapor", "conv" and "rg_lru"; ValueError for anything else.
+LatentPosition parse_latent_position(std::string_view name);
+std::string to_string(LatentPosition position);
+
+constexpr double kVaporBase = 10000.0;  // of the rotation's angles
+
 // What every attention module has in common: layouts, masks and checks. Subclasses implement attend().
 class AttentionImpl : public torch::nn::Module {
  public:
   // x [T, B, E], with batch_first [B, T, E], without a batch [T, E].
   AttentionResult forward(const at::Tensor& x, const AttentionForwardOptions& options = {});
 
+  CausalConv1d conv{nullptr};  // position kConv only
+  RgLru rg_lru{nullptr};       // position kRgLru only
+
  protected:
   AttentionImpl(std::string name, int64_t embed_dim, bool batch_first);
+
+  // Makes `conv` or `rg_lru`, where `position` is one of them.
+  void register_mixer(LatentPosition position, int64_t conv_width, bool bias);
+  void reset_mixer();
+  // x [B, T, E] behind conv or rg_lru, x itself without them. Fills the new state's conv and rg_lru.
+  at::Tensor mix(const at::Tensor& x, const OptionalTensor& key_mask, const AttentionForwardOptions& options,
+                 AttentionState& next);
 
   // x [B, T, E]; key_mask bool [B, T], true = a real token. Weights are returned as [B, H, T, T], of any floating dtype.
   virtual AttentionResult attend(const at::Tensor& x, const OptionalTensor& key_mask, const AttentionForwardOptions& options) = 0;
@@ -72,18 +96,6 @@ class AttentionImpl : public torch::nn::Module {
   int64_t embed_dim_;
   bool batch_first_;
 };
-
-// How latents know where a token stands.
-enum class LatentPosition : uint8_t {
-  kNone,
-  kVapor,  // values are rotated by their position, what the latents return is rotated back by the reader's
-  kConv,   // a short causal convolution on the input of the query and key logits
-  kRgLru,  // Griffin's real-gated linear recurrence there
-};
-
-// "none", "vapor", "conv" and "rg_lru"; ValueError for anything else.
-LatentPosition parse_latent_position(std::string_view name);
-std::string to_string(LatentPosition position);
 
 struct LatteAttentionOptions {
   int64_t embed_dim = 0;
@@ -109,8 +121,6 @@ class LatentAttentionImpl : public AttentionImpl {
   Linear value_proj{nullptr};         // E -> Hkv * D
   Linear out_proj{nullptr};           // H * D -> E
   Linear decay_proj{nullptr};         // E -> Hkv * L; forget only
-  CausalConv1d conv{nullptr};         // position kConv only
-  RgLru rg_lru{nullptr};              // position kRgLru only
 
  protected:
   // Inputs of the operators.

@@ -70,17 +70,20 @@ Case macchiato_case(std::string name, LatentPosition position, int64_t sinks = 0
   return one;
 }
 
-Case softmax_case(std::string name, int64_t window, int64_t sinks = 0, bool rope = true, int64_t kv_heads = kHeads) {
+Case softmax_case(std::string name, int64_t window, int64_t sinks = 0, bool rope = true, int64_t kv_heads = kHeads,
+                  LatentPosition position = LatentPosition::kNone) {
   Case one{std::move(name), [=](bool batch_first) {
              auto options = common<SoftmaxAttentionOptions>(batch_first);
              options.window = window;
              options.sinks = sinks;
              options.rope = rope;
              options.num_kv_heads = kv_heads;
+             options.position = position;
              return std::make_shared<SoftmaxAttentionImpl>(options);
            }};
   one.has_sinks = sinks > 0;
   one.bidirectional = sinks == 0;
+  one.plain_values = position != LatentPosition::kVapor;
   return one;
 }
 
@@ -97,8 +100,14 @@ std::vector<Case> cases() {
           macchiato_case("MacchiatoRgLru", LatentPosition::kRgLru, 3, true, 1, true),
           softmax_case("Softmax", 0),
           softmax_case("SoftmaxGrouped", 0, 0, false, 2),
+          softmax_case("SoftmaxVapor", 0, 0, false, 2, LatentPosition::kVapor),
+          softmax_case("SoftmaxConv", 0, 0, false, kHeads, LatentPosition::kConv),
+          softmax_case("SoftmaxRgLru", 0, 0, true, 2, LatentPosition::kRgLru),
           softmax_case("Window", 6),
-          softmax_case("WindowSinks", 6, 2, true, 2)};
+          softmax_case("WindowSinks", 6, 2, true, 2),
+          softmax_case("WindowVapor", 6, 2, false, 2, LatentPosition::kVapor),
+          softmax_case("WindowConv", 6, 0, false, 2, LatentPosition::kConv),
+          softmax_case("WindowRgLru", 6, 2, true, kHeads, LatentPosition::kRgLru)};
 }
 
 class Attention : public testing::TestWithParam<Case> {

@@ -18,17 +18,20 @@ SoftmaxAttentionImpl::SoftmaxAttentionImpl(const SoftmaxAttentionOptions& option
   check_dropout(class_name_, options.dropout);
   head_dim_ = options.embed_dim / options.num_heads;
   if (options.rope) check_rotation(class_name_, "rope", head_dim_, options.rope_base);
+  if (options.position == LatentPosition::kVapor) check_rotation(class_name_, "position vapor", head_dim_, kVaporBase);
 
   const int64_t dim = options.embed_dim;
   query_proj = register_module("query_proj", make_linear(dim, dim, options.bias));
   key_proj = register_module("key_proj", make_linear(dim, num_kv_heads_ * head_dim_, options.bias));
   value_proj = register_module("value_proj", make_linear(dim, num_kv_heads_ * head_dim_, options.bias));
   out_proj = register_module("out_proj", make_linear(dim, dim, options.bias));
+  register_mixer(options.position, options.conv_width, options.bias);
   reset_parameters();
 }
 
 void SoftmaxAttentionImpl::reset_parameters() {
   for (auto linear : {query_proj, key_proj, value_proj, out_proj}) reset_linear(*linear);
+  reset_mixer();
 }
 
 AttentionResult SoftmaxAttentionImpl::attend(const at::Tensor& x, const OptionalTensor& key_mask,
@@ -41,14 +44,17 @@ AttentionResult SoftmaxAttentionImpl::attend(const at::Tensor& x, const Optional
   AttentionState next;
   next.position = begin + time;
 
-  RotatedWindow rotated{query_proj(x).view({batch, time, options_.num_heads, head_dim_}),
-                        key_proj(x).view({batch, time, num_kv_heads_, head_dim_}),
+  const auto mixed = mix(x, key_mask, options, next);
+  RotatedWindow rotated{query_proj(mixed).view({batch, time, options_.num_heads, head_dim_}),
+                        key_proj(mixed).view({batch, time, num_kv_heads_, head_dim_}),
                         {}};
-  const auto values = value_proj(x).view({batch, time, num_kv_heads_, head_dim_});
+  auto values = value_proj(x).view({batch, time, num_kv_heads_, head_dim_});
+  const auto positions = positions_from(begin, time, x.device());
   if (options_.rope) {
-    rotated = rotate_window(rotated.query, rotated.key, positions_from(begin, time, x.device()), options_.rope_base,
-                            options_.window, options_.sinks);
+    rotated = rotate_window(rotated.query, rotated.key, positions, options_.rope_base, options_.window, options_.sinks);
   }
+  const bool vapor = options_.position == LatentPosition::kVapor;
+  if (vapor) values = latte::vapor(values, positions, kVaporBase);
 
   at::Tensor heads_out;
   if (options_.window > 0) {
@@ -71,6 +77,7 @@ AttentionResult SoftmaxAttentionImpl::attend(const at::Tensor& x, const Optional
   } else {
     heads_out = attend_all(rotated.query, rotated.key, values, key_mask, options, next);
   }
+  if (vapor) heads_out = latte::vapor(heads_out, positions, kVaporBase, /*inverse=*/true);
 
   AttentionResult result;
   result.out = out_proj(heads_out.flatten(2));

@@ -21,11 +21,15 @@ struct SoftmaxAttentionOptions {
   std::optional<int64_t> num_kv_heads;  // H unless given
   bool rope = true;                     // rotate queries and keys by their position
   double rope_base = 10000.0;
-  int64_t window = 0;  // W; 0 reads the whole sequence
-  int64_t sinks = 0;   // S, with a window only, causal only
+  // On the inputs of query_proj and key_proj, or of the values (kVapor); what values read is as ever.
+  LatentPosition position = LatentPosition::kNone;
+  int64_t conv_width = 4;  // K of position kConv
+  int64_t window = 0;      // W; 0 reads the whole sequence
+  int64_t sinks = 0;       // S, with a window only, causal only
 };
 
-// Its state holds the keys and values of all tokens so far; with a window, of the last W and the first S.
+// Its state holds the keys and values of all tokens so far; with a window, of the last W and the first S; and what the
+// convolution or RG-LRU remembers.
 class SoftmaxAttentionImpl : public AttentionImpl {
  public:
   explicit SoftmaxAttentionImpl(const SoftmaxAttentionOptions& options);

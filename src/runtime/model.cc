@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <filesystem>
+#include <initializer_list>
 #include <numbers>
 #include <random>
 #include <thread>
@@ -163,25 +164,28 @@ void Model::load_layer(int64_t index, ThreadPool& pool) {
       make_latents(index, pool);
     }
   }
-  finish_layer(layer);
+  finish_layer(s.layers[static_cast<size_t>(index)], layer);
 }
 
 // Which forms of inputs a layer's products read, and how many bytes of weights.
-void Model::finish_layer(LayerWeights& layer) {
-  const SumWeights& sums = layer.sums;
-  const Matrix* const of_input[] = {&layer.query,     &layer.key,  &layer.value,           &layer.latent.gate,
-                                    &sums.recurrence, &sums.decay, &sums.recurrence_input, &sums.out_gate};
-  for (const Matrix* m : of_input) layer.attention_forms.add(m->forms());
-  for (const Matrix* m : {&sums.query, &sums.key}) layer.mixed_forms.add(m->forms());
-  if (shape_.mixer == Mixer::kNone) layer.attention_forms.add(layer.mixed_forms);
-  layer.output_forms = layer.output.forms();
-  for (const Matrix* m : {&layer.gate, &layer.up}) layer.feed_forward_forms.add(m->forms());
-  layer.down_forms = layer.down.forms();
+void Model::finish_layer(const LayerShape& attends, LayerWeights& layer) {
+  const auto add = [this](InputForms& forms, std::initializer_list<const Matrix*> matrices) {
+    for (const Matrix* m : matrices) {
+      forms.add(m->forms());
+      weight_bytes_ += m->bytes();
+    }
+  };
+  InputForms& of_latents = shape_.mixer == Mixer::kNone ? layer.attention_forms : layer.mixed_forms;
+  InputForms& of_heads = shape_.mixes_heads(attends) ? layer.mixed_forms : layer.attention_forms;
+  add(layer.attention_forms, {&layer.value, &layer.latent.gate, &layer.sums.decay, &layer.sums.out_gate, &layer.mixer.recurrence,
+                              &layer.mixer.recurrence_input});
+  add(of_heads, {&layer.query, &layer.key});
+  add(of_latents, {&layer.sums.query, &layer.sums.key});
+  add(layer.output_forms, {&layer.output});
+  add(layer.feed_forward_forms, {&layer.gate, &layer.up});
+  add(layer.down_forms, {&layer.down});
   for (const Matrix& m : layer.latent.query) layer.query_head_forms.add(m.forms());
   for (const Matrix& m : layer.latent.key) layer.key_head_forms.add(m.forms());
-  for (const Matrix* m : of_input) weight_bytes_ += m->bytes();
-  for (const Matrix* m : {&layer.output, &layer.gate, &layer.up, &layer.down}) weight_bytes_ += m->bytes();
-  for (const Matrix* m : {&sums.query, &sums.key}) weight_bytes_ += m->bytes();
 }
 
 void Model::load_latents(int64_t index, ThreadPool& pool) {

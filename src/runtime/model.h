@@ -39,16 +39,20 @@ struct LatentWeights {
 // The weights of a layer of latte train whose attention sums up the past (nn/attention.h and nn/linear_attention.h have the
 // formulas).
 struct SumWeights {
-  Matrix query;                      // of mixed input: [H (L + 1), E], the window's logit first; without a window [H L, E]
-  Matrix key;                        // of mixed input: [Hkv L, E]
-  Matrix decay;                      // [Hkv L, E] or none; of gated linear attention [Hkv D, E]
+  Matrix query;                     // of mixed input: [H (L + 1), E], the window's logit first; without a window [H L, E]
+  Matrix key;                       // of mixed input: [Hkv L, E]
+  Matrix decay;                     // [Hkv L, E] or none; of gated linear attention [Hkv D, E]
+  Matrix out_gate;                  // gated linear attention: [H D, E]
+  const float* out_norm = nullptr;  // gated linear attention: [D]
+};
+
+// Of a layer of latte train whose input is mixed over time first (nn/recurrent.h).
+struct MixerWeights {
   const float* conv = nullptr;       // [E, K]
   const float* conv_bias = nullptr;  // [E]
   Matrix recurrence;                 // [E, E]
   Matrix recurrence_input;           // [E, E]
   const float* lambda = nullptr;     // [E]
-  Matrix out_gate;                   // gated linear attention: [H D, E]
-  const float* out_norm = nullptr;   // gated linear attention: [D]
 };
 
 struct LayerWeights {
@@ -62,6 +66,7 @@ struct LayerWeights {
   Matrix gate, up, down;  // no gate where the feed-forward isn't gated
   LatentWeights latent;
   SumWeights sums;
+  MixerWeights mixer;
 
   InputForms attention_forms, mixed_forms, output_forms, feed_forward_forms, down_forms, query_head_forms, key_head_forms;
 };
@@ -106,7 +111,7 @@ class Model {
       : path_(std::move(path)), arena_("the model's weights"), options_(options) {}
   void load();
   void load_checkpoint();  // model_checkpoint.cc
-  void finish_layer(LayerWeights& layer);
+  void finish_layer(const LayerShape& attends, LayerWeights& layer);
   void set_frequencies(const float* factors);
   void require_memory(uint64_t file_bytes) const;
   void load_layer(int64_t index, ThreadPool& pool);

@@ -40,7 +40,7 @@ class Model::Checkpoint {
     model_.layers_.resize(shape_.layers.size());
     for (size_t i = 0; i < model_.layers_.size(); ++i) {
       load_layer("blocks." + std::to_string(i) + ".", shape_.layers[i], model_.layers_[i]);
-      model_.finish_layer(model_.layers_[i]);
+      model_.finish_layer(shape_.layers[i], model_.layers_[i]);
     }
   }
 
@@ -59,6 +59,7 @@ class Model::Checkpoint {
     }
     layer.value = matrix(attention + "value_proj", kv_dim, dim, config_.bias);
     layer.output = matrix(attention + "out_proj", dim, dim, config_.bias);
+    load_mixer(attention, layer.mixer);
     if (attends.latents > 0) load_latents(attention, attends, layer.sums);
     if (attends.linear == Linear::kGated) load_gated(attention, layer.sums);
   }
@@ -69,14 +70,18 @@ class Model::Checkpoint {
     sums.query = matrix(attention + "query_logits_proj", shape_.num_heads * (attends.latents + gates), dim, config_.bias);
     sums.key = matrix(attention + "key_logits_proj", key_logits, dim, config_.bias);
     if (config_.forgets()) sums.decay = matrix(attention + "decay_proj", key_logits, dim, config_.bias);
+  }
+
+  void load_mixer(const std::string& attention, MixerWeights& mixer) {
+    const int64_t dim = shape_.embed_dim;
     if (shape_.mixer == Mixer::kConv) {
-      sums.conv = floats(attention + "conv.weight", {dim, shape_.conv_width});
-      sums.conv_bias = floats(attention + "conv.bias", {dim});
+      mixer.conv = floats(attention + "conv.weight", {dim, shape_.conv_width});
+      mixer.conv_bias = floats(attention + "conv.bias", {dim});
     }
     if (shape_.mixer == Mixer::kRgLru) {
-      sums.recurrence = matrix(attention + "rg_lru.recurrence_proj", dim, dim, config_.bias);
-      sums.recurrence_input = matrix(attention + "rg_lru.input_proj", dim, dim, config_.bias);
-      sums.lambda = floats(attention + "rg_lru.lambda", {dim});
+      mixer.recurrence = matrix(attention + "rg_lru.recurrence_proj", dim, dim, config_.bias);
+      mixer.recurrence_input = matrix(attention + "rg_lru.input_proj", dim, dim, config_.bias);
+      mixer.lambda = floats(attention + "rg_lru.lambda", {dim});
     }
   }
 

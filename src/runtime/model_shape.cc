@@ -113,8 +113,8 @@ ModelShape ModelShape::from(const formats::LanguageModelConfig& config) {
   shape.gated = config.mlp == "gated";
   shape.gate = shape.gated ? kernels::Gate::kSilu : kernels::Gate::kGelu;
   shape.pairs = kernels::RotaryPairs::kHalves;
-  shape.rotary = {{config.rope_base, 1.0}};
-  const bool rotates = !absolute && !latte && config.attention != "linear" && config.attention != "gated_linear";
+  const bool rotates = position == "rotary" || (macchiato && !absolute);
+  shape.rotary = {{config.rope_base, rotates ? 1.0 : 0.0}};
   if (position == "vapor") {
     shape.vapor = static_cast<int64_t>(shape.rotary.size());
     shape.rotary.push_back({10000.0, 1.0});

@@ -14,12 +14,12 @@ namespace latte::runtime {
 
 struct Rotary {
   double base = 10000.0;
-  double scale = 1.0;  // of the positions
+  double scale = 1.0;  // of the positions; 0: nothing turns
 };
 
 enum class Norm : uint8_t { kRms, kLayer };
 
-// What the input of the latents' logits goes through first.
+// What the input of the latents' logits, without latents of queries and keys, goes through first.
 enum class Mixer : uint8_t { kNone, kConv, kRgLru };
 
 enum class Linear : uint8_t { kNone, kNormalised, kGated };  // nn/linear_attention.h has the formulas
@@ -74,12 +74,15 @@ struct ModelShape {
   bool latents_of_input = false;  // the latents' logits come from the layer's input, not from heads of queries and keys
   Mixer mixer = Mixer::kNone;     // of that input
   int64_t conv_width = 0;         // K
-  int64_t vapor = -1;             // the latents read values that are rotated, by so many-th of `rotary`; -1: they don't
+  int64_t vapor = -1;             // values are rotated by so many-th of `rotary`, where there are latents for them alone; -1: not
   bool sinusoidal = false;        // sines and cosines are added to the embeddings
   int64_t learned_positions = 0;  // so many are added to the embeddings, and a session ends there; 0: none
 
   int64_t group() const { return num_heads / num_kv_heads; }
   bool constant_state() const;  // no layer reads every token
+  // Whether a layer's queries and keys come from its mixed input, and its tokens' values are rotated: what else has the latents.
+  bool mixes_heads(const LayerShape& layer) const { return mixer != Mixer::kNone && layer.latents == 0; }
+  bool turns_tokens(const LayerShape& layer) const { return vapor >= 0 && layer.latents == 0; }
 
   // Throws ModelError for an architecture that isn't in the table, FormatError for metadata that lack something or don't fit.
   static ModelShape from(const formats::GgufFile& file);

@@ -62,7 +62,7 @@ Engine::Pass::Pass(const Model& model, const EngineOptions& options)
   if (sums) sums_out_ = arena_.take_array<float>(n * s.num_heads * s.head_dim);
   if (decay) decay_ = arena_.take_array<float>(n * s.num_kv_heads * std::max(most_latents_, s.head_dim));
   if (gated_output) out_gate_ = arena_.take_array<float>(n * s.num_heads * s.head_dim);
-  if (s.vapor >= 0) turned_values_ = arena_.take_array<float>(n * s.num_kv_heads * s.head_dim);
+  if (s.vapor >= 0 && sums) turned_values_ = arena_.take_array<float>(n * s.num_kv_heads * s.head_dim);
   if (s.mixer != Mixer::kNone) {
     normed_ = arena_.take_array<float>(n * s.embed_dim);
     mixed_ = arena_.take_array<float>(n * s.embed_dim);
@@ -114,6 +114,7 @@ Engine::Pass::Pass(const Model& model, const EngineOptions& options)
     own.query = arena_.take_array<float>(s.num_heads * s.key_dim);
     own.sink_query = arena_.take_array<float>(s.num_heads * s.key_dim);
     own.key = arena_.take_array<float>(s.key_dim);
+    own.value = arena_.take_array<float>(s.head_dim);
     own.gate = arena_.take_array<float>(std::min(n, kBlockTokens) * whole_groups(s.hidden_dim));
     own.up = arena_.take_array<float>(std::min(n, kBlockTokens) * whole_groups(s.hidden_dim));
     own.inputs = Inputs(1, s.embed_dim, attention, arena_);
@@ -292,25 +293,32 @@ void Engine::Pass::product(int thread, const Matrix& matrix, const Inputs& input
 void Engine::Pass::attention_products(int thread, int64_t index, const Inputs& inputs) {
   const LayerWeights& layer = model_.layers()[static_cast<size_t>(index)];
   const SumWeights& sums = layer.sums;
-  const Piece pieces[] = {{&layer.query, heads_, heads_stride_},
-                          {&layer.key, heads_ + key_offset_, heads_stride_},
+  static const Matrix kLater;
+  const bool heads_later = shape_.mixes_heads(layer_shape(index)), latents_later = shape_.mixer != Mixer::kNone;
+  const Piece pieces[] = {{heads_later ? &kLater : &layer.query, heads_, heads_stride_},
+                          {heads_later ? &kLater : &layer.key, heads_ + key_offset_, heads_stride_},
                           {&layer.value, heads_ + value_offset_, heads_stride_},
                           {&layer.latent.gate, heads_ + gate_offset_, heads_stride_},
                           {&sums.decay, decay_, sums.decay.rows()},
                           {&sums.out_gate, out_gate_, sums.out_gate.rows()},
-                          {&sums.recurrence, recurrence_, shape_.embed_dim},
-                          {&sums.recurrence_input, recurrence_input_, shape_.embed_dim},
-                          {&sums.query, query_logits_, sums.query.rows()},
-                          {&sums.key, key_logits_, sums.key.rows()}};
-  const size_t behind_mixer = shape_.mixer == Mixer::kNone ? 0 : 2;
-  products(thread, std::span(pieces).first(std::size(pieces) - behind_mixer), inputs);
+                          {&layer.mixer.recurrence, recurrence_, shape_.embed_dim},
+                          {&layer.mixer.recurrence_input, recurrence_input_, shape_.embed_dim},
+                          {latents_later ? &kLater : &sums.query, query_logits_, sums.query.rows()},
+                          {latents_later ? &kLater : &sums.key, key_logits_, sums.key.rows()}};
+  products(thread, pieces, inputs);
 }
 
-// The latents' logits of mixed rows.
+// Of mixed rows: the latents' logits, or without latents queries and keys.
 void Engine::Pass::mixed_products(int thread, int64_t index, const Inputs& inputs) {
-  const SumWeights& sums = model_.layers()[static_cast<size_t>(index)].sums;
-  const Piece pieces[] = {{&sums.query, query_logits_, sums.query.rows()}, {&sums.key, key_logits_, sums.key.rows()}};
-  products(thread, pieces, inputs);
+  const LayerWeights& layer = model_.layers()[static_cast<size_t>(index)];
+  const SumWeights& sums = layer.sums;
+  if (shape_.mixes_heads(layer_shape(index))) {
+    const Piece pieces[] = {{&layer.query, heads_, heads_stride_}, {&layer.key, heads_ + key_offset_, heads_stride_}};
+    products(thread, pieces, inputs);
+  } else {
+    const Piece pieces[] = {{&sums.query, query_logits_, sums.query.rows()}, {&sums.key, key_logits_, sums.key.rows()}};
+    products(thread, pieces, inputs);
+  }
 }
 
 void Engine::Pass::products(int thread, std::span<const Piece> pieces, const Inputs& inputs) {

@@ -44,6 +44,7 @@ class Engine::Pass {  // NOLINT(clang-analyzer-optin.performance.Padding)
     float* query = nullptr;       // [H, Dk], rotated, with the scores' scale
     float* sink_query = nullptr;  // [H, Dk]
     float* key = nullptr;         // [Dk]
+    float* value = nullptr;       // [D]
     float* gate = nullptr;        // [kBlockTokens, F]
     float* up = nullptr;          // [kBlockTokens, F]
     Inputs inputs, output_inputs, down_inputs, query_inputs, key_inputs;
@@ -103,6 +104,7 @@ class Engine::Pass {  // NOLINT(clang-analyzer-optin.performance.Padding)
   void attend_window(int64_t layer, const Part& part, int64_t kv_head, int64_t first, int64_t last);
   void keep_new(int64_t layer, const Part& part, int64_t kv_head);
   void copy_head(const float* head, const float* norm, float* out) const;
+  void copy_value(const LayerShape& layer, const float* value, int64_t row, float* out) const;
   const LayerShape& layer_shape(int64_t layer) const { return shape_.layers[static_cast<size_t>(layer)]; }
 
   static constexpr int64_t kBlockTokens = 64;  // whose activations stay in the second-level cache between two products

@@ -38,6 +38,15 @@ void Engine::Pass::copy_head(const float* head, const float* norm, float* out) c
   }
 }
 
+// A row's value as the layer's tokens are read, of one head.
+void Engine::Pass::copy_value(const LayerShape& layer, const float* value, int64_t row, float* out) const {
+  std::copy_n(value, shape_.head_dim, out);
+  if (!shape_.turns_tokens(layer)) return;
+  const int64_t pairs = shape_.rotary_dims / 2;
+  const Turns& turns = turns_[static_cast<size_t>(shape_.vapor)];
+  kernels::RotateRow(shape_.pairs, pairs, turns.cos + row * pairs, turns.sin + row * pairs, out);
+}
+
 void Engine::Pass::attend_token(int thread, int64_t layer, const Part& part) {
   const ModelShape& s = shape_;
   const LayerShape& attention = layer_shape(layer);
@@ -75,12 +84,12 @@ void Engine::Pass::attend_token(int thread, int64_t layer, const Part& part) {
   float* parts = parts_of_softmax_ + (part.first * pool_.size() + thread) * s.num_heads * part_size;
   for (int64_t h = 0; h < s.num_kv_heads; ++h) {
     const kernels::KeyValueCache ring = part.session->ring(layer, h);
-    const float* value = row + value_offset_ + h * s.head_dim;
     if (slot >= begin && slot < end) {
+      copy_value(attention, row + value_offset_ + h * s.head_dim, part.first, own.value);
       copy_head(row + key_offset_ + h * s.key_dim, weights.key_norm, own.key);
       kernels::RotateRow(s.pairs, pairs, cos, sin, own.key);
-      kernels::StoreSlot(ring, slot, own.key, value);
-      if (part.position < attention.sinks) kernels::StoreSlot(part.session->sinks(layer, h), part.position, own.key, value);
+      kernels::StoreSlot(ring, slot, own.key, own.value);
+      if (part.position < attention.sinks) kernels::StoreSlot(part.session->sinks(layer, h), part.position, own.key, own.value);
     }
     float* head_parts = parts + h * s.group() * part_size;
     for (int64_t g = 0; g < s.group(); ++g) kernels::ClearPart(s.head_dim, head_parts + g * part_size);
@@ -114,6 +123,10 @@ void Engine::Pass::read_heads(int64_t layer, int64_t row, float* out) const {
       const float* window = window_out_ + ((h / s.group() * batch_tokens_ + row) * s.group() + h % s.group()) * s.head_dim;
       for (int64_t i = 0; i < s.head_dim; ++i) head[i] = share * window[i] + (sums ? head[i] : 0.0f);
     }
+    if (!s.turns_tokens(attention)) continue;
+    const int64_t pairs = s.rotary_dims / 2;
+    const Turns& turns = turns_[static_cast<size_t>(s.vapor)];
+    kernels::RotateRow(s.pairs, pairs, turns.cos + row * pairs, turns.back + row * pairs, head);
   }
 }
 
@@ -218,7 +231,7 @@ void Engine::Pass::gather_new(int thread, int64_t layer, const Part& part) {
         copy_head(row + key_offset_ + h * s.key_dim, weights.key_norm, key);
         kernels::RotateRow(s.pairs, pairs, cos, sin, key);
         float* value = past_values_ + (h * past_capacity_ + past + t) * s.head_dim;
-        std::copy_n(row + value_offset_ + h * s.head_dim, s.head_dim, value);
+        copy_value(attention, row + value_offset_ + h * s.head_dim, part.first + t, value);
         // As they'll be read from the cache: a token sees the same whichever tokens came in one piece with it.
         kernels::RoundRow(ring.dtype, s.key_dim, key);
         kernels::RoundRow(ring.dtype, s.head_dim, value);

@@ -21,10 +21,11 @@ constexpr float kFastestLinearDecay = -5.0f;  // nn/linear_attention.cc
 
 }  // namespace
 
-// The input of the latents' logits: a convolution or RG-LRU over time, whose channels the threads share out.
+// The input of the latents' logits, or of queries and keys: a convolution or RG-LRU over time, whose channels the threads share
+// out.
 void Engine::Pass::mix(int thread, int64_t layer) {
   const int64_t dim = shape_.embed_dim;
-  const SumWeights& weights = model_.layers()[static_cast<size_t>(layer)].sums;
+  const MixerWeights& weights = model_.layers()[static_cast<size_t>(layer)].mixer;
   const bool convolves = shape_.mixer == Mixer::kConv;
   const int64_t remembered = convolves ? shape_.conv_width - 1 : 1;
   const Share share = share_of(kernels::ChannelSlices(1, dim), thread, pool_.size());

@@ -140,7 +140,7 @@ bool Session::can_truncate(int64_t position) const {
   if (position < 0 || position > position_) return false;
   if (position == position_ || position == 0) return true;
   for (size_t i = 0; i < places_.size(); ++i) {
-    if (places_[i].sum_bytes > 0 || position_ > places_[i].window) return false;
+    if (places_[i].sum_bytes > 0 || places_[i].mixer_bytes > 0 || position_ > places_[i].window) return false;
   }
   return true;
 }

@@ -181,6 +181,8 @@ json compare(const json& config, const CompareOptions& options, const CompareRun
     }
     if (attention != "window" && attention != "macchiato") model.erase("sinks");
     const std::string position = model.value("position", "");
+    // The configuration's, where it was chosen for latents: the others' default is what they are known by, and an entry that
+    // wants it names it (softmax:position=conv).
     const bool of_latents = position == "conv" || position == "vapor" || position == "rg_lru";
     const bool rotates = attention == "softmax" || attention == "window" || attention == "macchiato";
     if ((of_latents && !latents) || (position == "rotary" && !rotates)) model.erase("position");  // its default

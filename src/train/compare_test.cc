@@ -67,15 +67,17 @@ TEST(Compare, WhatAnAttentionHasNoUseForIsLeftOut) {
   json config = task_config();
   config["model"].update({{"position", "conv"}, {"sinks", 2}, {"causal", true}});
   CompareOptions options;
-  for (const char* name : {"macchiato", "latte", "softmax", "linear"})
+  for (const char* name : {"macchiato", "latte", "softmax", "linear", "window:position=vapor", "softmax:position=conv"})
     options.entries.push_back(CompareOptions::parse_entry(name));
   options.seeds = 1;
   compare(config, options, [](const CompareRun& asked) {
     const json& model = asked.config.at("model");
     const bool latents = model.at("attention") == "macchiato" || model.at("attention") == "latte";
-    EXPECT_EQ(model.contains("position"), latents);
+    const bool named = asked.name.find("position") != std::string::npos;
+    EXPECT_EQ(model.contains("position"), latents || named) << asked.name;
+    if (named) EXPECT_EQ(model.at("position"), model.at("attention") == "window" ? "vapor" : "conv");
     EXPECT_EQ(model.contains("num_latents"), latents);
-    EXPECT_EQ(model.contains("sinks"), model.at("attention") == "macchiato");
+    EXPECT_EQ(model.contains("sinks"), model.at("attention") == "macchiato" || model.at("attention") == "window");
     return report(0.5, 0.5);
   });
 }

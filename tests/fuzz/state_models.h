@@ -100,8 +100,9 @@ inline std::vector<StateModel> state_models() {
   constant.attention = {5, 2, 3};
   std::vector<StateModel> models = {{"constant", runtime::Model::open(path, constant)},
                                     {"growing", runtime::Model::open(path, growing)}};
-  constexpr const char* kTrained[][2] = {
-      {"softmax", "rotary"}, {"latte", "rg_lru"}, {"macchiato", "conv"}, {"macchiato", "vapor"}, {"gated_linear", "none"}};
+  constexpr const char* kTrained[][2] = {{"softmax", "rotary"},  {"latte", "rg_lru"},      {"macchiato", "conv"},
+                                         {"macchiato", "vapor"}, {"gated_linear", "none"}, {"softmax", "conv"},
+                                         {"window", "vapor"}};
   for (const auto& [attention, position] : kTrained) {
     const std::string checkpoint = folder + "/checkpoint.safetensors";
     write_trained_model(checkpoint, attention, position);

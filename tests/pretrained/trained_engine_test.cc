@@ -92,8 +92,8 @@ void expect_equals_libtorch(const LanguageModelConfig& config) {
 
 TEST(TrainedModelsInTheEngine, EveryAttentionAndPosition) {
   const std::vector<std::pair<std::string, std::vector<std::string>>> all = {
-      {"softmax", {"none", "learned", "sinusoidal", "rotary"}},
-      {"window", {"none", "learned", "sinusoidal", "rotary"}},
+      {"softmax", {"none", "learned", "sinusoidal", "rotary", "vapor", "conv", "rg_lru"}},
+      {"window", {"none", "learned", "sinusoidal", "rotary", "vapor", "conv", "rg_lru"}},
       {"latte", {"none", "learned", "sinusoidal", "vapor", "conv", "rg_lru"}},
       {"macchiato", {"none", "learned", "sinusoidal", "rotary", "vapor", "conv", "rg_lru"}},
       {"linear", {"none", "learned", "sinusoidal"}},
@@ -122,11 +122,14 @@ TEST(TrainedModelsInTheEngine, EveryOtherField) {
   };
   for (const auto& [name, change] : all) {
     for (const char* position : {"conv", "rg_lru", "vapor"}) {
-      SCOPED_TRACE(name + ", " + position);
-      LanguageModelConfig config = config_of("macchiato", position);
-      change(config);
-      expect_equals_libtorch(config);
-      if (HasFatalFailure()) return;
+      for (const std::string attention : {"macchiato", "window"}) {
+        LanguageModelConfig config = config_of(attention, position);
+        change(config);
+        if (attention == "window" && (config.forget || config.shared_latents)) continue;  // of latents
+        SCOPED_TRACE(name + ", " + attention + ", " + position);
+        expect_equals_libtorch(config);
+        if (HasFatalFailure()) return;
+      }
     }
   }
   for (const char* attention : {"linear", "gated_linear", "softmax"}) {
@@ -140,8 +143,9 @@ TEST(TrainedModelsInTheEngine, EveryOtherField) {
 
 TEST(TrainedModelsInTheEngine, RandomSchedulesEqualEachSessionAlone) {
   const std::vector<std::pair<std::string, std::string>> all = {
-      {"softmax", "rotary"},  {"window", "sinusoidal"}, {"latte", "conv"},  {"latte", "rg_lru"},      {"macchiato", "conv"},
-      {"macchiato", "vapor"}, {"macchiato", "rg_lru"},  {"linear", "none"}, {"gated_linear", "none"},
+      {"softmax", "rotary"},  {"window", "sinusoidal"}, {"latte", "conv"},   {"latte", "rg_lru"},      {"macchiato", "conv"},
+      {"macchiato", "vapor"}, {"macchiato", "rg_lru"},  {"linear", "none"},  {"gated_linear", "none"}, {"softmax", "conv"},
+      {"softmax", "vapor"},   {"window", "rg_lru"},     {"window", "vapor"},
   };
   for (const auto& [attention, position] : all) {
     SCOPED_TRACE(attention + ", " + position);
@@ -173,6 +177,24 @@ TEST(TrainedModelsInTheEngine, StatesSayWhatTheyCanAndTake) {
     session.truncate(grows ? 5 : 0);
     const auto rest = std::span(tokens).subspan(static_cast<size_t>(session.position()));
     EXPECT_LT(distance(engine.prefill(session, rest), logits_of(reference, tokens)[-1]), kFloat32);
+  }
+}
+
+// What a convolution or RG-LRU remembers of the last tokens can't be taken back.
+TEST(TrainedModelsInTheEngine, AMixerCannotGoBack) {
+  const formats::TestFolder folder;
+  const auto tokens = random_tokens(6);
+  for (const char* position : {"conv", "rg_lru"}) {
+    SCOPED_TRACE(position);
+    const auto reference = random_model(config_of("softmax", position));
+    write(folder / "checkpoint.safetensors", reference);
+    const auto model = Model::open(folder / ".");
+    Engine engine(model, {1, {}, 16});
+    Session session(model, exact());
+    engine.prefill(session, tokens);
+    EXPECT_FALSE(session.can_truncate(5));
+    session.truncate(0);
+    EXPECT_LT(distance(engine.prefill(session, tokens), logits_of(reference, tokens)[-1]), kFloat32);
   }
 }
 
