@@ -259,6 +259,27 @@ def test_whole_is_merged_pieces(dtype: torch.dtype) -> None:
     assert torch.equal(ops.merge_states(empty, empty), empty)
 
 
+def test_merge_states_has_a_kernel() -> None:
+    """In float32 without gradients, of any strides and under torch.compile; torch.func.vmap goes through torch's operators."""
+    exact = CASES["merge"]().states
+    exact["right"][1, 0, 1, -1] = -torch.inf  # all is forgotten
+    left, right = exact["left"].float(), exact["right"].float()
+    expected = ops.merge_states(**exact)
+    with torch.profiler.profile() as profile:
+        merged = ops.merge_states(left, right)
+    assert not any(event.name == "aten::exp" for event in profile.events())
+    assert_close(merged, expected, 1e-6)
+    followed = ops.merge_states(left.clone().requires_grad_(), right)
+    assert followed.requires_grad
+    assert_close(followed, expected, 1e-6)
+    strided = left.transpose(0, 3).contiguous().transpose(0, 3)
+    assert torch.equal(ops.merge_states(strided, right.flip(0).flip(0)), merged)
+    assert torch.equal(torch.compile(ops.merge_states, fullgraph=True, backend="aot_eager")(left, right), merged)
+    several = torch.stack([left, right]), torch.stack([right, left])
+    for got, pair in zip(torch.func.vmap(ops.merge_states)(*several), zip(*several, strict=True), strict=True):
+        assert_close(got, ops.merge_states(*(x.double() for x in pair)), 1e-6)
+
+
 @pytest.mark.parametrize("name", [name for name in CASES if name.endswith("packed")])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_packed_is_separate(name: str, dtype: torch.dtype) -> None:

@@ -25,9 +25,15 @@ def averages(state):
     return state[..., :D] / state[..., D : D + 1]
 
 
+def merged(x):
+    left, right = (latte.causal_attention(y[..., :L], y[..., :L], y, output_final_state=True)[1] for y in (x, 2 * x))
+    return averages(latte.merge_states(left, right))
+
+
 FUNCTIONS = {
     "causal": lambda x: latte.causal_attention(x[..., :L], x[..., :L], x, log_decay=-x[..., :L].square())[0],
     "state": lambda x: averages(latte.causal_attention(x[..., :L], x[..., :L], x, output_final_state=True)[1]),
+    "merged": merged,
     "bidirectional": lambda x: latte.bidirectional_attention(x[..., :L], x[..., :L], x),
     "macchiato": macchiato,
     "conv": lambda x: latte.causal_conv1d(x.flatten(2), x[0, 0].reshape(H * D, 1).expand(-1, 3))[0],

@@ -1,9 +1,8 @@
-// latte::causal_attention, latte::bidirectional_attention and latte::merge_states.
+// latte::causal_attention and latte::bidirectional_attention.
 #include <torch/library.h>
 
 #include "ops/autocast.h"
 #include "ops/check.h"
-#include "ops/composed.h"
 #include "ops/core.h"
 
 namespace latte {
@@ -27,28 +26,6 @@ at::Tensor Bidirectional(const at::Tensor& query_logits, const at::Tensor& key_l
   return std::get<0>(CallLatentAttention(in, /*output_final_state=*/false));
 }
 
-at::Tensor Merge(const at::Tensor& left, const at::Tensor& right) {
-  const Checker check("merge_states");
-  check.Rank("left", left, 4, "[N, Hkv, L, D + 3]");
-  check.AtLeast("D + 3, the columns of left", left.sym_size(3), 4);
-  check.Shape("right", right, "[N, Hkv, L, D + 3]", {left.sym_size(0), left.sym_size(1), left.sym_size(2), left.sym_size(3)});
-  TORCH_CHECK_TYPE(left.scalar_type() == at::kFloat || left.scalar_type() == at::kDouble, "[latte.merge_states] left: got dtype ",
-                   left.scalar_type(), ", expected Float or Double");
-  check.Dtype("right", right, left.scalar_type());
-  check.Device("right", right, left);
-  const NoAutocast guard;
-  // Columns S and z, m, G.
-  const auto maximum_at = left.sym_size(3) - 2;
-  const auto column = [&](const at::Tensor& x, const c10::SymInt& index) { return x.narrow_symint(-1, index, 1); };
-  const auto left_maximum = column(left, maximum_at) + column(right, maximum_at + 1);
-  const auto right_maximum = column(right, maximum_at);
-  const auto maximum = at::maximum(left_maximum, right_maximum).detach();
-  const auto reference = composed::FiniteOrZero(maximum);
-  const auto sums = left.narrow_symint(-1, 0, maximum_at) * (left_maximum - reference).exp() +
-                    right.narrow_symint(-1, 0, maximum_at) * (right_maximum - reference).exp();
-  return at::cat({sums, maximum, column(left, maximum_at + 1) + column(right, maximum_at + 1)}, -1);
-}
-
 TORCH_LIBRARY_FRAGMENT(latte, m) {
   m.def(
       "causal_attention(Tensor query_logits, Tensor key_logits, Tensor values, *, Tensor? log_decay=None, "
@@ -59,7 +36,6 @@ TORCH_LIBRARY_FRAGMENT(latte, m) {
       "bidirectional_attention(Tensor query_logits, Tensor key_logits, Tensor values, *, Tensor? key_mask=None, "
       "Tensor? cu_seqlens=None) -> Tensor",
       TORCH_FN(Bidirectional));
-  m.def("merge_states(Tensor left, Tensor right) -> Tensor", TORCH_FN(Merge));
 }
 
 }  // namespace
@@ -75,7 +51,5 @@ at::Tensor bidirectional_attention(const at::Tensor& query_logits, const at::Ten
                                    const BidirectionalAttentionOptions& options) {
   return Bidirectional(query_logits, key_logits, values, options.key_mask, options.cu_seqlens);
 }
-
-at::Tensor merge_states(const at::Tensor& left, const at::Tensor& right) { return Merge(left, right); }
 
 }  // namespace latte

@@ -29,6 +29,9 @@ struct LatentGradients {  // undefined where the input is absent
 LatentGradients LatentAttentionBackward(const LatentInputs& inputs, const at::Tensor& grad_out,
                                         const OptionalTensor& grad_final_state);
 
+// `left` followed by `right`, [N, Hkv, L, D + 3] each. The maximum's column carries no gradient.
+at::Tensor MergeStates(const at::Tensor& left, const at::Tensor& right);
+
 struct WindowOutputs {
   at::Tensor out;  // [B, T, H, D], AccumulateType
   at::Tensor lse;  // [B, T, H], AccumulateType; carries no gradient

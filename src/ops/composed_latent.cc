@@ -244,4 +244,18 @@ LatentGradients LatentAttentionBackward(const LatentInputs& in, const at::Tensor
   return grads;
 }
 
+at::Tensor MergeStates(const at::Tensor& left, const at::Tensor& right) {
+  const NoAutocast no_autocast;
+  // Columns S and z, m, G.
+  const auto maximum_at = left.sym_size(3) - 2;
+  const auto column = [&](const at::Tensor& x, const c10::SymInt& index) { return x.narrow_symint(-1, index, 1); };
+  const auto left_maximum = column(left, maximum_at) + column(right, maximum_at + 1);
+  const auto right_maximum = column(right, maximum_at);
+  const auto maximum = at::maximum(left_maximum, right_maximum).detach();
+  const auto reference = FiniteOrZero(maximum);
+  const auto sums = left.narrow_symint(-1, 0, maximum_at) * (left_maximum - reference).exp() +
+                    right.narrow_symint(-1, 0, maximum_at) * (right_maximum - reference).exp();
+  return at::cat({sums, maximum, column(left, maximum_at + 1) + column(right, maximum_at + 1)}, -1);
+}
+
 }  // namespace latte::composed
