@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import assert_close
-from make_modules_golden import BATCH, CASES, TOKENS, VERSION, build, make_input, make_padding
+from make_modules_golden import BATCH, CASES, TOKENS, VERSION, build, make_input, make_mask
 
 GOLDEN = json.loads((Path(__file__).resolve().parents[2] / "tests" / "golden" / "modules.json").read_text())
 
@@ -23,9 +23,12 @@ def test_names_shapes_and_outputs(case, dtype, tolerance):
     module = build(case["module"], case["options"])
     assert {name: list(value.shape) for name, value in module.state_dict().items()} == case["parameters"]
     x = make_input(case["options"]["embed_dim"])
-    padding = make_padding() if case["padded"] else None
     out, weights = module.to(dtype)(
-        x.to(dtype), key_padding_mask=padding, is_causal=case["causal"], need_weights=True, average_attn_weights=False
+        x.to(dtype),
+        key_padding_mask=make_mask(case["mask"]),
+        is_causal=case["causal"],
+        need_weights=True,
+        average_attn_weights=False,
     )
     heads = case["options"]["num_heads"]
     assert math.prod(out.shape) == len(case["out"])

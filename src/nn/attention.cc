@@ -1,8 +1,10 @@
 #include "nn/attention.h"
 
+#include <cmath>
 #include <utility>
 
 #include "nn/attention_weights.h"
+#include "nn/key_padding.h"
 #include "nn/module_utils.h"
 
 namespace latte::nn {
@@ -34,12 +36,16 @@ AttentionResult AttentionImpl::forward(const at::Tensor& x, const AttentionForwa
 
   OptionalTensor key_mask;
   if (options.key_padding_mask) {
-    const auto& padding = *options.key_padding_mask;
+    auto& padding = *options.key_padding_mask;
     const auto expected = batched ? std::vector<int64_t>{rows.size(0), rows.size(1)} : std::vector<int64_t>{rows.size(1)};
-    TORCH_CHECK_VALUE(padding.scalar_type() == torch::kBool && padding.sizes() == expected, class_name_,
-                      ": expected a bool key_padding_mask ", expected, " (true = padding), got ", padding.scalar_type(), " ",
+    TORCH_CHECK_TYPE(padding.scalar_type() == torch::kBool || padding.is_floating_point(), class_name_,
+                     ": expected a bool (true = padding) or floating key_padding_mask, got ", padding.scalar_type());
+    TORCH_CHECK_VALUE(padding.sizes() == expected, class_name_, ": expected a key_padding_mask ", expected, ", got ",
                       padding.sizes());
-    key_mask = (batched ? padding : padding.unsqueeze(0)).logical_not();
+    if (!batched) padding = padding.unsqueeze(0);
+    key_mask = real_tokens(padding);
+    TORCH_CHECK_VALUE(takes_key_bias() || !key_bias_of(padding), class_name_,
+                      ": key_padding_mask has floats other than 0 and -inf, which this attention doesn't add");
   }
 
   auto result = attend(rows, key_mask, options);
@@ -145,7 +151,8 @@ LatentAttentionImpl::Latents LatentAttentionImpl::project(const at::Tensor& x, c
   const auto mixed = mix(x, key_mask, options, next);
   Latents latents;
   latents.query_logits = query_logits_proj(mixed).unflatten(-1, {latte_.num_heads, -1});
-  latents.key_logits = key_logits_proj(mixed).view({batch, time, num_kv_heads_, num_latents_});
+  latents.key_bias = key_bias_of(options.key_padding_mask);
+  latents.key_logits = bias_key_logits(key_logits_proj(mixed).view({batch, time, num_kv_heads_, num_latents_}), latents.key_bias);
   latents.values = value_proj(x).view({batch, time, num_kv_heads_, head_dim_});
   if (decay_proj) {
     latents.log_decay = (torch::log_sigmoid(decay_proj(x)) / kDecayTemperature).view({batch, time, num_kv_heads_, num_latents_});
@@ -226,22 +233,41 @@ AttentionResult MacchiatoAttentionImpl::attend(const at::Tensor& x, const Option
         rotate_window(window.query, window.key, latents.positions, macchiato_.rope_base, macchiato_.window, macchiato_.sinks);
   }
 
+  at::Tensor window_weights;
+  if (options.need_weights) {
+    window_weights = window_attention_weights(window.query, window.key,
+                                              {.window = macchiato_.window,
+                                               .sinks = macchiato_.sinks,
+                                               .sink_query = window.sink_query,
+                                               .key_mask = key_mask,
+                                               .key_bias = latents.key_bias,
+                                               .causal = options.is_causal});
+  }
   latte::MacchiatoAttentionOptions attention;
+  attention.scale = 1.0 / std::sqrt(static_cast<double>(head_dim_));
+  std::optional<MacchiatoState> before;
+  if (options.state) {
+    check_state(class_name_, options.state->macchiato.has_value());
+    before = options.state->macchiato;
+  }
+  if (latents.key_bias || (before && before->keys.size(-1) > head_dim_)) {
+    bias_window(window.query, window.key, window.sink_query, latents.key_bias, *attention.scale);
+    if (before) before = widen_keys(*before, head_dim_ + 1);
+  }
   attention.window = macchiato_.window;
   attention.sinks = macchiato_.sinks;
   attention.sink_query = window.sink_query;
   attention.causal = options.is_causal;
   attention.log_decay = latents.log_decay;
   attention.key_mask = key_mask;
-  if (options.state) {
-    check_state(class_name_, options.state->macchiato.has_value());
-    attention.initial_state = options.state->macchiato;
+  if (before) {
+    attention.initial_state = before;
   } else if (options.peers) {
     const bool vapor = latte_.position == LatentPosition::kVapor;
     const auto values = vapor ? latte::vapor(latents.values, latents.positions, kVaporBase) : latents.values;
-    const auto before = state_before(*options.peers, stretch_state(latents.key_logits, values, latents.log_decay));
+    const auto sums = state_before(*options.peers, stretch_state(latents.key_logits, values, latents.log_decay));
     attention.initial_state =
-        window_before(*options.peers, window.key, latents.values, before, macchiato_.window, macchiato_.sinks);
+        window_before(*options.peers, window.key, latents.values, sums, macchiato_.window, macchiato_.sinks);
   }
   attention.output_final_state = options.output_state;
 
@@ -259,12 +285,7 @@ AttentionResult MacchiatoAttentionImpl::attend(const at::Tensor& x, const Option
     const auto log_shares = latents.query_logits.log_softmax(-1, torch::kFloat64);
     const auto window_share = log_shares.select(-1, 0).exp().transpose(1, 2).unsqueeze(-1);  // [B, H, T, 1]
     result.weights =
-        window_share * window_attention_weights(window.query, window.key,
-                                                {.window = macchiato_.window,
-                                                 .sinks = macchiato_.sinks,
-                                                 .sink_query = window.sink_query,
-                                                 .key_mask = key_mask,
-                                                 .causal = options.is_causal}) +
+        window_share * window_weights +
         latent_attention_weights(log_shares.slice(-1, 1), latents.key_logits,
                                  {.log_decay = latents.log_decay, .key_mask = key_mask, .causal = options.is_causal});
   }

@@ -2,7 +2,7 @@
 // MacchiatoAttention (arXiv 2402.17512). Python's latte.nn has modules of the same names, parameters and meanings.
 //
 // Shapes: B batch, T tokens, E embed_dim, H query heads, Hkv key-value heads (query head h reads key-value head h / (H / Hkv)),
-// D = E / H, L latents a head. Errors: c10::ValueError with what came and what was expected.
+// D = E / H, L latents a head. Errors: c10::ValueError, for dtypes c10::TypeError, with what came and what was expected.
 #pragma once
 
 #include <torch/torch.h>
@@ -24,7 +24,7 @@ namespace latte::nn {
 // SoftmaxAttention without a window the size doesn't depend on how many tokens were seen.
 struct AttentionState {
   at::Tensor latents;                       // LatteAttention: [B, Hkv, L, D + 3]
-  std::optional<MacchiatoState> macchiato;  // MacchiatoAttention, and SoftmaxAttention with a window
+  std::optional<MacchiatoState> macchiato;  // MacchiatoAttention (keys D + 1 wide once a mask adds), SoftmaxAttention's window
   at::Tensor keys;                          // SoftmaxAttention: [B, position, Hkv, D], rotated
   at::Tensor values;                        // SoftmaxAttention: [B, position, Hkv, D]
   at::Tensor mask;                          // SoftmaxAttention: bool [B, position]; undefined where every token is real
@@ -34,8 +34,9 @@ struct AttentionState {
 };
 
 struct AttentionForwardOptions {
-  // bool [B, T] ([T] without a batch), true = PADDING: torch.nn.MultiheadAttention's meaning, the inverse of the operators'
-  // masks.
+  // [B, T] ([T] without a batch): bool, true = PADDING, torch.nn.MultiheadAttention's meaning, the inverse of the operators'
+  // masks; or floating, -inf = padding. LatteAttention and MacchiatoAttention add what is finite to a token's key logits for
+  // every latent and, in a window, to its scores, with gradients; the others take zeros alone.
   OptionalTensor key_padding_mask;
   bool is_causal = false;
   // Return p(s|t): quadratic in T, for looking at. Needs the whole sequence, so it excludes `state`.
@@ -89,6 +90,8 @@ class AttentionImpl : public torch::nn::Module {
 
   // x [B, T, E]; key_mask bool [B, T], true = a real token. Weights are returned as [B, H, T, T], of any floating dtype.
   virtual AttentionResult attend(const at::Tensor& x, const OptionalTensor& key_mask, const AttentionForwardOptions& options) = 0;
+  // Whether attend() adds the finite floats of options.key_padding_mask [B, T].
+  virtual bool takes_key_bias() const { return false; }
 
   std::string class_name_;
 
@@ -123,10 +126,13 @@ class LatentAttentionImpl : public AttentionImpl {
   Linear decay_proj{nullptr};         // E -> Hkv * L; forget only
 
  protected:
+  bool takes_key_bias() const override { return true; }
+
   // Inputs of the operators.
   struct Latents {
     at::Tensor query_logits;   // [B, T, H, L], Macchiato [B, T, H, L + 1]
-    at::Tensor key_logits;     // [B, T, Hkv, L]
+    at::Tensor key_logits;     // [B, T, Hkv, L], key_bias added
+    OptionalTensor key_bias;   // [B, T]
     at::Tensor values;         // [B, T, Hkv, D], not rotated
     OptionalTensor log_decay;  // [B, T, Hkv, L]
     at::Tensor positions;      // int64 [T]

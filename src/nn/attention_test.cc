@@ -291,7 +291,7 @@ TEST_P(Attention, RefusesWhatItCannotDo) {
   EXPECT_THROW(module_->forward(x_.slice(2, 1)), c10::ValueError);
   EXPECT_THROW(module_->forward(x_.unsqueeze(0)), c10::ValueError);
   EXPECT_THROW(module_->forward(x_, {.key_padding_mask = torch::zeros({kTime, kBatch}, torch::kBool)}), c10::ValueError);
-  EXPECT_THROW(module_->forward(x_, {.key_padding_mask = torch::zeros({kBatch, kTime})}), c10::ValueError);
+  EXPECT_THROW(module_->forward(x_, {.key_padding_mask = torch::zeros({kBatch, kTime}, torch::kInt64)}), c10::TypeError);
   EXPECT_THROW(module_->forward(x_, {.is_causal = false, .output_state = true}), c10::ValueError);
   EXPECT_THROW(module_->forward(x_, {.is_causal = true, .state = AttentionState{}}), c10::ValueError);
   const auto state = module_->forward(x_, {.is_causal = true, .output_state = true}).state;

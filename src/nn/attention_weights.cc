@@ -68,6 +68,7 @@ at::Tensor window_attention_weights(const at::Tensor& query, const at::Tensor& k
     }
     readable = readable.logical_and(distance.abs() < options.window).logical_or(sinks);
   }
+  if (options.key_bias) scores = scores + options.key_bias->to(torch::kFloat64).unsqueeze(1).unsqueeze(1);
   scores = scores.masked_fill(readable.logical_not(), kMinusInfinity);
   if (options.key_mask) {
     scores = scores.masked_fill(options.key_mask->logical_not().unsqueeze(1).unsqueeze(1), kMinusInfinity);

@@ -25,6 +25,7 @@ struct WindowWeightsOptions {
   int64_t sinks = 0;
   OptionalTensor sink_query;  // [B, T, H, Dk]
   OptionalTensor key_mask;    // bool [B, T], true = a real token
+  OptionalTensor key_bias;    // floating [B, T], added to the scores
   bool causal = true;
 };
 

@@ -2,6 +2,7 @@
 
 #include <utility>
 
+#include "nn/key_padding.h"
 #include "nn/module_utils.h"
 
 namespace latte::nn {
@@ -29,7 +30,7 @@ at::Tensor NormImpl::batch_norm(const at::Tensor& x, const OptionalTensor& paddi
     return at::batch_norm(rows, weight, bias, running_mean, running_var, is_training(), kMomentum, eps_, /*cudnn_enabled=*/true)
         .view(x.sizes());
   }
-  const auto real = padding->logical_not().flatten();
+  const auto real = real_tokens(*padding).flatten();
   const auto normed =
       at::batch_norm(rows.index({real}), weight, bias, running_mean, running_var, /*training=*/true, kMomentum, eps_,
                      /*cudnn_enabled=*/true);

@@ -18,7 +18,8 @@ enum class NormKind : uint8_t { kLayer, kRms, kBatch };
 class NormImpl : public torch::nn::Module {
  public:
   NormImpl(NormKind kind, int64_t dim, bool bias, double eps = 1e-5);
-  // padding: bool, x's dimensions but the last, true = padding. BatchNorm leaves it out of its statistics; the others don't look.
+  // padding: x's dimensions but the last, bool, true = padding, or floating, -inf = padding. BatchNorm leaves it out of its
+  // statistics; the others don't look.
   at::Tensor forward(const at::Tensor& x, const OptionalTensor& padding = {});
 
   at::Tensor weight;

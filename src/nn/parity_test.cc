@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <fstream>
+#include <limits>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -118,9 +119,11 @@ TEST_P(Parity, Outputs) {
   options.is_causal = Case().at("causal");
   options.need_weights = true;
   options.average_attn_weights = false;
-  if (Case().at("padded")) {
-    const auto rows = torch::arange(batch).unsqueeze(1), columns = torch::arange(tokens).unsqueeze(0);
-    options.key_padding_mask = torch::remainder(3 * rows + columns, 5) == 4;
+  if (const auto mask = Case().at("mask").get<std::string>(); !mask.empty()) {
+    const auto number = 3 * torch::arange(batch).unsqueeze(1) + torch::arange(tokens).unsqueeze(0);
+    const auto padding = torch::remainder(number, 5) == 4;
+    const auto bias = 2.0 * torch::sin(1.7 * number.to(torch::kFloat64));
+    options.key_padding_mask = mask == "padded" ? padding : bias.masked_fill(padding, -std::numeric_limits<double>::infinity());
   }
   for (const auto& [dtype, tolerance] : {std::pair{torch::kFloat64, 1e-12}, std::pair{torch::kFloat32, 1e-5}}) {
     const auto module = Build(Case());
@@ -142,7 +145,7 @@ std::vector<std::string> CaseNames() {
 INSTANTIATE_TEST_SUITE_P(Modules, Parity, testing::ValuesIn(CaseNames()), [](const auto& param) { return param.param; });
 
 TEST(ParityFile, Version) {
-  EXPECT_EQ(Golden().at("version"), 1);
+  EXPECT_EQ(Golden().at("version"), 2);
   EXPECT_GE(Golden().at("cases").size(), 10u);
 }
 
