@@ -3,14 +3,20 @@
 The two take turns, a few seconds each, so that a machine whose speed changes meanwhile changes it for both. The model is the
 character model of `latte train`'s defaults (4 blocks of width 128, 4 heads, GELU); AdamW, gradient clipping, no dropout.
 
+Both have the same number of threads, and the same environment: malloc keeps what was freed, as `latte train` has it for itself,
+without which eager PyTorch asks the kernel for cleared pages in every step (--malloc default gives both what the system has). Of
+both, a turn counts as the median of its steps' times, without the first two; the figure is the median over turns.
+
     .venv/bin/python bench/train_speed.py
     .venv/bin/python bench/train_speed.py --context 4096 --batch 1 --attention latte,macchiato --threads 2
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -20,6 +26,11 @@ from torch import nn
 from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
+WARM_UP = 2  # steps of a turn that don't count
+# What `latte train` starts itself with, unless the variable is set (src/cli/latte_main.cc).
+KEEPING = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776:glibc.malloc.top_pad=268435456"
+# "default" sets nothing that matters, which keeps `latte train` from setting more.
+TUNABLES = {"keeping": KEEPING, "default": "glibc.malloc.perturb=0"}
 
 
 class Block(nn.Module):
@@ -83,23 +94,33 @@ class Eager:
         loss.item()
 
     def tokens_per_second(self, steps: int) -> float:
-        self.step()
-        start = time.perf_counter()
-        for _ in range(steps):
+        """By the median of `steps` steps' times, behind some that warm up."""
+        seconds = []
+        for _ in range(WARM_UP + steps):
+            start = time.perf_counter()
             self.step()
-        return steps * self.args.batch * self.args.context / (time.perf_counter() - start)
+            seconds.append(time.perf_counter() - start)
+        return self.args.batch * self.args.context / statistics.median(seconds[WARM_UP:])
 
 
 def latte_tokens_per_second(args, attention: str, steps: int) -> float:
-    """Median over the steps that `latte train` reports, without the first two."""
+    """The same of the steps that `latte train` reports."""
     with tempfile.TemporaryDirectory() as folder:
         command = [ROOT / "build/latte", "train", "--text", ROOT / args.text, "--out", Path(folder) / "run", "--quiet"]
         for name in ("context", "batch", "layers", "embed_dim", "heads", "threads", "dtype"):
             command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-        command += ["--attention", attention, "--steps", str(steps + 2), "--eval-every", "0", "--eval-batches", "1"]
+        command += ["--attention", attention, "--steps", str(steps + WARM_UP), "--eval-every", "0", "--eval-batches", "1"]
         subprocess.run([*command, "--save-every", "0"], check=True, stdout=subprocess.DEVNULL)
         lines = (Path(folder) / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return statistics.median(json.loads(line)["tokens_per_second"] for line in lines[2:])
+    seconds = [args.batch * args.context / json.loads(line)["tokens_per_second"] for line in lines[WARM_UP:]]
+    return args.batch * args.context / statistics.median(seconds)
+
+
+def share_environment(malloc: str) -> None:
+    """Starts this program again with malloc's settings, which glibc reads at its start; `latte train` inherits them."""
+    if os.environ.get("GLIBC_TUNABLES") != TUNABLES[malloc]:
+        os.environ["GLIBC_TUNABLES"] = TUNABLES[malloc]
+        os.execv(sys.executable, [sys.executable, *sys.argv])
 
 
 def main():
@@ -113,9 +134,11 @@ def main():
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of both (%(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--malloc", default="keeping", choices=TUNABLES, help="of both (%(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each (%(default)s)")
     parser.add_argument("--seconds", type=float, default=4.0, help="of a turn, about (%(default)s)")
     args = parser.parse_args()
+    share_environment(args.malloc)
     torch.set_num_threads(args.threads)
     eager = Eager(args)
     steps = max(3, round(eager.tokens_per_second(2) * args.seconds / (args.batch * args.context)))
@@ -124,7 +147,10 @@ def main():
         for name, seen in rates.items():
             seen.append(eager.tokens_per_second(steps) if name == "eager PyTorch" else latte_tokens_per_second(args, name, steps))
     base = statistics.median(rates["eager PyTorch"])
-    print(f"torch {torch.__version__}, {args.threads} threads, {args.dtype}, context {args.context}, batch {args.batch}")
+    print(
+        f"torch {torch.__version__}, {args.threads} threads, {args.dtype}, context {args.context}, batch {args.batch}, "
+        f"malloc {args.malloc}"
+    )
     for name, seen in rates.items():
         print(
             f"{name:14} {statistics.median(seen):9.0f} tokens/s  {statistics.median(seen) / base:5.2f}x   "
