@@ -74,4 +74,4 @@ install: build  ## to PREFIX (/usr/local)
 	cmake --install build --prefix "$(PREFIX)"
 
 clean:  ## removes build folders; .venv, .deps and runs stay
-	rm -rf build build-asan build-tsan build-fuzz build-lint
+	rm -rf build build-asan build-tsan build-fuzz build-lint build-package
