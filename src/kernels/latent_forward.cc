@@ -52,7 +52,8 @@ class ForwardPass {
                  Scratch::Rounded(kChunk * dims_.head_dim_padded)),
         chunk_(dims_, scratch_),
         shares_(scratch_.Take(kChunk * shares_row_)),
-        out_(scratch_.Take(kChunk * dims_.head_dim_padded)) {
+        out_(scratch_.Take(kChunk * dims_.head_dim_padded)),
+        prefetch_(args.causal ? 1 : 2) {  // bidirectional passes multiply less and read as much
     if constexpr (kPaired) paired_.emplace(dims_, scratch_);
     states_.reserve(static_cast<size_t>(last - first));
     for (int64_t slice = first; slice < last; ++slice) {

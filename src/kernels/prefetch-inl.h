@@ -6,6 +6,7 @@
 #define LATTE_KERNELS_PREFETCH_INL_H_
 #endif
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -17,44 +18,64 @@ HWY_BEFORE_NAMESPACE();
 namespace latte::kernels::HWY_NAMESPACE {
 
 // The rows that a later piece of work reads and writes. Rows of one head lie pages apart, where no hardware prefetcher follows.
-// They are asked for a few at a time, between the blocks of this piece's products: in one go they would fill the processor's
-// queue of misses, and wait. An object of this class is what MatMul calls between blocks.
+// Their cache lines are asked for one by one, by the inner loops of this piece's products (MatMul): in one go they would fill the
+// processor's queue of misses, and wait. They are asked into the first-level cache: Zen 4 drops most requests for the second.
 class Prefetch {
  public:
-  void Clear() {
-    streams_.clear();
-    next_ = 0;
-  }
+  // The lines that an inner loop asks for, one call a step.
+  class Lines {
+   public:
+    Lines(const char* const* lines, size_t step) : lines_(lines), step_(step) {}
+    HWY_INLINE void operator()() {
+      __builtin_prefetch(lines_[position_ / kSteps], 0, 3);
+      position_ += step_;
+    }
+
+   private:
+    const char* const* lines_;
+    size_t step_;
+    size_t position_ = 0;
+  };
+
+  // `pace`: lines that two steps ask for, 1 or 2.
+  explicit Prefetch(size_t pace = 1) : pace_(pace) {}
+
+  void Clear() { end_ = next_ = 0; }
   // `count` rows of `bytes`, the first at `data` and `stride` bytes between them.
   void Add(const void* data, int64_t stride, size_t bytes, size_t count) {
-    if (count > 0) streams_.push_back({static_cast<const char*>(data), stride, bytes, count});
-  }
-  // With L = D = 64 and blocks two vectors wide, a chunk of latent attention has 24 blocks or more for the rows of each two
-  // tensors; with wider blocks it has about a third of that.
-  HWY_INLINE void operator()() {
-    constexpr size_t kRows = kBlockVectors == 2 ? 3 : 10;
-    for (size_t i = 0; i < kRows && !streams_.empty(); ++i) {
-      if (next_ >= streams_.size()) next_ = 0;
-      Stream& stream = streams_[next_];
-      for (size_t line = 0; line < stream.bytes; line += 64) __builtin_prefetch(stream.data + line, 0, 2);
-      if (--stream.left == 0) {
-        streams_.erase(streams_.begin() + static_cast<std::ptrdiff_t>(next_));
-        continue;
-      }
-      stream.data += stream.stride;
-      ++next_;
+    const size_t lines = (bytes + kLineBytes - 1) / kLineBytes;
+    if (lines_.size() < end_ + count * lines) lines_.resize(2 * (end_ + count * lines));
+    const char* row = static_cast<const char*>(data);
+    const char** to = lines_.data() + end_;
+    for (size_t i = 0; i < count; ++i, row += stride) {
+      for (size_t line = 0; line < lines; ++line) *to++ = row + line * kLineBytes;
     }
+    end_ += count * lines;
+  }
+  // For a loop of so many steps. One that is longer than what is left asks for a few at once, and for nothing on its way.
+  HWY_INLINE Lines Take(size_t steps) {
+    constexpr size_t kAtOnce = 8;
+    const size_t wanted = (steps * pace_ + kSteps - 1) / kSteps;
+    const size_t left = end_ - next_;
+    if (left < wanted) {
+      const size_t last = next_ + std::min(left, kAtOnce);
+      for (; next_ < last; ++next_) __builtin_prefetch(lines_[next_], 0, 3);
+      return {&own_, 0};
+    }
+    const Lines lines(lines_.data() + next_, pace_);
+    next_ += wanted;
+    return lines;
   }
 
  private:
-  struct Stream {
-    const char* data;
-    int64_t stride;
-    size_t bytes;
-    size_t left;
-  };
-  std::vector<Stream> streams_;
+  static constexpr size_t kLineBytes = 64;
+  static constexpr size_t kSteps = 2;
+
+  const char* const own_ = reinterpret_cast<const char*>(this);  // is asked for where there is nothing to ask for
+  const size_t pace_;
+  std::vector<const char*> lines_;  // [next_, end_) are still to be asked for
   size_t next_ = 0;
+  size_t end_ = 0;
 };
 
 }  // namespace latte::kernels::HWY_NAMESPACE

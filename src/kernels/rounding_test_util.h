@@ -8,7 +8,7 @@ namespace latte::kernels {
 
 // Where pairs of bfloat16 are multiplied (tile_matmul-inl.h), weights are rounded to bfloat16: half a unit, relative.
 inline double WeightRounding(DType dtype) {
-  const bool pairs = (hwy::SupportedTargets() & (HWY_AVX3_ZEN4 | HWY_AVX3_SPR)) != 0;
+  const bool pairs = (hwy::SupportedTargets() & HWY_AVX3_ZEN4) != 0;
   return pairs && dtype == DType::kBFloat16 ? 0x1p-9 : 0.0;
 }
 

@@ -53,8 +53,9 @@ struct Floats {
   }
 };
 
-// Whether the target multiplies pairs of bfloat16 faster than floats.
-constexpr bool kHasPairs = HWY_TARGET == HWY_AVX3_ZEN4 || HWY_TARGET == HWY_AVX3_SPR;
+// Whether the target multiplies pairs of bfloat16 faster than floats. Sapphire Rapids has the instruction at half the rate of its
+// multiply-adds, so that rounding and pairing are for nothing there.
+constexpr bool kHasPairs = HWY_TARGET == HWY_AVX3_ZEN4;
 
 // … or a pair of bfloat16 in its place, neighbours along k, the earlier in the low half: K is then half as large.
 struct Pairs {
@@ -66,9 +67,15 @@ struct Pairs {
   }
 };
 
-template <bool kAccumulate, class Product, class D, size_t... R, size_t... C>
+// What MatMul asks for on its way, if nothing is wanted (prefetch-inl.h has what else there is).
+struct Nothing {
+  HWY_INLINE Nothing Take(size_t) const { return {}; }
+  HWY_INLINE void operator()() const {}
+};
+
+template <bool kAccumulate, class Product, class D, class Ahead, size_t... R, size_t... C>
 HWY_INLINE void MatMulBlock(D d, size_t K, Left a, const float* HWY_RESTRICT b, size_t b_row, float* HWY_RESTRICT c, size_t c_row,
-                            std::index_sequence<R...>, std::index_sequence<C...>) {
+                            Ahead& ahead, std::index_sequence<R...>, std::index_sequence<C...>) {
   using V = hn::Vec<D>;
   constexpr size_t kRows = sizeof...(R);
   constexpr size_t kVectors = sizeof...(C);
@@ -83,7 +90,9 @@ HWY_INLINE void MatMulBlock(D d, size_t K, Left a, const float* HWY_RESTRICT b, 
   };
   (load_sums(std::integral_constant<size_t, R>()), ...);
   const float* HWY_RESTRICT ak = a.data;
+  auto lines = ahead.Take(K);
   for (size_t k = 0; k < K; ++k) {
+    lines();
     V bk[kVectors];
     ((bk[C] = InRegister(hn::LoadU(d, b + C * lanes))), ...);
     const auto add_row = [&](auto r) HWY_ATTR {
@@ -98,39 +107,34 @@ HWY_INLINE void MatMulBlock(D d, size_t K, Left a, const float* HWY_RESTRICT b, 
   (store_sums(std::integral_constant<size_t, R>()), ...);
 }
 
-template <bool kAccumulate, class Product, size_t kVectors, class D>
-HWY_INLINE void MatMulRows(D d, size_t rows, size_t K, Left a, const float* b, size_t b_row, float* c, size_t c_row) {
+template <bool kAccumulate, class Product, size_t kVectors, class D, class Ahead>
+HWY_INLINE void MatMulRows(D d, size_t rows, size_t K, Left a, const float* b, size_t b_row, float* c, size_t c_row,
+                           Ahead& ahead) {
   const std::make_index_sequence<kVectors> vectors;
   switch (rows) {
     case 1:
-      return MatMulBlock<kAccumulate, Product>(d, K, a, b, b_row, c, c_row, std::make_index_sequence<1>(), vectors);
+      return MatMulBlock<kAccumulate, Product>(d, K, a, b, b_row, c, c_row, ahead, std::make_index_sequence<1>(), vectors);
     case 2:
-      return MatMulBlock<kAccumulate, Product>(d, K, a, b, b_row, c, c_row, std::make_index_sequence<2>(), vectors);
+      return MatMulBlock<kAccumulate, Product>(d, K, a, b, b_row, c, c_row, ahead, std::make_index_sequence<2>(), vectors);
     case 3:
-      return MatMulBlock<kAccumulate, Product>(d, K, a, b, b_row, c, c_row, std::make_index_sequence<3>(), vectors);
+      return MatMulBlock<kAccumulate, Product>(d, K, a, b, b_row, c, c_row, ahead, std::make_index_sequence<3>(), vectors);
     case 4:
-      return MatMulBlock<kAccumulate, Product>(d, K, a, b, b_row, c, c_row, std::make_index_sequence<4>(), vectors);
+      return MatMulBlock<kAccumulate, Product>(d, K, a, b, b_row, c, c_row, ahead, std::make_index_sequence<4>(), vectors);
     case 5:
-      return MatMulBlock<kAccumulate, Product>(d, K, a, b, b_row, c, c_row, std::make_index_sequence<5>(), vectors);
+      return MatMulBlock<kAccumulate, Product>(d, K, a, b, b_row, c, c_row, ahead, std::make_index_sequence<5>(), vectors);
     default:
-      return MatMulBlock<kAccumulate, Product>(d, K, a, b, b_row, c, c_row, std::make_index_sequence<6>(), vectors);
+      return MatMulBlock<kAccumulate, Product>(d, K, a, b, b_row, c, c_row, ahead, std::make_index_sequence<6>(), vectors);
   }
 }
 
-// What MatMul does between blocks, if nothing is asked of it.
-struct Nothing {
-  HWY_INLINE void operator()() const {}
-};
-
 // A panel of kVectors vectors of columns, all M rows, cut in blocks of nearly equal height.
-template <bool kAccumulate, class Product, size_t kVectors, class D, class Between>
+template <bool kAccumulate, class Product, size_t kVectors, class D, class Ahead>
 HWY_NOINLINE void MatMulPanel(D d, size_t M, size_t K, Left a, const float* b, size_t b_row, float* c, size_t c_row,
-                              Between& between) {
+                              Ahead& ahead) {
   size_t blocks = (M + kBlockRows - 1) / kBlockRows;
   while (M > 0) {
-    between();
     const size_t rows = (M + blocks - 1) / blocks;
-    MatMulRows<kAccumulate, Product, kVectors>(d, rows, K, a, b, b_row, c, c_row);
+    MatMulRows<kAccumulate, Product, kVectors>(d, rows, K, a, b, b_row, c, c_row, ahead);
     a.data += rows * a.row;
     c += rows * c_row;
     M -= rows;
@@ -139,28 +143,26 @@ HWY_NOINLINE void MatMulPanel(D d, size_t M, size_t K, Left a, const float* b, s
 }
 
 // c[m, n] = Σ_k a(m, k) b[k, n], or += with kAccumulate, for m < M, k < K and n < N. N is a multiple of the vector length; rows
-// of b and c lie b_row and c_row elements apart. c overlaps neither a nor b. Calls between() before each block of sums: a place
-// to ask for memory, while the arithmetic units are busy. Product = Pairs: elements of a and b are pairs, c's are floats.
-template <bool kAccumulate, class Product = Floats, class D, class Between>
+// of b and c lie b_row and c_row elements apart. c overlaps neither a nor b. Asks for memory on its way, while the arithmetic
+// units are busy: calls what ahead.Take(K) returns before each of the K steps of a block of sums. Product = Pairs: elements of a
+// and b are pairs, c's are floats.
+template <bool kAccumulate, class Product = Floats, class D, class Ahead>
 HWY_INLINE void MatMul(D d, size_t M, size_t N, size_t K, Left a, const float* b, size_t b_row, float* c, size_t c_row,
-                       Between& between) {
+                       Ahead& ahead) {
   const size_t lanes = hn::Lanes(d);
+  const auto panel = [&](auto vectors) HWY_ATTR {
+    MatMulPanel<kAccumulate, Product, vectors>(d, M, K, a, b, b_row, c, c_row, ahead);
+    b += vectors * lanes;
+    c += vectors * lanes;
+  };
   size_t vectors = N / lanes;
-  while (vectors >= kBlockVectors) {
-    MatMulPanel<kAccumulate, Product, kBlockVectors>(d, M, K, a, b, b_row, c, c_row, between);
-    b += kBlockVectors * lanes;
-    c += kBlockVectors * lanes;
-    vectors -= kBlockVectors;
+  if constexpr (kBlockVectors == 4) {
+    // The last five, six or nine as panels of two and three: one of a single vector waits for its loads.
+    for (; vectors >= 4 && vectors != 5 && vectors != 6 && vectors != 9; vectors -= 4) panel(std::integral_constant<size_t, 4>());
+    for (; vectors >= 3 && vectors != 4; vectors -= 3) panel(std::integral_constant<size_t, 3>());
   }
-  if constexpr (kBlockVectors > 2) {
-    if (vectors >= 2) {
-      MatMulPanel<kAccumulate, Product, 2>(d, M, K, a, b, b_row, c, c_row, between);
-      b += 2 * lanes;
-      c += 2 * lanes;
-      vectors -= 2;
-    }
-  }
-  if (vectors == 1) MatMulPanel<kAccumulate, Product, 1>(d, M, K, a, b, b_row, c, c_row, between);
+  for (; vectors >= 2; vectors -= 2) panel(std::integral_constant<size_t, 2>());
+  if (vectors == 1) panel(std::integral_constant<size_t, 1>());
 }
 
 template <bool kAccumulate, class D>

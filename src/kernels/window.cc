@@ -154,27 +154,16 @@ class ForwardSlice {
     }
   }
 
-  // Turns the group's scores into weights and adds the weighted values.
+  // Turns the group's scores into weights and adds the weighted values. Each pass is over all rows, so that none waits for the
+  // end of the one before.
   void FinishGroup() {
-    for (size_t c = 0; c < tokens_; ++c) {
-      const int64_t t = t0_ + static_cast<int64_t>(c);
-      for (size_t g = 0; g < band_.group; ++g) {
-        const size_t r = c * band_.group + g;
-        float* row = work_->scores + r * kScoreStride;
-        if (kPaired && scale_.score != 1.0f) ScaleRow(d_, scale_.score, columns_, row);
-        for (const Scored& scored : group_) {
-          if (scored.ragged) {
-            MaskRow(scored.segment, scored.segment.far ? band_.FarSinks(t) : band_.Window(t), row + scored.offset);
-          }
-          if (scored.tile->masked) {
-            AddRow(d_, scored.tile->bias + scored.segment.column, scored.segment.columns, row + scored.offset);
-          }
-        }
-        SoftmaxRow(r, row);
-        if constexpr (kPaired) PairColumns(d_, row, columns_, row);
-      }
-    }
     const size_t rows = tokens_ * band_.group;
+    for (size_t r = 0; r < rows; ++r) FinishScores(t0_ + static_cast<int64_t>(r / band_.group), r);
+    for (size_t r = 0; r < rows; ++r) {
+      float* row = work_->scores + r * kScoreStride;
+      work_->sum[r] += WeighRow<kPaired>(d_, work_->max[r], columns_, row);
+      if constexpr (kPaired) PairColumns(d_, row, columns_, row);
+    }
     for (const Scored& scored : group_) {
       const Segment& segment = scored.segment;
       // Of a pair half of which no token reads the weight is zero.
@@ -195,7 +184,16 @@ class ForwardSlice {
     columns_ = 0;
   }
 
-  void SoftmaxRow(size_t r, float* row) {
+  // Masks row r of the scores, which token t reads, and moves its sums to the row's new maximum.
+  void FinishScores(int64_t t, size_t r) {
+    float* row = work_->scores + r * kScoreStride;
+    if (kPaired && scale_.score != 1.0f) ScaleRow(d_, scale_.score, columns_, row);
+    for (const Scored& scored : group_) {
+      if (scored.ragged) MaskRow(scored.segment, scored.segment.far ? band_.FarSinks(t) : band_.Window(t), row + scored.offset);
+      if (scored.tile->masked) {
+        AddRow(d_, scored.tile->bias + scored.segment.column, scored.segment.columns, row + scored.offset);
+      }
+    }
     const float old_max = work_->max[r];
     const float new_max = MaxOfRow(d_, row, columns_, old_max);
     if (!fresh_ && new_max != old_max) {
@@ -204,7 +202,6 @@ class ForwardSlice {
       ScaleRow(d_, factor, widths_.value, work_->sum_values + r * widths_.value_stride);
     }
     work_->max[r] = new_max;
-    work_->sum[r] += WeighRow<kPaired>(d_, new_max, columns_, row);
   }
 
   void Store() {

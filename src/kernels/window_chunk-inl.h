@@ -268,51 +268,55 @@ class TileRing {
     const size_t padded = hwy::RoundUpTo(end, hn::Lanes(d));
     if (padded <= begin) return tile;
     tile.loaded = padded;
-    float* key_rows = backward_ && !paired_ ? tile.keys : staging_;
-    float* value_rows = backward_ || paired_ ? staging_ : tile.values;
-    for (size_t i = begin; i < padded; ++i) {
-      const int64_t s = Origin(k) + static_cast<int64_t>(i);
+    // What is kept in another form passes through the same few rows, which stay in the first-level cache.
+    const size_t count = padded - begin;
+    float* key_rows = backward_ && !paired_ ? tile.keys + begin * widths_.key_stride : staging_;
+    for (size_t i = 0; i < count; ++i) {
+      const int64_t s = Origin(k) + static_cast<int64_t>(begin + i);
       float* row = key_rows + i * widths_.key_stride;
-      const bool real = i < keys && !rows_.Masked(s);
-      tile.bias[i] = real ? 0.0f : kMinusInfinity;
-      tile.masked |= i < keys && !real;
+      const bool real = begin + i < keys && !rows_.Masked(s);
+      tile.bias[begin + i] = real ? 0.0f : kMinusInfinity;
+      tile.masked |= begin + i < keys && !real;
       if (real) {
         rows_.LoadKey(d, s, row);
       } else {
         std::fill_n(row, widths_.key, 0.0f);
       }
     }
-    if (backward_ && paired_) PairKeys(d, key_rows, widths_.key, widths_.key_stride, begin, padded, tile.keys);
-    TransposeRows(d, key_rows, widths_.key, widths_.key_stride, begin, padded, tile.keys_t);
-    for (size_t i = begin; i < padded; ++i) {
+    if (backward_ && paired_) {
+      PairKeys(d, key_rows, widths_.key, widths_.key_stride, count, tile.keys + begin / 2 * widths_.key_stride);
+    }
+    TransposeRows(d, key_rows, widths_.key, widths_.key_stride, count, tile.keys_t + begin);
+    float* value_rows = backward_ || paired_ ? staging_ : tile.values + begin * widths_.value_stride;
+    for (size_t i = 0; i < count; ++i) {
       float* row = value_rows + i * widths_.value_stride;
-      if (tile.bias[i] == 0.0f) {
-        rows_.LoadValue(d, Origin(k) + static_cast<int64_t>(i), row);
+      if (tile.bias[begin + i] == 0.0f) {
+        rows_.LoadValue(d, Origin(k) + static_cast<int64_t>(begin + i), row);
       } else {
         std::fill_n(row, widths_.value, 0.0f);
       }
     }
     if (backward_) {
-      TransposeRows(d, value_rows, widths_.value, widths_.value_stride, begin, padded, tile.values_t);
+      TransposeRows(d, value_rows, widths_.value, widths_.value_stride, count, tile.values_t + begin);
     } else if (paired_) {
-      PairKeys(d, value_rows, widths_.value, widths_.value_stride, begin, padded, tile.values);
+      PairKeys(d, value_rows, widths_.value, widths_.value_stride, count, tile.values + begin / 2 * widths_.value_stride);
     }
     return tile;
   }
 
  private:
-  // Rows [begin, end) as pairs of neighbours, which lie `stride` apart too.
+  // `count` rows as pairs of neighbours, which lie `stride` apart too.
   template <class D>
-  static void PairKeys(D d, const float* rows, size_t width, size_t stride, size_t begin, size_t end, float* pairs) {
-    for (size_t i = begin; i < end; i += 2) {
+  static void PairKeys(D d, const float* rows, size_t width, size_t stride, size_t count, float* pairs) {
+    for (size_t i = 0; i < count; i += 2) {
       PairRows(d, rows + i * stride, rows + (i + 1) * stride, width, pairs + i / 2 * stride);
     }
   }
-  // Rows [begin, end) as columns of `transposed`, of pairs where these are; rows are not kept then.
+  // `count` rows as columns of `transposed`, of pairs where these are; rows are not kept then.
   template <class D>
-  void TransposeRows(D d, float* rows, size_t width, size_t stride, size_t begin, size_t end, float* transposed) const {
-    for (size_t i = begin; paired_ && i < end; ++i) PairColumns(d, rows + i * stride, width, rows + i * stride);
-    Transpose(end - begin, paired_ ? width / 2 : width, rows + begin * stride, stride, transposed + begin, kTileStride);
+  void TransposeRows(D d, float* rows, size_t width, size_t stride, size_t count, float* transposed) const {
+    for (size_t i = 0; paired_ && i < count; ++i) PairColumns(d, rows + i * stride, width, rows + i * stride);
+    Transpose(count, paired_ ? width / 2 : width, rows, stride, transposed, kTileStride);
   }
 
   const KeyRows rows_;
