@@ -134,6 +134,10 @@ void AddTaskOptions(CLI::App& command, json& model, json& task) {
                    "mean")
       ->check(CLI::IsMember({"mean", "first", "last"}))
       ->group("Task");
+  Add<std::string>(command, model, "--pooled-norm", "pooled_norm",
+                   "Of what a classifier has pooled: none, or batch norm, which the mean over a long sequence needs", "none")
+      ->check(CLI::IsMember({"none", "batch"}))
+      ->group("Task");
   command
       .add_flag_function(
           "--causal,!--bidirectional", [&model](int64_t count) { model["causal"] = count > 0; },

@@ -37,6 +37,7 @@ int64_t EncoderConfig::parameter_count() const {
   if (!causal && !forget) body.forget = false;
   const int64_t bias_size = bias ? 1 : 0;
   int64_t total = body.parameter_count() + num_outputs * (embed_dim + bias_size);
+  if (pooled_norm != "none") total += embed_dim * (1 + bias_size);
   if (head == "pairs") total += embed_dim * (4 * embed_dim + bias_size);
   return total;
 }
@@ -47,6 +48,8 @@ void EncoderConfig::validate() const {
   body.validate(Role::kEncoder);
   check_name("head", head, {"classify", "pairs", "tokens"});
   check_name("pooling", pooling, {"mean", "first", "last"});
+  check_name("pooled_norm", pooled_norm, {"none", "batch"});
+  if (pooled_norm != "none" && head == "tokens") fail("pooled_norm", shown(pooled_norm), "none where tokens are answered");
   if (num_outputs < 1 || num_outputs > (1 << 24)) fail("num_outputs", std::to_string(num_outputs), "an integer in 1 … 16777216");
   if (!causal && body.forgets()) fail("forget", "true", "false unless causal: a bidirectional reader has no past to forget");
   if (!causal && attention == "gated_linear")
@@ -63,6 +66,7 @@ json EncoderConfig::to_json() const {
   json object = body.to_json();
   object["head"] = head;
   object["pooling"] = pooling;
+  object["pooled_norm"] = pooled_norm;
   object["causal"] = causal;
   object["num_outputs"] = num_outputs;
   return object;
@@ -81,6 +85,7 @@ EncoderConfig EncoderConfig::from_json(const json& object) {
   const auto found = [&](const char* field) { return body.value(field, json()); };
   take("head", config.head, found("head").is_string(), "a string");
   take("pooling", config.pooling, found("pooling").is_string(), "a string");
+  take("pooled_norm", config.pooled_norm, found("pooled_norm").is_string(), "a string");
   take("causal", config.causal, found("causal").is_boolean(), "true or false");
   take("num_outputs", config.num_outputs, found("num_outputs").is_number_integer(), "an integer");
   if (!config.causal && !body.contains("forget")) body["forget"] = false;
@@ -102,6 +107,9 @@ EncoderImpl::EncoderImpl(const EncoderConfig& config) : config_(config) {
   blocks = register_module("blocks", torch::nn::ModuleList());
   for (int64_t i = 0; i < config.num_layers; ++i) blocks->push_back(nn::Block(block, make_attention(config_)));
   final_norm = register_module("final_norm", nn::Norm(block.norm, config.embed_dim, config.bias));
+  if (config.pooled_norm == "batch") {
+    pooled_norm = register_module("pooled_norm", nn::Norm(nn::NormKind::kBatch, config.embed_dim, config.bias));
+  }
   if (config.head == "pairs") {
     pair_proj = register_module("pair_proj", nn::make_linear(4 * config.embed_dim, config.embed_dim, config.bias));
   }
@@ -146,6 +154,10 @@ at::Tensor EncoderImpl::forward(const at::Tensor& tokens, const OptionalTensor& 
   const auto x = encode(tokens, padding);
   if (config_.head == "tokens") return output_proj(x);
   auto pooled = pool(x, padding);
+  if (pooled_norm) {
+    TORCH_CHECK_VALUE(!is_training() || pooled.size(0) > 1, "Encoder: batch norm of what is pooled needs a batch of at least 2");
+    pooled = pooled_norm(pooled);
+  }
   if (config_.head == "pairs") {
     TORCH_CHECK_VALUE(tokens.size(0) % 2 == 0, "Encoder: expected pairs of sequences, got ", tokens.size(0), " sequences");
     const auto pairs = pooled.view({-1, 2, config_.embed_dim});

@@ -18,6 +18,10 @@ namespace latte::models {
 struct EncoderConfig : formats::LanguageModelConfig {
   std::string head = "classify";  // classify | pairs | tokens
   std::string pooling = "mean";   // mean | first | last: what a classifier reads; last is the last real token
+  // none | batch: batch norm over the examples, of what a classifier has pooled. The mean over a long sequence is nearly the same
+  // for all of them (of T tokens they differ by 1 / sqrt(T)); what they have in common then drowns the difference, and training
+  // stays at chance.
+  std::string pooled_norm = "none";
   bool causal = false;
   int64_t num_outputs = 0;  // classes, or for tokens the vocabulary of answers
 
@@ -48,6 +52,7 @@ class EncoderImpl : public torch::nn::Module {
   torch::nn::Embedding position_embedding{nullptr};  // position learned only
   torch::nn::ModuleList blocks{nullptr};             // of nn::Block
   nn::Norm final_norm{nullptr};
+  nn::Norm pooled_norm{nullptr};  // with config().pooled_norm
   nn::Linear pair_proj{nullptr};  // pairs: 4 E -> E
   nn::Linear output_proj{nullptr};
 

@@ -27,17 +27,20 @@ int64_t count(Encoder& model) {
 }
 
 TEST(Encoder, ParameterCountIsTheModels) {
-  for (const json& fields : std::vector<json>{{{"attention", "softmax"}},
-                                              {{"attention", "window"}, {"position", "learned"}},
-                                              {{"attention", "window"}, {"position", "conv"}},
-                                              {{"attention", "softmax"}, {"position", "rg_lru"}},
-                                              {{"attention", "latte"}, {"num_latents", 5}},
-                                              {{"attention", "latte"}, {"shared_latents", true}, {"position", "conv"}},
-                                              {{"attention", "macchiato"}, {"norm", "batch"}, {"bias", false}},
-                                              {{"attention", "linear"}, {"head", "pairs"}},
-                                              {{"attention", "linformer"}, {"norm", "rms"}},
-                                              {{"attention", "gated_linear"}, {"causal", true}, {"head", "tokens"}},
-                                              {{"attention", "latte"}, {"causal", true}}}) {
+  for (const json& fields :
+       std::vector<json>{{{"attention", "softmax"}},
+                         {{"attention", "window"}, {"position", "learned"}},
+                         {{"attention", "window"}, {"position", "conv"}},
+                         {{"attention", "softmax"}, {"position", "rg_lru"}},
+                         {{"attention", "latte"}, {"num_latents", 5}},
+                         {{"attention", "latte"}, {"shared_latents", true}, {"position", "conv"}},
+                         {{"attention", "macchiato"}, {"norm", "batch"}, {"bias", false}},
+                         {{"attention", "linear"}, {"head", "pairs"}},
+                         {{"attention", "latte"}, {"pooled_norm", "batch"}},
+                         {{"attention", "latte"}, {"head", "pairs"}, {"pooled_norm", "batch"}, {"bias", false}},
+                         {{"attention", "linformer"}, {"norm", "rms"}},
+                         {{"attention", "gated_linear"}, {"causal", true}, {"head", "tokens"}},
+                         {{"attention", "latte"}, {"causal", true}}}) {
     const auto config = small(fields.at("attention"), fields);
     Encoder model(config);
     EXPECT_EQ(count(model), config.parameter_count()) << fields;
@@ -85,6 +88,27 @@ TEST(Encoder, BatchNormTrainsOnRealTokensAlone) {
   EXPECT_TRUE(torch::allclose(norm(x), (x - norm->running_mean) / (norm->running_var + 1e-5).sqrt(), 1e-9, 1e-9));
 }
 
+TEST(Encoder, PooledNormIsOverTheExamples) {
+  torch::manual_seed(5);
+  Encoder plain(small("latte")), normed(small("latte", {{"pooled_norm", "batch"}}));
+  {
+    const torch::NoGradGuard no_grad;
+    for (const auto& item : plain->named_parameters()) normed->named_parameters()[item.key()].copy_(item.value());
+    for (auto model : {plain, normed}) {
+      model->to(torch::kFloat64);
+      model->output_proj->weight.zero_();
+      for (int64_t i = 0; i < 3; ++i) model->output_proj->weight[i][i] = 1.0;  // logits are the first pooled features
+    }
+  }
+  const auto tokens = torch::randint(11, {6, 9});
+  const auto pooled = plain(tokens), out = normed(tokens);
+  const auto expected = (pooled - pooled.mean(0)) / (pooled.var(0, /*unbiased=*/false) + 1e-5).sqrt();
+  EXPECT_TRUE(torch::allclose(out, expected, 1e-9, 1e-9));
+  EXPECT_THROW(normed(tokens.slice(0, 0, 1)), c10::ValueError);
+  normed->eval();  // one by one as together
+  EXPECT_TRUE(torch::allclose(normed(tokens.slice(0, 0, 1)), normed(tokens).slice(0, 0, 1), 1e-9, 1e-9));
+}
+
 TEST(Encoder, CausalTokensDontSeeTheFuture) {
   torch::manual_seed(3);
   for (const std::string attention : {"softmax", "latte", "macchiato", "linear", "gated_linear"}) {
@@ -119,6 +143,8 @@ TEST(Encoder, ImpossibleConfigurationsNameTheField) {
   EXPECT_CONTAINS(error("gated_linear", {}), "attention is gated_linear");
   EXPECT_CONTAINS(error("linformer", {{"causal", true}}), "attention is linformer");
   EXPECT_CONTAINS(error("softmax", {{"pooling", "max"}}), "pooling is \"max\", expected one of mean, first, last");
+  EXPECT_CONTAINS(error("softmax", {{"pooled_norm", "layer"}}), "pooled_norm is \"layer\", expected one of none, batch");
+  EXPECT_CONTAINS(error("softmax", {{"pooled_norm", "batch"}, {"head", "tokens"}}), "pooled_norm is \"batch\"");
   EXPECT_CONTAINS(error("softmax", {{"causal", 1}}), "causal is 1, expected true or false");
   EXPECT_CONTAINS(error("softmax", {{"num_heads", 3}}), "num_heads is 3, expected a divisor of embed_dim");
   EXPECT_CONTAINS(error("softmax", {{"head", "maps"}}), "head is \"maps\"");

@@ -71,6 +71,9 @@ TaskTrainer::TaskTrainer(const models::EncoderConfig& model, const TrainerOption
   if (model.vocab_size != data.vocab_size || model.num_outputs != data.num_classes || model.head != to_string(data.kind)) {
     throw formats::ConfigError("model config: made for another task than " + data.name);
   }
+  if (model.pooled_norm == "batch" && options.batch < 2) {
+    throw OptionError("batch is " + std::to_string(options.batch) + ", expected at least 2 with pooled_norm batch");
+  }
   model_ = models::Encoder(model);
   train_module(*model_);
 }

@@ -6,6 +6,7 @@
 #include <fstream>
 #include <string>
 
+#include "data/random.h"
 #include "data/tasks.h"
 #include "formats/error.h"
 #include "formats/test_files.h"
@@ -92,6 +93,44 @@ TEST_F(TaskTrainerTest, EvaluationCountsEveryExampleOnce) {
   }
   EXPECT_NEAR(all.loss, loss, 1e-4);
   EXPECT_EQ(*all.accuracy, static_cast<double>(right) / 40);
+}
+
+// What a classifier of long texts has to find: letters that are a little more frequent with one label than with the other.
+TaskExamples faint_letters(int64_t count, uint64_t seed) {
+  constexpr int64_t kLength = 512, kLetters = 16;
+  TaskBuilder builder;
+  for (int64_t i = 0; i < count; ++i) {
+    RandomStream random(seed, static_cast<uint64_t>(i));
+    const auto label = static_cast<int32_t>(i % 2);
+    std::string text;
+    while (std::ssize(text) < kLength) {
+      const int64_t letter = random.below(kLetters);
+      const bool odd = letter % 2 == 1;
+      // One letter in five of the wrong kind is drawn again.
+      if (odd != (label == 1) && random.uniform() < 0.2) continue;
+      text += static_cast<char>(letter);
+    }
+    builder.add_bytes(text);
+    builder.add_label(label);
+  }
+  return builder.finish();
+}
+
+TEST_F(TaskTrainerTest, AFaintSignalOfALongTextIsLearnt) {
+  TaskData data{.name = "faint", .kind = TaskKind::kClassify, .vocab_size = 16, .num_classes = 2};
+  data.splits.emplace("train", faint_letters(400, 1));
+  data.splits.emplace("validation", faint_letters(100, 2));
+  options_.steps = 50;
+  options_.eval_batches = 100;
+  options_.warmup = 5;
+  options_.lr = 3e-3;
+  model_.norm = "layer";
+  model_.pooled_norm = "batch";
+  TaskTrainer trainer(fit_to(model_, data, false), options_, task_, data);
+  while (trainer.steps_done() < options_.steps) trainer.step();
+  EXPECT_GT(*trainer.validate().accuracy, 0.9);
+  options_.batch = 1;
+  EXPECT_THROW(TaskTrainer(fit_to(model_, data, false), options_, task_, data), OptionError);
 }
 
 TEST_F(TaskTrainerTest, ALongTextIsAnsweredFromItsStretches) {
