@@ -80,7 +80,7 @@ class Canvas {
     return p.x >= margin && p.y >= margin && p.x <= shape_.size - margin && p.y <= shape_.size - margin;
   }
 
-  // Grey levels, anti-aliased, brightest where lines and dots are.
+  // Grey, 0 to 255, anti-aliased, brightest where lines and dots are.
   std::vector<int32_t> draw(Point dot_a, Point dot_b) const {
     const auto side = static_cast<int64_t>(shape_.size);
     std::vector<int32_t> pixels(static_cast<size_t>(side * side));
@@ -182,6 +182,7 @@ class Generator {
     Example example;
     example.label = static_cast<int32_t>(random.below(2));
     example.tokens = canvas.draw(begin, example.label == 1 ? end : second->front().first);
+    for (int32_t& pixel : example.tokens) pixel = static_cast<int32_t>(pixel * options_.levels / 256);
     return example;
   }
 
@@ -193,7 +194,7 @@ class Generator {
 
 TaskData make_pathfinder(const TaskOptions& options) {
   const Generator generator(options);
-  TaskData data{.name = options.name, .kind = TaskKind::kClassify, .vocab_size = 256, .num_classes = 2};
+  TaskData data{.name = options.name, .kind = TaskKind::kClassify, .vocab_size = options.levels, .num_classes = 2};
   uint64_t number = 0;
   for (const auto& [name, count] :
        {std::pair{"train", options.train}, {"validation", options.validation}, {"test", options.test}}) {

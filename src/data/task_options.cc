@@ -46,6 +46,7 @@ void for_each_field(Options& options, const Visit& visit) {
     visit("size", options.size);
     visit("contour_length", options.contour_length);
     visit("distractors", options.distractors);
+    visit("levels", options.levels);
   }
   if (name == "associative_recall") {
     visit("pairs", options.pairs);
@@ -119,6 +120,7 @@ void TaskOptions::validate() const {
     check_range("size", size, 16, 512);
     check_range("contour_length", contour_length, 2, 64);
     check_range("distractors", distractors, 0, 64);
+    check_range("levels", levels, 2, 256);
   }
   if (is_probe(name)) {
     std::vector<int64_t> lengths = test_lengths;

@@ -42,6 +42,7 @@ struct TaskOptions {
   int64_t size = 32;            // pixels a side
   int64_t contour_length = 14;  // dashes of the two long paths
   int64_t distractors = 6;      // short paths
+  int64_t levels = 256;         // of grey that a pixel is rounded to, and so different tokens
 
   int64_t pairs = 0;     // associative_recall: keys and values to remember
   int64_t keys = 0;      // associative_recall: how many there are; as many values

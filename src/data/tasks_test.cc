@@ -238,6 +238,22 @@ TEST_F(TaskFileTest, BatchesArePaddedAndAnEpochTakesEachExampleOnce) {
   }
 }
 
+TEST(Pathfinder, GreyIsRoundedToLevels) {
+  TaskOptions options = TaskOptions::defaults("pathfinder");
+  options.size = 16;
+  options.contour_length = 2;
+  options.distractors = 0;
+  options.train = options.validation = options.test = 5;
+  const TaskData fine = make_pathfinder(options);
+  options.levels = 4;
+  const TaskData coarse = make_pathfinder(options);
+  coarse.check("pathfinder");
+  EXPECT_EQ(coarse.vocab_size, 4);
+  const auto& pixels = fine.splits.at("train").tokens;
+  EXPECT_TRUE(at::equal(coarse.splits.at("train").tokens, (pixels.to(at::kLong) * 4).div(256, "floor").to(at::kByte)));
+  EXPECT_TRUE(at::equal(coarse.splits.at("train").labels, fine.splits.at("train").labels));
+}
+
 // The pixels of one of two dots' colours: Pathfinder's images can be checked by walking along what is lit.
 TEST(Pathfinder, ImagesOfBothLabelsAreDrawnAlike) {
   TaskOptions options = TaskOptions::defaults("pathfinder");

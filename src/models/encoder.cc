@@ -150,6 +150,10 @@ at::Tensor EncoderImpl::pool(const at::Tensor& x, const OptionalTensor& padding)
   return x.masked_fill(padding->unsqueeze(-1), 0).sum(1) / lengths.clamp_min(1);
 }
 
+at::Tensor EncoderImpl::pooled(const at::Tensor& tokens, const OptionalTensor& padding) {
+  return pool(encode(tokens, padding), padding);
+}
+
 at::Tensor EncoderImpl::forward(const at::Tensor& tokens, const OptionalTensor& padding) {
   const auto x = encode(tokens, padding);
   if (config_.head == "tokens") return output_proj(x);

@@ -46,6 +46,9 @@ class EncoderImpl : public torch::nn::Module {
   // to nothing -> logits [B, num_outputs], with head tokens [B, T, num_outputs].
   at::Tensor forward(const at::Tensor& tokens, const OptionalTensor& padding = {});
 
+  // What a classifier has pooled of each sequence, before pooled_norm: [B, embed_dim].
+  at::Tensor pooled(const at::Tensor& tokens, const OptionalTensor& padding = {});
+
   const EncoderConfig& config() const { return config_; }
 
   torch::nn::Embedding token_embedding{nullptr};

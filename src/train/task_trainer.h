@@ -57,6 +57,8 @@ class TaskTrainer : public StepTrainer {
   // Each example from the mean of its stretches' log-probabilities: TaskData::crop.
   Answers answer_in_stretches(const TaskExamples& split, const std::vector<int64_t>& examples);
   Evaluation evaluate(const TaskExamples& split, const std::vector<int64_t>& examples);
+  // Of some training examples [N, E], each sequence's: what pooled_norm knows of them.
+  at::Tensor pooled_examples();
 
   const TaskData& data_;
   TaskOptions task_;
