@@ -97,7 +97,7 @@ TEST_F(TaskTrainerTest, EvaluationCountsEveryExampleOnce) {
 
 // What a classifier of long texts has to find: letters that are a little more frequent with one label than with the other.
 TaskExamples faint_letters(int64_t count, uint64_t seed) {
-  constexpr int64_t kLength = 512, kLetters = 16;
+  constexpr int64_t kLength = 1024, kLetters = 16;
   TaskBuilder builder;
   for (int64_t i = 0; i < count; ++i) {
     RandomStream random(seed, static_cast<uint64_t>(i));
@@ -106,8 +106,8 @@ TaskExamples faint_letters(int64_t count, uint64_t seed) {
     while (std::ssize(text) < kLength) {
       const int64_t letter = random.below(kLetters);
       const bool odd = letter % 2 == 1;
-      // One letter in five of the wrong kind is drawn again.
-      if (odd != (label == 1) && random.uniform() < 0.2) continue;
+      // One letter in eight of the wrong kind is drawn again.
+      if (odd != (label == 1) && random.uniform() < 0.125) continue;
       text += static_cast<char>(letter);
     }
     builder.add_bytes(text);
