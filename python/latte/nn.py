@@ -439,12 +439,11 @@ class LatteAttention(_LatentAttention):
         return out, weights, after._replace(latents=latents) if output_state else None
 
 
-def _widen_keys(state: MacchiatoState | None, width: int) -> MacchiatoState | None:
-    """The state with keys of `width` features: those of before came without a bias."""
-    if state is None or state.keys.shape[-1] == width:
+def _widen_keys(state: MacchiatoState | None, head_dim: int) -> MacchiatoState | None:
+    """The state with keys of head_dim + 1 features, where it has head_dim: those of before came without a bias."""
+    if state is None or state.keys.shape[-1] != head_dim:
         return state
-    missing = (0, width - state.keys.shape[-1])
-    return state._replace(keys=F.pad(state.keys, missing), sink_keys=F.pad(state.sink_keys, missing))
+    return state._replace(keys=F.pad(state.keys, (0, 1)), sink_keys=F.pad(state.sink_keys, (0, 1)))
 
 
 class MacchiatoAttention(_LatentAttention):
@@ -557,9 +556,9 @@ class MacchiatoAttention(_LatentAttention):
         if need_weights:
             local_weights = window_probabilities(query, key, sink_query=sink_query, key_bias=key_bias, **reach)
         scale = 1.0 / math.sqrt(self.head_dim)
-        if key_bias is not None or (before is not None and before.keys.shape[-1] > self.head_dim):
+        if key_bias is not None or (before is not None and before.keys.shape[-1] == self.head_dim + 1):
             query, key, sink_query = bias_window(query, key, sink_query, key_bias, scale)
-            before = _widen_keys(before, self.head_dim + 1)
+            before = _widen_keys(before, self.head_dim)
         window = reach | {"sink_query": sink_query, "scale": scale}
         if self.position == "vapor":
             # The window reads plain values and the latents rotated ones, so they are two calls, mixed here by the softmax over L

@@ -37,8 +37,10 @@ class Prefetch {
     size_t position_ = 0;
   };
 
-  // `pace`: lines that two steps ask for, 1 or 2.
+  // `pace`: new lines in two steps, 1 or 2; at 1 each of the two asks for the same one.
   explicit Prefetch(size_t pace = 1) : pace_(pace) {}
+  Prefetch(const Prefetch&) = delete;
+  Prefetch& operator=(const Prefetch&) = delete;
 
   void Clear() { end_ = next_ = 0; }
   // `count` rows of `bytes`, the first at `data` and `stride` bytes between them.

@@ -159,7 +159,7 @@ HWY_INLINE void MatMul(D d, size_t M, size_t N, size_t K, Left a, const float* b
   if constexpr (kBlockVectors == 4) {
     // The last five, six or nine as panels of two and three: one of a single vector waits for its loads.
     for (; vectors >= 4 && vectors != 5 && vectors != 6 && vectors != 9; vectors -= 4) panel(std::integral_constant<size_t, 4>());
-    for (; vectors >= 3 && vectors != 4; vectors -= 3) panel(std::integral_constant<size_t, 3>());
+    for (; vectors >= 3; vectors -= 3) panel(std::integral_constant<size_t, 3>());
   }
   for (; vectors >= 2; vectors -= 2) panel(std::integral_constant<size_t, 2>());
   if (vectors == 1) panel(std::integral_constant<size_t, 1>());

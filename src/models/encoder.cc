@@ -122,6 +122,8 @@ void EncoderImpl::reset_parameters() { initialise(*this, config_.num_layers); }
 at::Tensor EncoderImpl::encode(const at::Tensor& tokens, const OptionalTensor& padding) {
   TORCH_CHECK_VALUE(tokens.dim() == 2 && tokens.size(1) > 0, "Encoder: expected tokens [batch, time], got ", tokens.sizes());
   TORCH_CHECK_TYPE(tokens.scalar_type() == torch::kInt64, "Encoder: expected int64 tokens, got ", tokens.scalar_type());
+  TORCH_CHECK_TYPE(!padding || padding->scalar_type() == torch::kBool, "Encoder: expected a bool padding (true = padding), got ",
+                   padding->scalar_type());
   const int64_t time = tokens.size(1);
   auto x = token_embedding(tokens);
   if (position_embedding) {

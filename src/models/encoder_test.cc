@@ -153,6 +153,7 @@ TEST(Encoder, ImpossibleConfigurationsNameTheField) {
   EXPECT_CONTAINS(error("softmax", {{"colour", 1}}), "unknown field");
   Encoder model(small("softmax", {{"position", "learned"}}));
   EXPECT_THROW(model(torch::zeros({1, 13}, torch::kInt64)), c10::ValueError);
+  EXPECT_THROW(model(torch::zeros({2, 4}, torch::kInt64), torch::zeros({2, 4})), c10::TypeError);  // padding is bool
   // A language model takes none of what needs a whole sequence.
   EXPECT_THROW(formats::LanguageModelConfig::from_json({{"vocab_size", 3}, {"attention", "linformer"}}), formats::ConfigError);
   EXPECT_THROW(formats::LanguageModelConfig::from_json({{"vocab_size", 3}, {"norm", "batch"}}), formats::ConfigError);

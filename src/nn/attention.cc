@@ -44,8 +44,9 @@ AttentionResult AttentionImpl::forward(const at::Tensor& x, const AttentionForwa
                       padding.sizes());
     if (!batched) padding = padding.unsqueeze(0);
     key_mask = real_tokens(padding);
-    TORCH_CHECK_VALUE(takes_key_bias() || !key_bias_of(padding), class_name_,
-                      ": key_padding_mask has floats other than 0 and -inf, which this attention doesn't add");
+    TORCH_CHECK_VALUE(
+        takes_key_bias() || !key_bias_of(padding), class_name_,
+        ": key_padding_mask has floats that this attention doesn't add: expected a bool one, or 0 and -inf without gradients");
   }
 
   auto result = attend(rows, key_mask, options);
@@ -250,9 +251,9 @@ AttentionResult MacchiatoAttentionImpl::attend(const at::Tensor& x, const Option
     check_state(class_name_, options.state->macchiato.has_value());
     before = options.state->macchiato;
   }
-  if (latents.key_bias || (before && before->keys.size(-1) > head_dim_)) {
+  if (latents.key_bias || (before && before->keys.size(-1) == head_dim_ + 1)) {
     bias_window(window.query, window.key, window.sink_query, latents.key_bias, *attention.scale);
-    if (before) before = widen_keys(*before, head_dim_ + 1);
+    if (before) before = widen_keys(*before, head_dim_);
   }
   attention.window = macchiato_.window;
   attention.sinks = macchiato_.sinks;

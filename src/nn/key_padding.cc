@@ -49,10 +49,9 @@ void bias_window(at::Tensor& query, at::Tensor& key, OptionalTensor& sink_query,
   if (sink_query) sink_query = widened(*sink_query);
 }
 
-MacchiatoState widen_keys(MacchiatoState state, int64_t width) {
+MacchiatoState widen_keys(MacchiatoState state, int64_t head_dim) {
   for (auto* keys : {&state.keys, &state.sink_keys}) {
-    const int64_t missing = width - keys->size(-1);
-    if (missing > 0) *keys = torch::constant_pad_nd(*keys, {0, missing}, 0.0);
+    if (keys->size(-1) == head_dim) *keys = torch::constant_pad_nd(*keys, {0, 1}, 0.0);
   }
   return state;
 }

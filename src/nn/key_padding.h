@@ -18,7 +18,7 @@ at::Tensor bias_key_logits(const at::Tensor& key_logits, const OptionalTensor& k
 // query [B, T, H, Dk], key [B, T, Hkv, Dk] and sink_query with one feature more, through which query · key · scale has key_bias
 // [B, T] (none: 0) added.
 void bias_window(at::Tensor& query, at::Tensor& key, OptionalTensor& sink_query, const OptionalTensor& key_bias, double scale);
-// The state with keys of `width` features: those of before came without a bias.
-MacchiatoState widen_keys(MacchiatoState state, int64_t width);
+// The state with keys of head_dim + 1 features, where they have head_dim: those of before came without a bias.
+MacchiatoState widen_keys(MacchiatoState state, int64_t head_dim);
 
 }  // namespace latte::nn
