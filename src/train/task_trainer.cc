@@ -26,6 +26,7 @@ class MeasuredStatistics {
  public:
   MeasuredStatistics(nn::Norm norm, const at::Tensor& rows)
       : norm_(std::move(norm)), mean_(norm_->running_mean.clone()), variance_(norm_->running_var.clone()) {
+    if (rows.size(0) < 2) return;  // no variance to measure
     norm_->running_mean.copy_(rows.mean(0));
     norm_->running_var.copy_(rows.var(0));
   }
@@ -97,7 +98,8 @@ TaskTrainer::TaskTrainer(const models::EncoderConfig& model, const TrainerOption
   if (model.vocab_size != data.vocab_size || model.num_outputs != data.num_classes || model.head != to_string(data.kind)) {
     throw formats::ConfigError("model config: made for another task than " + data.name);
   }
-  if (model.pooled_norm == "batch" && options.batch < 2) {
+  // Of a pair two rows are pooled.
+  if (model.pooled_norm == "batch" && model.head != "pairs" && options.batch < 2) {
     throw OptionError("batch is " + std::to_string(options.batch) + ", expected at least 2 with pooled_norm batch");
   }
   model_ = models::Encoder(model);
