@@ -200,7 +200,7 @@ def test_every_position_is_trained_resumed_and_written_with(tmp_path, text, atte
     options = ["--attention", attention, "--position", position, "--window", 4, "--lr", 1e-2, "--min-lr", 1e-2]
     assert latte("train", "--text", text, "--out", whole, *SHORT, *options).returncode == 0
     assert latte("train", "--text", text, "--out", parts, *SHORT, *options, "--steps", 3).returncode == 0
-    result = latte("train", "--out", parts, "--resume", "--steps", 6)
+    result = latte("train", "--out", parts, "--resume", "--steps", 6, "--threads", 1)
     assert result.returncode == 0, result.stderr
     assert weights(whole) == weights(parts)
     first, last = lines_of(whole / "metrics.jsonl")[:: len(lines_of(whole / "metrics.jsonl")) - 1]
