@@ -11,6 +11,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
+from latte.functional import MacchiatoState
+
 LARGEST_BIAS = 1e30  # times 1/scale it is still far from float32's infinity
 
 
@@ -127,3 +129,10 @@ def is_causal_request(attn_mask: Tensor | None, is_causal: bool, tokens: int, ro
         "attn_mask is not the causal mask (True or -inf above the diagonal alone): latent attention is causal or "
         "bidirectional, other masks would need the T × T matrix that it never forms"
     )
+
+
+def widen_keys(state: MacchiatoState | None, head_dim: int) -> MacchiatoState | None:
+    """The state with keys of head_dim + 1 features, where it has head_dim: those of before came without a bias."""
+    if state is None or state.keys.shape[-1] != head_dim:
+        return state
+    return state._replace(keys=F.pad(state.keys, (0, 1)), sink_keys=F.pad(state.sink_keys, (0, 1)))

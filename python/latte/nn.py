@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latte._linear import Linear
-from latte._masks import bias_key_logits, bias_window, is_causal_request, split_padding
+from latte._masks import bias_key_logits, bias_window, is_causal_request, split_padding, widen_keys
 from latte._probabilities import latent_probabilities, window_probabilities
 from latte._recurrent import CausalConv1d, RgLru
 from latte.functional import (
@@ -439,13 +439,6 @@ class LatteAttention(_LatentAttention):
         return out, weights, after._replace(latents=latents) if output_state else None
 
 
-def _widen_keys(state: MacchiatoState | None, head_dim: int) -> MacchiatoState | None:
-    """The state with keys of head_dim + 1 features, where it has head_dim: those of before came without a bias."""
-    if state is None or state.keys.shape[-1] != head_dim:
-        return state
-    return state._replace(keys=F.pad(state.keys, (0, 1)), sink_keys=F.pad(state.sink_keys, (0, 1)))
-
-
 class MacchiatoAttention(_LatentAttention):
     """Latte-Macchiato (arXiv 2402.17512, section 3.4) in torch.nn.MultiheadAttention's place: latents and a window of standard
     attention.
@@ -558,7 +551,7 @@ class MacchiatoAttention(_LatentAttention):
         scale = 1.0 / math.sqrt(self.head_dim)
         if key_bias is not None or (before is not None and before.keys.shape[-1] == self.head_dim + 1):
             query, key, sink_query = bias_window(query, key, sink_query, key_bias, scale)
-            before = _widen_keys(before, self.head_dim)
+            before = widen_keys(before, self.head_dim)
         window = reach | {"sink_query": sink_query, "scale": scale}
         if self.position == "vapor":
             # The window reads plain values and the latents rotated ones, so they are two calls, mixed here by the softmax over L
