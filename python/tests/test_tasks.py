@@ -84,8 +84,10 @@ def test_a_generated_tasks_file_is_kept(tmp_path, config):
     ("section", "fields", "parts"),
     [
         ("task", {"max_length": 3}, ["config.json: line 8: max_length is 3"]),
-        ("task", {"colour": 1}, ["unknown option of task listops", "colour"]),
-        ("model", {"num_heads": 3}, ["config.json: line ", "num_heads is 3, expected a divisor of embed_dim"]),
+        ("task", {"colour": 1}, ["config.json: line 9: unknown option of task listops", "colour"]),
+        ("task", {"train": "x"}, ['config.json: line 4: train is "x", expected an integer']),
+        ("model", {"num_heads": 3}, ["config.json: line 13: model config: num_heads is 3, expected a divisor of embed_dim"]),
+        ("model", {"colour": 1}, ["config.json: line 15: model config: unknown field", "colour"]),
         ("model", {"position": "learned", "max_positions": 5}, ["max_positions is 5, expected at least"]),
         ("model", {"pooling": "max"}, ["pooling is"]),
         ("model", {"attention": "gated_linear"}, ["gated_linear"]),
@@ -99,6 +101,20 @@ def test_bad_fields_are_named_with_file_and_line(tmp_path, config, section, fiel
     config.write_text(json.dumps(changed, indent=1))
     assert_fails(latte("train", "--config", config, "--out", tmp_path / "run"), *parts, code=2)
     assert not (tmp_path / "run").exists()
+
+
+def test_only_what_stands_in_the_file_is_located_there(tmp_path, config):
+    fields = json.loads(config.read_text()) | {"paper": {"model": {"num_layers": 0}}}
+    config.write_text(json.dumps(fields, indent=1))
+    published = latte("train", "--config", config, "--paper", "--out", tmp_path / "run")
+    line = 1 + config.read_text().splitlines().index('   "num_layers": 0')
+    assert_fails(published, f"line {line}: model config: num_layers is 0", code=2)
+    named = latte("train", "--config", config, "--heads", 5, "--out", tmp_path / "run")
+    assert_fails(named, "num_heads is 5", code=2)
+    assert ": line " not in named.stderr
+    entry = latte("compare", config, "--attention", "softmax,colour", "--out", tmp_path / "out")
+    assert_fails(entry, "colour: model config: attention is", code=2)
+    assert ": line " not in entry.stderr
 
 
 def test_bad_configs_and_options(tmp_path, config):
@@ -148,6 +164,17 @@ def test_compare_trains_all_and_goes_on(tmp_path, config):
     assert values == [entry["values"] for entry in comparison["entries"]]
     other = latte(*arguments, "--out", out, "--steps", 5)
     assert_fails(other, "another configuration")
+
+
+def test_compare_takes_positions_as_a_second_axis_and_linformer(tmp_path, config):
+    kept = tmp_path / "listops.task"
+    arguments = ["--attention", "softmax,linformer:projected=4,latte", "--position", "none,conv", "--seeds", 1, "--data", kept]
+    result = latte("compare", config, *arguments, "--out", tmp_path / "out", "--threads", 1)
+    assert result.returncode == 0, result.stderr
+    titles = [line.split(" | ")[0].strip("| ") for line in result.stdout.splitlines()[2:]]
+    both = ["softmax:position=none", "softmax:position=conv"]
+    assert titles == [*both, "linformer:projected=4:position=none", "latte:position=none", "latte:position=conv"]
+    assert kept.exists()
 
 
 def test_compare_on_a_text(tmp_path):

@@ -36,8 +36,9 @@ using nlohmann::json;
 
 struct Options {
   std::string config_file;
-  std::vector<std::string> attentions;
+  std::vector<std::string> attentions, positions;
   std::vector<double> learning_rates;
+  std::string data;
   int64_t seeds = 0;
   int64_t steps = 0;
   double seconds = 0.0;
@@ -147,6 +148,11 @@ int Compare(const Options& options) {
       compare.entries.clear();
       for (const std::string& text : options.attentions) compare.entries.push_back(train::CompareOptions::parse_entry(text));
     }
+    if (!options.positions.empty()) compare.positions = options.positions;
+    if (!options.data.empty()) {
+      const bool task = config.contains("task");
+      config[task ? "task" : "training"][task ? "data" : "text"] = options.data;
+    }
     if (!options.learning_rates.empty()) compare.learning_rates = options.learning_rates;
     if (options.seeds > 0) compare.seeds = options.seeds;
     if (options.steps > 0) {
@@ -194,6 +200,13 @@ void AddCompare(CLI::App& app, int& exit_code) {
                    "Attentions, with fields of the model after colons: softmax,latte,latte:num_latents=8:shared_latents=true")
       ->delimiter(',')
       ->type_name("NAME,…");
+  command
+      ->add_option("--position", options->positions,
+                   "A second axis: each attention with each of these positions that it takes: none,vapor,conv,rg_lru")
+      ->delimiter(',')
+      ->type_name("NAME,…");
+  command->add_option("--data", options->data, "What the task reads, or the text, in place of the configuration's")
+      ->type_name("PATH");
   command->add_option("--seeds", options->seeds, "Runs of each attention at its best learning rate; by default 3")
       ->check(CLI::Range(int64_t{1}, int64_t{1000}));
   command->add_option("--lr", options->learning_rates, "Learning rates that each attention tries; by default the configuration's")
@@ -223,6 +236,7 @@ void AddCompare(CLI::App& app, int& exit_code) {
       "the same command goes on, and what is finished isn't run again.\n\n"
       "Examples:\n"
       "  latte compare configs/listops.json --attention softmax,latte --seeds 3\n"
+      "  latte compare configs/characters.json --attention softmax,latte,macchiato --position none,vapor,conv,rg_lru\n"
       "  latte compare configs/text.json --attention softmax,latte --seconds 600 --seeds 2 --threads 1\n"
       "  latte compare configs/recall.json --attention latte:num_latents=8,latte:num_latents=32,macchiato:window=16");
   command->callback([options, &exit_code] { exit_code = Compare(*options); });

@@ -51,8 +51,9 @@ struct TaskOptions {
 
   double mask_fraction = 0.15;  // masked_language
 
-  void validate() const;           // throws formats::OptionError
-  nlohmann::json to_json() const;  // the fields that `name` has
+  void validate() const;             // throws formats::OptionError
+  int64_t longest_sequence() const;  // in tokens: what no example of the task exceeds
+  nlohmann::json to_json() const;    // the fields that `name` has
   // Takes an object that has at least `name`. Throws formats::OptionError: an unknown task, a field that it doesn't have, a wrong
   // type, an impossible value.
   static TaskOptions from_json(const nlohmann::json& json);

@@ -113,6 +113,25 @@ TEST(ListOps, ImpossibleSizesAreErrors) {
   EXPECT_CONTAINS(formats::error_text<formats::OptionError>([&] { make_listops(options); }), "too few different examples");
 }
 
+TEST(TaskOptionsTest, NoSequenceIsLongerThanTheyPromise) {
+  for (const char* name : {"listops", "pathfinder", "associative_recall", "selective_copying", "needle"}) {
+    TaskOptions options = TaskOptions::defaults(name);
+    options.train = 300;
+    options.validation = options.test = 5;
+    options.min_length = 4;
+    options.max_length = 12;
+    options.size = 16;
+    options.contour_length = 2;
+    options.distractors = 0;
+    options.length = 24;
+    options.pairs = 4;
+    options.copies = 3;
+    if (options.name != "listops" && options.name != "pathfinder") options.test_lengths = {40};
+    EXPECT_EQ(load_task(options).longest(), options.longest_sequence()) << name;
+  }
+  EXPECT_EQ(TaskOptions::defaults("image").longest_sequence(), 1024);
+}
+
 TEST(TaskOptionsTest, ErrorsNameTheField) {
   const auto error = [](const json& object) {
     return formats::error_text<formats::OptionError>([&] { TaskOptions::from_json(object); });

@@ -254,4 +254,10 @@ LanguageModelConfig LanguageModelConfig::from_json(const json& object, Role role
   return config;
 }
 
+bool takes_position(std::string_view attention, std::string_view position) {
+  const auto positions = positions_of(attention);
+  const bool known = std::find(kAttentions.begin(), kAttentions.end(), attention) != kAttentions.end();
+  return known && std::find(positions.begin(), positions.end(), position) != positions.end();
+}
+
 }  // namespace latte::formats

@@ -6,6 +6,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 
 namespace latte::formats {
 
@@ -80,5 +81,8 @@ struct LanguageModelConfig {
 
   bool operator==(const LanguageModelConfig&) const = default;
 };
+
+// Whether a model of this attention can have that position; neither need exist.
+bool takes_position(std::string_view attention, std::string_view position);
 
 }  // namespace latte::formats

@@ -25,7 +25,10 @@ constexpr int64_t kLargestCount = int64_t{1} << 40;
 }
 
 inline std::string shown(const nlohmann::json& value) {
-  return quote(value.dump(-1, ' ', true, nlohmann::json::error_handler_t::replace));
+  if (value.is_string()) return quote(value.get_ref<const std::string&>());
+  const std::string text = value.dump(-1, ' ', true, nlohmann::json::error_handler_t::replace);
+  constexpr size_t kLongest = 64;
+  return text.size() > kLongest ? text.substr(0, kLongest) + "…" : text;
 }
 
 inline void read(std::string_view field, const nlohmann::json& value, std::string& into) {

@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <optional>
 
+#include "data/task_options.h"
 #include "formats/error.h"
 #include "formats/language_model_config.h"
 #include "formats/option_fields.h"
@@ -115,6 +117,7 @@ CompareOptions CompareOptions::from_json(const json& object) {
   std::vector<std::string> attentions;
   read_object("comparison's field", object, [&](const auto& visit) {
     visit("attentions", attentions);
+    visit("positions", options.positions);
     visit("seeds", options.seeds);
     visit("learning_rates", options.learning_rates);
     visit("match_parameters", options.match_parameters);
@@ -135,6 +138,11 @@ void CompareOptions::validate() const {
         throw OptionError("attentions has " + formats::quote(entries[i].title) + " twice");
     }
   }
+}
+
+int64_t longest_sequence(const json& config) {
+  if (config.contains("task")) return TaskOptions::from_json(config.at("task")).longest_sequence();
+  return config.value("training", json::object()).value("context", TrainerOptions().context);
 }
 
 int64_t parameters_of(const json& fields, bool task) {
@@ -162,99 +170,168 @@ json match_parameters(json model, bool task, int64_t parameters, const std::stri
   return model;
 }
 
-json compare(const json& config, const CompareOptions& options, const CompareRunner& run) {
-  options.validate();
-  const bool task = config.contains("task");
-  const json training = config.value("training", json::object());
-  const json base_model = config.value("model", json::object());
-  std::vector<double> rates = options.learning_rates;
-  if (rates.empty()) rates.push_back(training.value("lr", TrainerOptions().lr));
-  const auto first_seed = training.value("seed", TrainerOptions().seed);
-
-  const auto model_of = [&](const CompareEntry& entry) {
-    json model = base_model;
-    // What suits one attention may not exist for another.
-    const std::string attention = entry.model.at("attention");
-    const bool latents = attention == "latte" || attention == "macchiato";
-    for (const char* field : {"num_latents", "shared_latents", "forget"}) {
-      if (!latents) model.erase(field);
+std::vector<CompareEntry> CompareOptions::crossed() const {
+  if (positions.empty()) return entries;
+  std::vector<CompareEntry> all;
+  for (const CompareEntry& entry : entries) {
+    if (entry.model.contains("position")) {
+      all.push_back(entry);
+      continue;
     }
-    if (attention != "window" && attention != "macchiato") model.erase("sinks");
-    const std::string position = model.value("position", "");
-    // The configuration's, where it was chosen for latents: the others' default is what they are known by, and an entry that
-    // wants it names it (softmax:position=conv).
-    const bool of_latents = position == "conv" || position == "vapor" || position == "rg_lru";
-    const bool rotates = attention == "softmax" || attention == "window" || attention == "macchiato";
-    if ((of_latents && !latents) || (position == "rotary" && !rotates)) model.erase("position");  // its default
-    for (const auto& [field, value] : entry.model.items()) model[field] = value;
-    return model;
+    const std::string attention = entry.model.at("attention");
+    const size_t before = all.size();
+    for (const std::string& position : positions) {
+      if (!formats::takes_position(attention, position)) continue;
+      all.push_back({entry.title + ":position=" + position, entry.model});
+      all.back().model["position"] = position;
+    }
+    if (all.size() == before) throw OptionError("positions has none that attention " + formats::quote(attention) + " takes");
+  }
+  return all;
+}
+
+namespace {
+
+// The configuration's model for an entry: what suits one attention may not exist for another.
+json model_of(const json& config, const CompareEntry& entry) {
+  json model = config.value("model", json::object());
+  const std::string attention = entry.model.at("attention");
+  const bool latents = attention == "latte" || attention == "macchiato";
+  for (const char* field : {"num_latents", "shared_latents", "forget", "decay_rank"}) {
+    if (!latents) model.erase(field);
+  }
+  if (attention != "window" && attention != "macchiato") model.erase("sinks");
+  const auto position_of = [&] {  // what is no name is refused with the rest of the model
+    const json found = model.value("position", json());
+    return found.is_string() ? found.get<std::string>() : std::string();
   };
-  const int64_t parameters = parameters_of(model_of(options.entries.front()), task);
-  // All of them, before the first one trains.
-  std::vector<json> models;
-  for (const CompareEntry& entry : options.entries) {
-    const json model = model_of(entry);
-    models.push_back(options.match_parameters ? match_parameters(model, task, parameters, entry.title) : model);
+  const std::string position = position_of();
+  // The configuration's, where it was chosen for latents: the others' default is what they are known by, and an entry that
+  // wants it names it (softmax:position=conv).
+  const bool of_latents = position == "conv" || position == "vapor" || position == "rg_lru";
+  const bool rotates = attention == "softmax" || attention == "window" || attention == "macchiato";
+  if ((of_latents && !latents) || (position == "rotary" && !rotates)) model.erase("position");  // its default
+  for (const auto& [field, value] : entry.model.items()) model[field] = value;
+  const bool bounded = attention == "linformer" || position_of() == "learned";
+  if (bounded && !model.contains("max_positions")) model["max_positions"] = longest_sequence(config);
+  return model;
+}
+
+void check_training(const json& config) {
+  json training = config.value("training", json::object());
+  if (!training.contains("min_lr")) training["min_lr"] = 0;
+  (void)TrainerOptions::from_json(training);
+}
+
+// The runs of one comparison: the same configuration, but for the model, the rate, the seed and, with seconds, the steps.
+class Comparison {
+ public:
+  Comparison(const json& config, const CompareOptions& options, const CompareRunner& run)
+      : config_(config), options_(options), run_(run), training_(config.value("training", json::object())) {
+    rates_ = options.learning_rates;
+    if (rates_.empty()) rates_.push_back(training_.value("lr", TrainerOptions().lr));
+    first_seed_ = training_.value("seed", TrainerOptions().seed);
   }
 
-  json entries = json::array();
-  for (size_t i = 0; i < options.entries.size(); ++i) {
-    int64_t steps = training.value("steps", TrainerOptions().steps);
-    const auto train = [&](double lr, int64_t seed) {
-      json run_config = config;
-      run_config.erase("compare");
-      run_config.erase("about");
-      run_config["model"] = models[i];
-      json& fields = run_config["training"];
-      fields["lr"] = lr;
-      if (!fields.contains("min_lr") || rates.size() > 1) fields["min_lr"] = lr / 10;
-      fields["seed"] = seed;
-      fields["steps"] = steps;
-      return CompareRun{file_name(options.entries[i].title) + "-lr" + json(lr).dump() + "-seed" + std::to_string(seed),
-                        run_config};
-    };
-    if (options.seconds > 0) {
-      steps = kTrialSteps;
-      CompareRun trial = train(rates.front(), first_seed);
-      trial.name = file_name(options.entries[i].title) + "-trial";
-      for (const char* field : {"eval_every", "save_every"}) trial.config["training"][field] = 0;
-      trial.config["training"]["eval_batches"] = 1;
-      const json report = run(trial);
-      if (report.is_null()) return nullptr;
-      const double step_seconds = report.value("step_seconds", 0.0);
-      if (!(step_seconds > 0)) throw OptionError(trial.name + " ended without a step: there is no time to go by");
-      steps = std::max<int64_t>(1, std::llround(options.seconds / step_seconds));
-    }
+  // An entry's row; null where a run was interrupted.
+  json row(const std::string& title, const json& model) const {
+    const auto steps = steps_of(title, model);
+    if (!steps) return nullptr;
     json sweep = json::array(), names = json::array();
     std::vector<json> reports;
     double best = 0.0;
-    for (const double lr : rates) {
-      const CompareRun first = train(lr, first_seed);
-      json report = run(first);
+    for (const double lr : rates_) {
+      const CompareRun first = at(title, model, *steps, lr, first_seed_);
+      json report = run_(first);
       if (report.is_null()) return nullptr;
-      const double value = validation_of(report, task);
+      const double value = validation_of(report, is_task());
       sweep.push_back({{"lr", lr}, {"value", std::abs(value)}});
-      if (reports.empty() || value > validation_of(reports.front(), task)) {
+      if (reports.empty() || value > validation_of(reports.front(), is_task())) {
         reports = {std::move(report)};
         names = {first.name};
         best = lr;
       }
     }
-    for (int64_t seed = 1; seed < options.seeds; ++seed) {
-      const CompareRun next = train(best, first_seed + seed);
-      json report = run(next);
+    for (int64_t seed = 1; seed < options_.seeds; ++seed) {
+      const CompareRun next = at(title, model, *steps, best, first_seed_ + seed);
+      json report = run_(next);
       if (report.is_null()) return nullptr;
       reports.push_back(std::move(report));
       names.push_back(next.name);
     }
-    json entry = summary_of(options.entries[i].title, reports, task);
+    json entry = summary_of(title, reports, is_task());
     entry["lr"] = best;
-    entry["steps"] = steps;
+    entry["steps"] = *steps;
     entry["sweep"] = sweep;
     entry["runs"] = names;
-    entries.push_back(std::move(entry));
+    return entry;
   }
-  return {{"metric", task ? "accuracy" : "loss"}, {"seeds", options.seeds}, {"entries", entries}};
+
+ private:
+  bool is_task() const { return config_.contains("task"); }
+
+  CompareRun at(const std::string& title, const json& model, int64_t steps, double lr, int64_t seed) const {
+    json config = config_;
+    config.erase("compare");
+    config.erase("about");
+    config["model"] = model;
+    json& fields = config["training"];
+    fields["lr"] = lr;
+    if (!fields.contains("min_lr") || rates_.size() > 1) fields["min_lr"] = lr / 10;
+    fields["seed"] = seed;
+    fields["steps"] = steps;
+    return {file_name(title) + "-lr" + json(lr).dump() + "-seed" + std::to_string(seed), config};
+  }
+
+  // The configuration's, or with seconds as many as a trial says that fit; none where that was interrupted.
+  std::optional<int64_t> steps_of(const std::string& title, const json& model) const {
+    if (options_.seconds <= 0) return training_.value("steps", TrainerOptions().steps);
+    CompareRun trial = at(title, model, kTrialSteps, rates_.front(), first_seed_);
+    trial.name = file_name(title) + "-trial";
+    for (const char* field : {"eval_every", "save_every"}) trial.config["training"][field] = 0;
+    trial.config["training"]["eval_batches"] = 1;
+    const json report = run_(trial);
+    if (report.is_null()) return {};
+    const double step_seconds = report.value("step_seconds", 0.0);
+    if (!(step_seconds > 0)) throw OptionError(trial.name + " ended without a step: there is no time to go by");
+    return std::max<int64_t>(1, std::llround(options_.seconds / step_seconds));
+  }
+
+  const json& config_;
+  const CompareOptions& options_;
+  const CompareRunner& run_;
+  json training_;
+  std::vector<double> rates_;
+  int64_t first_seed_ = 0;
+};
+
+}  // namespace
+
+json compare(const json& config, const CompareOptions& options, const CompareRunner& run) {
+  options.validate();
+  const bool task = config.contains("task");
+  check_training(config);
+  const std::vector<CompareEntry> entries = options.crossed();
+  std::optional<int64_t> parameters;  // the first entry's
+  std::vector<json> models;           // all of them, before the first one trains
+  for (const CompareEntry& entry : entries) {
+    try {
+      const json model = model_of(config, entry);
+      const int64_t ours = parameters_of(model, task);
+      if (!parameters) parameters = ours;
+      models.push_back(options.match_parameters ? match_parameters(model, task, *parameters, entry.title) : model);
+    } catch (const formats::ConfigError& error) {
+      throw OptionError(entry.title + ": " + error.what());
+    }
+  }
+  const Comparison comparison(config, options, run);
+  json rows = json::array();
+  for (size_t i = 0; i < entries.size(); ++i) {
+    json row = comparison.row(entries[i].title, models[i]);
+    if (row.is_null()) return nullptr;
+    rows.push_back(std::move(row));
+  }
+  return {{"metric", task ? "accuracy" : "loss"}, {"seeds", options.seeds}, {"entries", rows}};
 }
 
 std::string comparison_table(const json& comparison) {

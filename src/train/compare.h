@@ -16,6 +16,8 @@ struct CompareEntry {
 
 struct CompareOptions {
   std::vector<CompareEntry> entries;
+  // A second axis: every entry that names no position with each of these that its attention takes; none: one position an entry.
+  std::vector<std::string> positions;
   int64_t seeds = 3;
   std::vector<double> learning_rates;  // none: the configuration's alone
   bool match_parameters = true;        // by the MLP's size, to the first entry's number
@@ -25,10 +27,12 @@ struct CompareOptions {
 
   // "latte", or "latte:num_latents=8:shared_latents=true": an attention and fields of the model. Throws OptionError.
   static CompareEntry parse_entry(const std::string& text);
-  // The field `compare` of a configuration: attentions (texts as above), seeds, learning_rates, match_parameters, seconds. Throws
-  // OptionError.
+  // The field `compare` of a configuration: attentions (texts as above), positions, seeds, learning_rates, match_parameters,
+  // seconds. Throws OptionError.
   static CompareOptions from_json(const nlohmann::json& json);
   void validate() const;  // throws OptionError
+  // The entries with the positions. Throws OptionError where an attention takes none of them.
+  std::vector<CompareEntry> crossed() const;
 };
 
 struct CompareRun {
@@ -40,6 +44,10 @@ constexpr int64_t kTrialSteps = 12;
 
 // Trains, or returns the report of a run that is finished: latte train --json's, with peak_memory in bytes. null: interrupted.
 using CompareRunner = std::function<nlohmann::json(const CompareRun&)>;
+
+// The most tokens that a sequence of a configuration's task or text has, by its fields: what learned positions and linformer have
+// to reach, and so count. Throws OptionError.
+int64_t longest_sequence(const nlohmann::json& config);
 
 // Parameters of `model` (fields) for a configuration with or without a task; sizes that only the data knows count for nothing.
 int64_t parameters_of(const nlohmann::json& model, bool task);

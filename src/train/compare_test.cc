@@ -149,6 +149,60 @@ TEST(Compare, ParametersAreWithinFivePercent) {
   EXPECT_CONTAINS(formats::error_text<OptionError>([&] { match_parameters(huge, true, wanted, "huge"); }), "huge has ");
 }
 
+TEST(Compare, PositionsAreASecondAxis) {
+  CompareOptions options;
+  for (const char* name : {"softmax", "latte:num_latents=4", "linear", "macchiato:position=rotary"})
+    options.entries.push_back(CompareOptions::parse_entry(name));
+  options.positions = {"none", "rotary", "conv"};
+  options.seeds = 1;
+  std::vector<std::string> titles;
+  const json result = compare(task_config(), options, [&](const CompareRun& asked) {
+    const std::string position = asked.config.at("model").at("position");
+    EXPECT_NE(asked.name.find("position-" + position), std::string::npos) << asked.name;
+    return report(0.5, 0.5);
+  });
+  for (const json& entry : result.at("entries")) titles.push_back(entry.at("title"));
+  // What an attention doesn't take is left out, and what an entry names stays.
+  EXPECT_EQ(titles, (std::vector<std::string>{"softmax:position=none", "softmax:position=rotary", "softmax:position=conv",
+                                              "latte:num_latents=4:position=none", "latte:num_latents=4:position=conv",
+                                              "linear:position=none", "macchiato:position=rotary"}));
+  options.positions = {"vapor"};
+  const auto run = [](const CompareRun&) { return report(0.5, 0.5); };
+  EXPECT_CONTAINS(formats::error_text<OptionError>([&] { compare(task_config(), options, run); }),
+                  "positions has none that attention \"linear\" takes");
+}
+
+// Linformer's map and learned positions are as long as the task's longest sequence, not as a default that may be far longer.
+TEST(Compare, WhatReachesToTheLongestSequenceCountsThat) {
+  json config = task_config();
+  config["task"].update({{"max_length", 40}, {"min_length", 4}});
+  config["model"]["projected"] = 8;
+  CompareOptions options;
+  options.entries = {CompareOptions::parse_entry("softmax"), CompareOptions::parse_entry("linformer"),
+                     CompareOptions::parse_entry("latte:position=learned"),
+                     CompareOptions::parse_entry("latte:position=learned:max_positions=50")};
+  options.seeds = 1;
+  std::vector<int64_t> reaches;
+  compare(config, options, [&](const CompareRun& asked) {
+    reaches.push_back(asked.config.at("model").value("max_positions", 0));
+    return report(0.5, 0.5);
+  });
+  EXPECT_EQ(reaches, (std::vector<int64_t>{0, 39, 39, 50}));
+  EXPECT_EQ(longest_sequence({{"training", {{"context", 77}}}}), 77);
+}
+
+TEST(Compare, AnEntrysErrorNamesTheEntry) {
+  CompareOptions options;
+  options.entries = {CompareOptions::parse_entry("softmax"), CompareOptions::parse_entry("latte:num_latents=0")};
+  const auto run = [](const CompareRun&) { return report(0.5, 0.5); };
+  EXPECT_CONTAINS(formats::error_text<OptionError>([&] { compare(task_config(), options, run); }),
+                  "latte:num_latents=0: model config: num_latents is 0");
+  json config = task_config();
+  config["training"]["lr"] = "fast";
+  options.entries.pop_back();
+  EXPECT_CONTAINS(formats::error_text<OptionError>([&] { compare(config, options, run); }), "lr is \"fast\", expected a number");
+}
+
 TEST(Compare, OptionsSayWhatIsWrong) {
   const auto error = [](const json& object) {
     return formats::error_text<OptionError>([&] { CompareOptions::from_json(object).validate(); });
