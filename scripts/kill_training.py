@@ -6,6 +6,7 @@ checkpoint; it is resumed (begun again where nothing had been saved) and has to 
 weights, optimizer, random numbers, losses.
 
     scripts/kill_training.py --kills 50            # build/latte, a text of its own, one and two threads in turns
+    scripts/kill_training.py --kills 50 --task     # an encoder on a task: its results on each split have to be the same as well
     scripts/kill_training.py --kills 6 --seed 7 --latte /usr/local/bin/latte
 
 Exit status: 0 when every run ended alike, 1 else.
@@ -27,7 +28,9 @@ import time
 from pathlib import Path
 
 STEPS = 30
-TRAINING = ["--layers", "2", "--embed-dim", "64", "--heads", "2", "--context", "32", "--batch", "4", "--dropout", "0.1"]
+TASK = ["--task", "listops", "--set", "train=200", "--set", "validation=8", "--set", "test=8"]
+TASK += ["--set", "min_length=8", "--set", "max_length=32", "--norm", "batch", "--pooled-norm", "batch"]
+TRAINING = ["--layers", "2", "--embed-dim", "64", "--heads", "2", "--batch", "4", "--dropout", "0.1"]
 TRAINING += ["--steps", str(STEPS), "--warmup", "2", "--eval-every", "7", "--eval-batches", "1", "--save-every", "1", "--quiet"]
 
 
@@ -46,14 +49,19 @@ def tensors_of(checkpoint: Path) -> dict[str, bytes]:
     return tensors
 
 
+def results_of(run: Path) -> dict:
+    """A task's on each split."""
+    return json.loads((run / "results.json").read_text()) if (run / "results.json").exists() else {}
+
+
 def losses_of(run: Path) -> list[tuple]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [(line["step"], line["loss"], line["val_loss"], line["grad_norm"]) for line in lines]
 
 
 class Trial:
-    def __init__(self, latte: Path, folder: Path, threads: int) -> None:
-        self.latte, self.run, self.threads = latte, folder / "run", threads
+    def __init__(self, latte: Path, folder: Path, threads: int, task: bool) -> None:
+        self.latte, self.run, self.threads, self.task = latte, folder / "run", threads, task
         self.text = folder / "text.txt"
         self.text.write_text("To be, or not to be: that is the question.\n" * 40)
         self.environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
@@ -62,19 +70,26 @@ class Trial:
     def checkpoint(self) -> Path:
         return self.run / "checkpoint.safetensors"
 
+    def reads(self) -> list[str]:
+        return TASK if self.task else ["--text", str(self.text), "--context", "32"]
+
+    def is_over(self) -> bool:
+        # Killed while it drew its curve, a run on a text has nothing left to do; one on a task owes its results.
+        steps = int(tensors_of(self.checkpoint)["__metadata__"]) if self.checkpoint.exists() else 0
+        return steps == STEPS and (not self.task or (self.run / "results.json").exists())
+
     def start(self) -> subprocess.Popen:
-        arguments = ["--resume"] if self.checkpoint.exists() else ["--text", str(self.text), *TRAINING]
+        arguments = ["--resume"] if self.checkpoint.exists() else [*self.reads(), *TRAINING]
         command = [str(self.latte), "train", "--out", str(self.run), "--threads", str(self.threads), *arguments]
         return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=self.environment)
 
-    def finish(self) -> tuple[dict[str, bytes], list[tuple]]:
-        # Killed while it drew its curve, it has nothing left to do.
-        if not self.checkpoint.exists() or int(tensors_of(self.checkpoint)["__metadata__"]) < STEPS:
+    def finish(self) -> tuple[dict[str, bytes], list[tuple], dict]:
+        if not self.is_over():
             process = self.start()
             _, errors = process.communicate()
             if process.returncode != 0:
                 raise SystemExit(f"kill_training: a run does not go on: {errors.strip()}")
-        return tensors_of(self.checkpoint), losses_of(self.run)
+        return tensors_of(self.checkpoint), losses_of(self.run), results_of(self.run)
 
     def being_written(self) -> bool:
         return any(self.run.glob(".checkpoint.safetensors.*.tmp"))
@@ -111,12 +126,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--task", action="store_true", help="train an encoder on a task, in place of a model of a text")
     parser.add_argument("--latte", type=Path, default=Path(__file__).resolve().parents[1] / "build" / "latte")
     options = parser.parse_args()
     random.seed(options.seed)
     differing = kills = missed = inside = before_any = 0
     with tempfile.TemporaryDirectory() as folder:
-        trials = [Trial(options.latte, Path(folder), threads) for threads in (1, 2)]
+        trials = [Trial(options.latte, Path(folder), threads, options.task) for threads in (1, 2)]
         expected = []
         durations = []
         for trial in trials:

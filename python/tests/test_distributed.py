@@ -115,6 +115,59 @@ def test_losses_are_those_of_one_process(tmp_path: Path, text: Path, ranks: int,
     assert_same(tmp_path / "shared", tmp_path / "alone")
 
 
+LISTOPS = ["--task", "listops", "--set", "min_length=4", "--set", "max_length=20", "--set", "train=60"]
+TASKS = {
+    # Batch norms over padded sequences and over what is pooled, whose statistics are the whole batch's.
+    "classify": [*LISTOPS, "--norm", "batch", "--pooled-norm", "batch"],
+    "plain": [*LISTOPS, "--accumulate", "2"],
+    "pairs": ["--task", "retrieval"],
+    # Each rank is asked for another number of tokens.
+    "tokens": ["--task", "masked_language", "--set", "length=24"],
+}
+
+
+def task_options(name: str, folder: Path, text: Path) -> list[str]:
+    options = [*TASKS[name], "--attention", "latte"]
+    options += ["--layers", "1", "--embed-dim", "16", "--heads", "2", "--batch", "4", "--eval-batches", "3", "--steps", "6"]
+    options += ["--warmup", "2", "--eval-every", "3", "--save-every", "3", "--threads", "1", "--dtype", "float32"]
+    if name in ("classify", "plain"):
+        return [*options, "--set", "validation=21", "--set", "test=10"]
+    if name == "tokens":
+        return [*options, "--data", str(text)]
+    for part in ("train", "eval", "test"):
+        lines = [f"{i % 2}.0\t{i}\t{i + 1}\t{'ab' * (1 + i % 5)}\t{'ba' * (1 + i % 3)}" for i in range(23)]
+        (folder / f"new_aan_pairs.{part}.tsv").write_text("\n".join(lines) + "\n")
+    return [*options, "--data", str(folder)]
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("classify", 2), ("classify", 4), ("plain", 2), ("pairs", 2), ("tokens", 4)])
+def test_a_tasks_losses_are_those_of_one_process(tmp_path: Path, text: Path, name: str, ranks: int) -> None:
+    options = task_options(name, tmp_path, text)
+    result = alone(*options, "--out", tmp_path / "alone", "--json")
+    assert result.returncode == 0, result.stderr
+    ends = Job(ranks, *options, "--out", tmp_path / "shared", "--json").finish()
+    assert [code for code, _, _ in ends] == [0] * ranks, ends
+    assert all(out == "" and err == "" for _, out, err in ends[1:])
+    assert_same(tmp_path / "shared", tmp_path / "alone")
+    splits, expected = json.loads(ends[0][1])["splits"], json.loads(result.stdout)["splits"]
+    assert splits.keys() == expected.keys()
+    for split, values in expected.items():
+        assert splits[split]["loss"] == pytest.approx(values["loss"], rel=SAME)
+        assert splits[split]["accuracy"] == values["accuracy"] and splits[split]["examples"] == values["examples"]
+    # Its checkpoint goes on alone, and alone's on ranks.
+    assert alone("--out", tmp_path / "shared", "--resume", "--steps", 7, "--threads", 1).returncode == 0
+    Job(ranks, "--out", tmp_path / "alone", "--resume", "--steps", 7, "--threads", 1).succeed()
+    assert_same(tmp_path / "shared", tmp_path / "alone")
+
+
+def test_a_task_shares_no_sequence(tmp_path: Path, text: Path) -> None:
+    options = task_options("plain", tmp_path, text)
+    for more, message in [(["--sequence-parallel", "2"], "--sequence-parallel is 2"), (["--batch", "5"], "batch is 5")]:
+        ends = Job(2, *options, *more, "--out", tmp_path / "run").finish()
+        assert all(code == 2 and message in err for code, _, err in ends), ends
+        assert not (tmp_path / "run").exists()
+
+
 def test_checkpoints_load_on_any_number_of_ranks(tmp_path: Path, text: Path) -> None:
     """Six steps alone are three on four ranks, two on two that share sequences, and one alone."""
     alone("--text", text, *SHORT, "--window", "4", "--out", tmp_path / "alone")

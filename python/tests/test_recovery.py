@@ -13,8 +13,9 @@ LATTE = BUILD / "latte"
 pytestmark = pytest.mark.skipif(not (LATTE.exists() and (BUILD / "latte-torch").exists()), reason="the programs aren't built")
 
 
-def test_killed_runs_end_as_if_nothing_had_been():
+@pytest.mark.parametrize("what", [[], ["--task"]])
+def test_killed_runs_end_as_if_nothing_had_been(what):
     script = Path(__file__).parents[2] / "scripts" / "kill_training.py"
-    result = subprocess.run([sys.executable, script, "--kills", "4", "--latte", LATTE], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, script, "--kills", "4", *what, "--latte", LATTE], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "4 runs ended bit for bit" in result.stdout

@@ -218,13 +218,6 @@ train::RunResult Resume(const json& model, const json& training, const train::Ru
   return train::resume_run(TrainingOptions(all), run);
 }
 
-// Whether torchrun has started this job again, and it had saved something before: it goes on from there.
-bool Restarted(const train::RunOptions& run) {
-  if (!run.ranks || run.ranks->restarts() == 0) return false;
-  const bool saved = run.ranks->leads() && std::filesystem::exists(formats::checkpoint_path(run.out));
-  return run.ranks->any(saved);
-}
-
 train::RunResult Start(const json& model, const json& training, train::RunOptions run) {
   const TrainerOptions options = TrainingOptions(training);
   json fields = kDefaultModel;
@@ -262,7 +255,7 @@ int Train(const Options& options) {
         {.sequence_parallel = options.sequence_parallel, .timeout = std::chrono::seconds(options.timeout)});
     request.run = {options.out, options.overwrite, options.quiet, ranks.get()};
     try {
-      if (options.resume ? IsTaskRun(options.out) : !request.task.empty()) {
+      if (options.resume ? IsTaskRun(request.run) : !request.task.empty()) {
         report = TrainTask(request, result);
       } else {
         if (!request.task.empty()) throw OptionError("the run in --out isn't a task's");

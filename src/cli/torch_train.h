@@ -31,8 +31,11 @@ nlohmann::json ReadTrainConfig(const std::string& path, bool paper);
 // `message`, and where `config` names the field that it is about: "configs/x.json: line 7: …". `path` may be empty.
 std::string LocatedMessage(const std::string& path, const std::string& message);
 
-// Whether a folder holds a run of --task.
-bool IsTaskRun(const std::string& out);
+// Whether run.out holds a run of --task. Collective.
+bool IsTaskRun(const train::RunOptions& run);
+
+// Whether torchrun has started this job again, and it had saved something before: it goes on from there. Collective.
+bool Restarted(const train::RunOptions& run);
 
 // Trains on a task; returns ReportOf() with the splits' results beside. Throws as start_task_run and resume_task_run do.
 nlohmann::json TrainTask(const TrainRequest& request, train::RunResult& result);

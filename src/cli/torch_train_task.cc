@@ -1,6 +1,9 @@
 // latte train --task: an encoder on a task.
 #include <algorithm>
 #include <filesystem>
+#include <optional>
+#include <string>
+#include <string_view>
 
 #include "cli/torch_train.h"
 #include "formats/error.h"
@@ -18,6 +21,72 @@ const json kDefaultEncoder = {{"attention", "latte"}, {"num_layers", 4}, {"embed
 
 int64_t LineOf(std::string_view text, size_t offset) {
   return 1 + std::count(text.begin(), text.begin() + static_cast<std::ptrdiff_t>(std::min(offset, text.size())), '\n');
+}
+
+bool IsNameCharacter(char c) { return std::isalnum(static_cast<unsigned char>(c)) != 0 || c == '_'; }
+
+// Where the key `field` stands in a JSON text, the first at or behind `from`; npos: nowhere.
+size_t FindKey(std::string_view text, std::string_view field, size_t from) {
+  const std::string key = "\"" + std::string(field) + "\"";
+  for (size_t at = text.find(key, from); at != std::string_view::npos; at = text.find(key, at + 1)) {
+    const size_t colon = text.find_first_not_of(" \t\r\n", at + key.size());
+    if (colon != std::string_view::npos && text[colon] == ':') return at;
+  }
+  return std::string_view::npos;
+}
+
+// The text, number or name that is the value of the key at `at`; null where it is an array or an object.
+json ValueAt(std::string_view text, size_t at) {
+  const size_t begin = text.find_first_not_of(" \t\r\n", text.find(':', text.find('"', at + 1)) + 1);
+  if (begin == std::string_view::npos) return nullptr;
+  size_t end = text.find_first_of(",}] \t\r\n", begin);
+  if (text[begin] == '"') end = std::min(text.find('"', begin + 1), text.size() - 1) + 1;
+  return json::parse(text.substr(begin, end - begin), nullptr, /*allow_exceptions=*/false);
+}
+
+struct Subject {
+  std::string field, value;  // value: as the message shows it, quotes aside; empty where it shows none
+};
+
+// What an error is about: `unknown … "FIELD"`, `FIELD is VALUE, expected …`, or else the first word in it that is a key of
+// `text`.
+Subject SubjectOf(const std::string& message, std::string_view text) {
+  const auto word_before = [&](size_t end) {
+    size_t begin = end;
+    while (begin > 0 && IsNameCharacter(message[begin - 1])) --begin;
+    return message.substr(begin, end - begin);
+  };
+  if (const size_t unknown = message.find("unknown "); unknown != std::string::npos) {
+    const size_t open = message.find('"', unknown), close = message.find('"', open + 1);
+    if (open != std::string::npos && close != std::string::npos) return {message.substr(open + 1, close - open - 1), ""};
+  }
+  if (const size_t is = message.find(" is "); is != std::string::npos && !word_before(is).empty()) {
+    constexpr size_t kIs = 4;
+    std::string value = message.substr(is + kIs, message.find(", expected", is) - is - kIs);
+    std::erase(value, '"');
+    return {word_before(is), value};
+  }
+  for (size_t begin = 0; begin < message.size(); ++begin) {
+    size_t end = begin;
+    while (end < message.size() && IsNameCharacter(message[end])) ++end;
+    const std::string word = message.substr(begin, end - begin);
+    if (!word.empty() && FindKey(text, word, 0) != std::string_view::npos) return {word, ""};
+    begin = end;
+  }
+  return {};
+}
+
+// The first place where `field` has that value: a configuration may name it for its small and its published size, and a value
+// that stands nowhere comes from the command line.
+std::optional<size_t> PlaceOf(std::string_view text, const std::string& field, const std::string& value) {
+  if (field.empty()) return {};
+  for (size_t at = FindKey(text, field, 0); at != std::string_view::npos; at = FindKey(text, field, at + 1)) {
+    const json found = ValueAt(text, at);
+    const bool compares = !value.empty() && !found.is_null() && !found.is_discarded();
+    const std::string text_of_value = found.is_string() ? found.get<std::string>() : found.dump();
+    if (!compares || value == text_of_value || value.ends_with("…")) return at;  // cut short
+  }
+  return {};
 }
 
 void RefuseTextFields(const json& training) {
@@ -78,71 +147,75 @@ std::string LocatedMessage(const std::string& path, const std::string& message) 
   if (path.empty()) return message;
   try {
     const formats::MappedFile file(path);
-    const std::string_view text = file.text();
-    // The first word of the message that is a key in the file.
-    for (size_t begin = 0; begin < message.size();) {
-      const auto in_name = [](char c) { return std::isalnum(static_cast<unsigned char>(c)) != 0 || c == '_'; };
-      const auto start = std::find_if(message.begin() + static_cast<std::ptrdiff_t>(begin), message.end(), in_name);
-      const auto end = std::find_if_not(start, message.end(), in_name);
-      const std::string key = "\"" + std::string(start, end) + "\"";
-      begin = static_cast<size_t>(end - message.begin());
-      if (start == end) break;
-      for (size_t at = text.find(key); at != std::string_view::npos; at = text.find(key, at + 1)) {
-        const size_t colon = text.find_first_not_of(" \t\r\n", at + key.size());
-        if (colon != std::string_view::npos && text[colon] == ':') {
-          return "line " + std::to_string(LineOf(text, at)) + ": " + message;
-        }
-      }
-    }
+    const auto [field, value] = SubjectOf(message, file.text());
+    const auto at = PlaceOf(file.text(), field, value);
+    return at ? "line " + std::to_string(LineOf(file.text(), *at)) + ": " + message : message;
   } catch (const formats::FileError&) {  // gone meanwhile: the message is enough
+    return message;
   }
-  return message;
 }
 
-bool IsTaskRun(const std::string& out) {
-  const std::string path = formats::checkpoint_path(out);
-  if (!std::filesystem::is_regular_file(path)) return false;
-  const json config = json::parse(formats::CheckpointFile(path).config(), nullptr, /*allow_exceptions=*/false);
-  return config.is_object() && config.contains("task");
+bool IsTaskRun(const train::RunOptions& run) {
+  const auto found = [&] {
+    const std::string path = formats::checkpoint_path(run.out);
+    if (!std::filesystem::is_regular_file(path)) return false;
+    const json config = json::parse(formats::CheckpointFile(path).config(), nullptr, /*allow_exceptions=*/false);
+    return config.is_object() && config.contains("task");
+  };
+  return run.ranks ? run.ranks->any(run.ranks->leads() && found()) : found();
 }
+
+bool Restarted(const train::RunOptions& run) {
+  if (!run.ranks || run.ranks->restarts() == 0) return false;
+  const bool saved = run.ranks->leads() && std::filesystem::exists(formats::checkpoint_path(run.out));
+  return run.ranks->any(saved);
+}
+
+namespace {
+
+// Fields that were asked for and that a checkpoint can't change.
+void CheckSame(const json& asked, const json& found, const std::string& whose) {
+  for (const auto& [field, value] : asked.items()) {
+    if (!found.contains(field) || found.at(field) != value) {
+      throw train::OptionError(field + " is " + formats::shown(value) + ", but the checkpoint's " + whose + " has " +
+                               (found.contains(field) ? formats::shown(found.at(field)) : "none"));
+    }
+  }
+}
+
+train::TaskRunResult ResumeTask(const TrainRequest& request, const train::RunOptions& run) {
+  const auto record = train::read_task_record(run);
+  json all = record.options.to_json();
+  if (request.training.contains("lr")) all.erase("min_lr");
+  MergeFields(all, request.training);
+  FillMinLr(all);
+  CheckSame(request.model, record.model.to_json(), "model");
+  CheckSame(request.task, record.task.to_json(), "task");
+  return train::resume_task_run(train::TrainerOptions::from_json(all), run);
+}
+
+train::TaskRunResult StartTask(const TrainRequest& request, train::RunOptions run) {
+  json training = request.training;
+  FillMinLr(training);
+  const auto options = train::TrainerOptions::from_json(training);
+  const auto task = TaskOptions::from_json(request.task);
+  json fields = kDefaultEncoder;
+  MergeFields(fields, request.model);
+  for (const char* field : {"vocab_size", "num_outputs"}) {
+    if (fields.contains(field)) throw train::OptionError(std::string(field) + " is the task's to say");
+    fields[field] = 1;
+  }
+  const auto model = models::EncoderConfig::from_json(fields);
+  if (run.out.empty()) run.out = "runs/" + task.name + "-" + model.attention;
+  if (Restarted(run)) return ResumeTask(request, run);
+  return train::start_task_run(model, fields.contains("max_positions"), options, task, run);
+}
+
+}  // namespace
 
 json TrainTask(const TrainRequest& request, train::RunResult& result) {
-  train::TaskRunResult task_result;
-  json training = request.training;
-  train::RunOptions run = request.run;
-  RefuseTextFields(training);
-  if (request.resume) {
-    const formats::CheckpointFile checkpoint(formats::checkpoint_path(run.out));
-    const auto record = train::TaskRecord::from(checkpoint);
-    json all = record.options.to_json();
-    if (training.contains("lr")) all.erase("min_lr");
-    MergeFields(all, training);
-    FillMinLr(all);
-    const auto same = [](const json& asked, const json& found, const std::string& whose) {
-      for (const auto& [field, value] : asked.items()) {
-        if (!found.contains(field) || found.at(field) != value) {
-          throw train::OptionError(field + " is " + formats::shown(value) + ", but the checkpoint's " + whose + " has " +
-                                   (found.contains(field) ? formats::shown(found.at(field)) : "none"));
-        }
-      }
-    };
-    same(request.model, record.model.to_json(), "model");
-    same(request.task, record.task.to_json(), "task");
-    task_result = train::resume_task_run(train::TrainerOptions::from_json(all), run);
-  } else {
-    FillMinLr(training);
-    const auto options = train::TrainerOptions::from_json(training);
-    const auto task = TaskOptions::from_json(request.task);
-    json fields = kDefaultEncoder;
-    MergeFields(fields, request.model);
-    for (const char* field : {"vocab_size", "num_outputs"}) {
-      if (fields.contains(field)) throw train::OptionError(std::string(field) + " is the task's to say");
-      fields[field] = 1;
-    }
-    const auto model = models::EncoderConfig::from_json(fields);
-    if (run.out.empty()) run.out = "runs/" + task.name + "-" + model.attention;
-    task_result = train::start_task_run(model, fields.contains("max_positions"), options, task, run);
-  }
+  RefuseTextFields(request.training);
+  const auto task_result = request.resume ? ResumeTask(request, request.run) : StartTask(request, request.run);
   result = task_result.run;
   json report = ReportOf(result);
   report["splits"] = task_result.splits;

@@ -35,7 +35,7 @@ nlohmann::json recipe_of(const TaskOptions& options) {
 
 }  // namespace
 
-TaskData load_task(const TaskOptions& options) {
+TaskData load_task(const TaskOptions& options, formats::FileOperations& files) {
   options.validate();
   if (!is_generated(options.name)) {
     TaskData data = read(options);
@@ -48,7 +48,7 @@ TaskData load_task(const TaskOptions& options) {
     if (const auto folder = std::filesystem::path(options.data).parent_path(); !folder.empty()) {
       std::filesystem::create_directories(folder);
     }
-    write_task(options.data, data, recipe_of(options).dump());
+    write_task(options.data, data, recipe_of(options).dump(), files);
   }
   TaskFile file = read_task(options.data);
   const auto found = nlohmann::json::parse(file.options), wanted = recipe_of(options);

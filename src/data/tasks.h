@@ -6,12 +6,13 @@
 
 #include "data/task_data.h"
 #include "data/task_options.h"
+#include "formats/atomic_file.h"
 
 namespace latte {
 
 // Makes or reads the task's examples. A generated task with a `data` path is read from it where the file is there, if it was made
 // with the same options, else made and written to it. Throws formats::OptionError, formats::FileError and formats::FormatError.
-TaskData load_task(const TaskOptions& options);
+TaskData load_task(const TaskOptions& options, formats::FileOperations& files = formats::FileOperations::system());
 
 // Generators: the same options give the same examples, whatever the number of threads.
 TaskData make_listops(const TaskOptions& options);

@@ -118,8 +118,8 @@ void AtomicFile::require_open() const {
   if (fd_ < 0) throw std::logic_error("AtomicFile: " + path_ + " is already committed or abandoned");
 }
 
-void write_file(const std::string& path, std::string_view text) {
-  AtomicFile file(path);
+void write_file(const std::string& path, std::string_view text, FileOperations& operations) {
+  AtomicFile file(path, operations);
   file.write(text);
   file.commit();
 }

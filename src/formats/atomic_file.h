@@ -65,6 +65,6 @@ class AtomicFile {
 };
 
 // Writes a whole file. Throws FileError.
-void write_file(const std::string& path, std::string_view text);
+void write_file(const std::string& path, std::string_view text, FileOperations& operations = FileOperations::system());
 
 }  // namespace latte::formats

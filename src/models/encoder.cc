@@ -119,6 +119,12 @@ EncoderImpl::EncoderImpl(const EncoderConfig& config) : config_(config) {
 
 void EncoderImpl::reset_parameters() { initialise(*this, config_.num_layers); }
 
+void EncoderImpl::set_batch_peers(nn::BatchPeers* peers) {
+  for (const auto& module : modules(/*include_self=*/false)) {
+    if (auto* norm = module->as<nn::NormImpl>()) norm->peers = peers;
+  }
+}
+
 at::Tensor EncoderImpl::encode(const at::Tensor& tokens, const OptionalTensor& padding) {
   TORCH_CHECK_VALUE(tokens.dim() == 2 && tokens.size(1) > 0, "Encoder: expected tokens [batch, time], got ", tokens.sizes());
   TORCH_CHECK_TYPE(tokens.scalar_type() == torch::kInt64, "Encoder: expected int64 tokens, got ", tokens.scalar_type());
@@ -161,7 +167,8 @@ at::Tensor EncoderImpl::forward(const at::Tensor& tokens, const OptionalTensor& 
   if (config_.head == "tokens") return output_proj(x);
   auto pooled = pool(x, padding);
   if (pooled_norm) {
-    TORCH_CHECK_VALUE(!is_training() || pooled.size(0) > 1, "Encoder: batch norm of what is pooled needs a batch of at least 2");
+    TORCH_CHECK_VALUE(!is_training() || pooled_norm->peers || pooled.size(0) > 1,
+                      "Encoder: batch norm of what is pooled needs a batch of at least 2");
     pooled = pooled_norm(pooled);
   }
   if (config_.head == "pairs") {

@@ -49,6 +49,9 @@ class EncoderImpl : public torch::nn::Module {
   // What a classifier has pooled of each sequence, before pooled_norm: [B, embed_dim].
   at::Tensor pooled(const at::Tensor& tokens, const OptionalTensor& padding = {});
 
+  // Batch norms take their statistics over all ranks' examples (nn::NormImpl::peers).
+  void set_batch_peers(nn::BatchPeers* peers);
+
   const EncoderConfig& config() const { return config_; }
 
   torch::nn::Embedding token_embedding{nullptr};

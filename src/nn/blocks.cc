@@ -1,11 +1,35 @@
 #include "nn/blocks.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "nn/key_padding.h"
 #include "nn/module_utils.h"
 
 namespace latte::nn {
+
+namespace {
+
+// The sum over ranks. Every rank's loss depends on it, and so its gradient is the sum of theirs.
+class SumOverPeers : public torch::autograd::Function<SumOverPeers> {
+ public:
+  static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& values, BatchPeers* peers) {
+    context->saved_data["peers"] = reinterpret_cast<int64_t>(peers);
+    at::Tensor sum = values.contiguous().clone();
+    peers->sum(sum);
+    return sum;
+  }
+  static torch::autograd::tensor_list backward(torch::autograd::AutogradContext* context,
+                                               const torch::autograd::tensor_list& gradients) {
+    at::Tensor sum = gradients[0].contiguous().clone();
+    reinterpret_cast<BatchPeers*>(context->saved_data["peers"].toInt())->sum(sum);
+    return {sum, at::Tensor()};
+  }
+};
+
+constexpr double kMomentum = 0.1;  // of batch norm's running statistics
+
+}  // namespace
 
 NormImpl::NormImpl(NormKind kind, int64_t dim, bool bias_, double eps) : kind_(kind), eps_(eps) {
   check_size("Norm", "dim", dim, 1);
@@ -24,17 +48,39 @@ at::Tensor NormImpl::forward(const at::Tensor& x, const OptionalTensor& padding)
 }
 
 at::Tensor NormImpl::batch_norm(const at::Tensor& x, const OptionalTensor& padding) {
-  constexpr double kMomentum = 0.1;
   const auto rows = x.flatten(0, -2);
-  if (!padding || !is_training()) {
-    return at::batch_norm(rows, weight, bias, running_mean, running_var, is_training(), kMomentum, eps_, /*cudnn_enabled=*/true)
+  if (!is_training()) {
+    return at::batch_norm(rows, weight, bias, running_mean, running_var, /*training=*/false, kMomentum, eps_,
+                          /*cudnn_enabled=*/true)
         .view(x.sizes());
   }
+  if (!padding) return normalise(rows).view(x.sizes());
   const auto real = real_tokens(*padding).flatten();
-  const auto normed =
-      at::batch_norm(rows.index({real}), weight, bias, running_mean, running_var, /*training=*/true, kMomentum, eps_,
-                     /*cudnn_enabled=*/true);
+  const auto normed = normalise(rows.index({real}));
   return torch::zeros_like(rows, normed.options()).index_put({real}, normed).view(x.sizes());
+}
+
+at::Tensor NormImpl::normalise(const at::Tensor& rows) {
+  if (peers) return normalise_with_peers(rows);
+  return at::batch_norm(rows, weight, bias, running_mean, running_var, /*training=*/true, kMomentum, eps_,
+                        /*cudnn_enabled=*/true);
+}
+
+at::Tensor NormImpl::normalise_with_peers(const at::Tensor& rows) {
+  const auto x = rows.to(torch::promoteTypes(rows.scalar_type(), torch::kFloat32));
+  auto all = torch::full({1}, static_cast<double>(x.size(0)), x.options().dtype(torch::kFloat64));
+  peers->sum(all);
+  const double count = all.item<double>();
+  const auto mean = SumOverPeers::apply(x.sum(0), peers) / count;
+  const auto centred = x - mean;
+  const auto variance = SumOverPeers::apply(centred.square().sum(0), peers) / count;
+  {
+    const torch::NoGradGuard no_grad;
+    running_mean.lerp_(mean.to(running_mean.scalar_type()), kMomentum);
+    running_var.lerp_((variance * (count / std::max(count - 1.0, 1.0))).to(running_var.scalar_type()), kMomentum);
+  }
+  const auto normed = centred * (variance + eps_).rsqrt() * weight;
+  return (bias.defined() ? normed + bias : normed).to(rows.scalar_type());
 }
 
 MlpImpl::MlpImpl(MlpKind kind, int64_t dim, int64_t hidden_dim, bool bias) {

@@ -11,6 +11,14 @@
 
 namespace latte::nn {
 
+// The ranks that share a batch.
+class BatchPeers {
+ public:
+  virtual ~BatchPeers() = default;
+  // The sum over all ranks, in place, of a contiguous tensor. Collective: all ranks call it in the same order.
+  virtual void sum(at::Tensor& values) = 0;
+};
+
 enum class NormKind : uint8_t { kLayer, kRms, kBatch };
 
 // LayerNorm or RMSNorm over the last dimension, or BatchNorm over all others. Parameters `weight` [dim] and, with bias, for all
@@ -26,9 +34,13 @@ class NormImpl : public torch::nn::Module {
   at::Tensor bias;
   at::Tensor running_mean;  // kBatch only
   at::Tensor running_var;
+  // kBatch: training's statistics are over all ranks' rows, forward and backward; null: over this process's. Outlives the module.
+  BatchPeers* peers = nullptr;
 
  private:
   at::Tensor batch_norm(const at::Tensor& x, const OptionalTensor& padding);
+  at::Tensor normalise(const at::Tensor& rows);  // in training, of real tokens [N, dim]
+  at::Tensor normalise_with_peers(const at::Tensor& rows);
 
   NormKind kind_;
   double eps_;

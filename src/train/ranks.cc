@@ -61,7 +61,7 @@ std::vector<uint8_t> bytes_of(const std::string& text) { return {text.begin(), t
 
 }  // namespace
 
-struct Ranks::Parts : nn::SequencePeers {
+struct Ranks::Parts : nn::SequencePeers, nn::BatchPeers {
   RanksOptions options;
   int64_t rank_in_job = 0, ranks_in_job = 1, restart_count = 0;
   RanksTraffic traffic;
@@ -76,6 +76,7 @@ struct Ranks::Parts : nn::SequencePeers {
   int64_t rank() const override { return rank_in_job % options.sequence_parallel; }
   int64_t size() const override { return options.sequence_parallel; }
   void exchange(const at::Tensor& out, int64_t to, at::Tensor& in, int64_t from) override;
+  void sum(at::Tensor& values) override;
 
   void connect();
   c10::intrusive_ptr<c10d::Backend> make_backend(const std::string& name, int64_t rank, int64_t size);
@@ -145,6 +146,11 @@ void Ranks::Parts::exchange(const at::Tensor& out, int64_t to, at::Tensor& in, i
   traffic.sequence_seconds += seconds_since(start);
 }
 
+void Ranks::Parts::sum(at::Tensor& values) {
+  std::vector<at::Tensor> tensors = {values};
+  group->allreduce(tensors)->wait();
+}
+
 Ranks::Ranks(std::unique_ptr<Parts> parts) : parts_(std::move(parts)) {}
 
 Ranks::~Ranks() {
@@ -185,6 +191,7 @@ int64_t Ranks::size() const { return parts_->ranks_in_job; }
 int64_t Ranks::sequence_parallel() const { return parts_->options.sequence_parallel; }
 int64_t Ranks::restarts() const { return parts_->restart_count; }
 RanksTraffic& Ranks::traffic() { return parts_->traffic; }
+nn::BatchPeers* Ranks::batch_peers() const { return size() > 1 ? parts_.get() : nullptr; }
 nn::SequencePeers* Ranks::sequence_peers() const { return sequence_parallel() > 1 ? parts_.get() : nullptr; }
 
 void Ranks::check_divides(int64_t batch, int64_t context) const {
@@ -216,9 +223,8 @@ TokenBatch Ranks::stretch(const TokenBatch& batch) const {
 
 std::vector<double> Ranks::sum(std::vector<double> values) {
   if (size() == 1) return values;
-  const auto tensor = at::from_blob(values.data(), {static_cast<int64_t>(values.size())}, at::kDouble);
-  std::vector<at::Tensor> tensors = {tensor};
-  parts_->group->allreduce(tensors)->wait();
+  auto tensor = at::from_blob(values.data(), {static_cast<int64_t>(values.size())}, at::kDouble);
+  parts_->sum(tensor);
   return values;
 }
 

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "data/text.h"
+#include "nn/blocks.h"
 #include "nn/sequence_peers.h"
 
 namespace latte::train {
@@ -68,6 +69,8 @@ class Ranks {
   TokenBatch stretch(const TokenBatch& batch) const;
   // Of `count` items, those of this rank's sequences: first and one past the last.
   std::pair<int64_t, int64_t> share(int64_t count) const;
+  // Null where this process is alone.
+  nn::BatchPeers* batch_peers() const;
   // Null unless sequences are shared.
   nn::SequencePeers* sequence_peers() const;
 

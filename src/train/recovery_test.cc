@@ -17,6 +17,7 @@
 #include "formats/test_files.h"
 #include "train/metrics.h"
 #include "train/run.h"
+#include "train/task_run.h"
 #include "train/test_checkpoint.h"
 
 namespace latte::train {
@@ -92,14 +93,15 @@ class RecoveryTest : public ::testing::Test {
     model_.attention = "latte";
   }
 
+  ~RecoveryTest() override { setenv("PATH", path_.c_str(), 1); }
+
+  const std::string path_ = std::getenv("PATH") == nullptr ? "" : std::getenv("PATH");
   TestFolder folder_;
   TrainerOptions options_;
   formats::LanguageModelConfig model_;
 };
 
 TEST_F(RecoveryTest, EveryWriteMayFailAndNothingIsLost) {
-  const char* found = std::getenv("PATH");
-  const std::string path = found == nullptr ? "" : found;
   const RunOptions undisturbed{.out = folder_ / "undisturbed", .quiet = true};
   start_run(model_, options_, undisturbed);
   const auto expected = tensors_of(undisturbed.out + "/checkpoint.safetensors");
@@ -128,7 +130,7 @@ TEST_F(RecoveryTest, EveryWriteMayFailAndNothingIsLost) {
       } else if (formats::CheckpointFile(checkpoint).step() < options_.steps) {
         resume_run(options_, run);
       }
-      setenv("PATH", path.c_str(), 1);
+      setenv("PATH", path_.c_str(), 1);
       EXPECT_EQ(tensors_of(checkpoint), expected);
       const auto metrics = read_metrics(run.out + "/metrics.jsonl");
       ASSERT_EQ(metrics.size(), 4);
@@ -140,6 +142,61 @@ TEST_F(RecoveryTest, EveryWriteMayFailAndNothingIsLost) {
     }
     // Three checkpoints, config, metrics with four lines and two figures: each opened, written, synced, closed, renamed.
     EXPECT_GT(failures, 50);
+  }
+}
+
+// The same of a task, whose examples and results are written as well.
+TEST_F(RecoveryTest, EveryWriteOfATasksRunMayFailToo) {
+  setenv("PATH", "/nowhere", 1);  // no gnuplot: it takes longer than everything else here
+  auto task = TaskOptions::defaults("needle");
+  task.length = 8;
+  task.train = task.validation = task.test = 8;
+  models::EncoderConfig model;
+  static_cast<formats::LanguageModelConfig&>(model) = model_;
+  model.attention = "latte";
+  model.position = "sinusoidal";
+  model.num_outputs = 1;
+  options_.text.clear();
+  const RunOptions undisturbed{.out = folder_ / "undisturbed", .quiet = true};
+  const auto expected_splits = start_task_run(model, false, options_, task, undisturbed).splits;
+  const auto expected = tensors_of(undisturbed.out + "/checkpoint.safetensors");
+  for (const int error_number : {ENOSPC, EIO}) {
+    int64_t failures = 0;
+    for (bool over = false; !over; ++failures) {
+      SCOPED_TRACE(std::string(std::strerror(error_number)) + " at call " + std::to_string(failures));
+      RunOptions run{.out = folder_ / "run", .quiet = true};
+      task.data = folder_ / "examples";
+      FailingDisk disk(failures, error_number);
+      run.files = &disk;
+      std::string problem;
+      try {
+        start_task_run(model, false, options_, task, run);
+      } catch (const formats::FileError& error) {
+        problem = error.what();
+        EXPECT_EQ(error.error_number(), error_number);
+      }
+      over = disk.calls() <= failures;
+      EXPECT_EQ(problem.empty(), over) << problem;
+      run.files = &formats::FileOperations::system();
+      const std::string checkpoint = run.out + "/checkpoint.safetensors";
+      if (!std::filesystem::exists(checkpoint)) {
+        start_task_run(model, false, options_, task, run);
+      } else if (!std::filesystem::exists(run.out + "/results.json")) {
+        EXPECT_EQ(resume_task_run(options_, run).splits, expected_splits);
+      }
+      EXPECT_EQ(tensors_of(checkpoint), expected);
+      EXPECT_EQ(nlohmann::json::parse(formats::read_bytes(run.out + "/results.json")), expected_splits);
+      for (const std::string& folder : {run.out, folder_ / ""}) {
+        for (const auto& entry : std::filesystem::directory_iterator(folder)) {
+          EXPECT_NE(entry.path().extension(), ".tmp") << entry.path();
+        }
+      }
+      std::filesystem::remove_all(run.out);
+      std::filesystem::remove(task.data);
+      if (HasFailure()) return;
+    }
+    // Three checkpoints, config, metrics, examples and results.
+    EXPECT_GT(failures, 40);
   }
 }
 

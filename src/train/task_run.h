@@ -7,6 +7,7 @@
 #include "data/task_options.h"
 #include "models/encoder.h"
 #include "train/run.h"
+#include "train/task_trainer.h"
 
 namespace latte::train {
 
@@ -20,6 +21,9 @@ constexpr const char* kResultsName = "results.json";
 // `model` without what the task says: see fit_to(). Errors as start_run's, and the task's.
 TaskRunResult start_task_run(const models::EncoderConfig& model, bool max_positions_given, const TrainerOptions& options,
                              const TaskOptions& task, const RunOptions& run);
+
+// The record of the checkpoint in run.out, which the first rank reads. Throws as resume_task_run.
+TaskRecord read_task_record(const RunOptions& run);
 
 // Goes on with a run from its checkpoint, on its task and model.
 TaskRunResult resume_task_run(const TrainerOptions& options, const RunOptions& run);

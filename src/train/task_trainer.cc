@@ -4,6 +4,7 @@
 #include <nlohmann/json.hpp>
 #include <numeric>
 #include <optional>
+#include <span>
 #include <utility>
 
 #include "formats/error.h"
@@ -42,6 +43,14 @@ class MeasuredStatistics {
   at::Tensor mean_, variance_;
 };
 
+void check_ranks(const Ranks& ranks, const TrainerOptions& options) {
+  if (ranks.sequence_parallel() > 1) {
+    throw OptionError("--sequence-parallel is " + std::to_string(ranks.sequence_parallel()) +
+                      ", expected 1 with a task: its sequences are read whole, and ranks share its batches");
+  }
+  ranks.check_divides(options.batch, 1);
+}
+
 models::EncoderConfig checked_config(const formats::CheckpointFile& checkpoint) {
   auto config = TaskRecord::from(checkpoint).model;
   check_parameter_count(checkpoint.file(), config.parameter_count());
@@ -58,16 +67,19 @@ std::string TaskRecord::to_json() const {
 }
 
 TaskRecord TaskRecord::from(const formats::CheckpointFile& checkpoint) {
-  const std::string& path = checkpoint.file().path();
+  return from_json(checkpoint.file().path(), checkpoint.config());
+}
+
+TaskRecord TaskRecord::from_json(const std::string& path, const std::string& config) {
   TaskRecord record;
   try {
-    const json object = json::parse(checkpoint.config());
+    const json object = json::parse(config);
     record.model = models::EncoderConfig::from_json(object.at("model"));
     record.options = TrainerOptions::from_json(object.at("training"));
     record.task = TaskOptions::from_json(object.at("task"));
     record.progress = Progress::from_json(object.at("progress"));
   } catch (const json::exception&) {
-    throw formats::FormatError(path, "config isn't one of latte train --task: " + formats::quote(checkpoint.config()));
+    throw formats::FormatError(path, "config isn't one of latte train --task: " + formats::quote(config));
   } catch (const std::invalid_argument& error) {
     throw formats::FormatError(path, error.what());
   }
@@ -90,24 +102,27 @@ models::EncoderConfig fit_to(models::EncoderConfig model, const TaskData& data, 
 }
 
 TaskTrainer::TaskTrainer(const models::EncoderConfig& model, const TrainerOptions& options, const TaskOptions& task,
-                         const TaskData& data)
-    : StepTrainer(options),
+                         const TaskData& data, Ranks* ranks)
+    : StepTrainer(options, ranks),
       data_(data),
       task_(task),
       order_(data.examples(data.splits.at("train")), static_cast<uint64_t>(options.seed)) {
   if (model.vocab_size != data.vocab_size || model.num_outputs != data.num_classes || model.head != to_string(data.kind)) {
     throw formats::ConfigError("model config: made for another task than " + data.name);
   }
+  if (ranks) check_ranks(*ranks, options);
   // Of a pair two rows are pooled.
   if (model.pooled_norm == "batch" && model.head != "pairs" && options.batch < 2) {
     throw OptionError("batch is " + std::to_string(options.batch) + ", expected at least 2 with pooled_norm batch");
   }
   model_ = models::Encoder(model);
+  if (ranks) model_->set_batch_peers(ranks->batch_peers());
   train_module(*model_);
 }
 
-TaskTrainer::TaskTrainer(const formats::CheckpointFile& checkpoint, const TrainerOptions& options, const TaskData& data)
-    : TaskTrainer(checked_config(checkpoint), options, TaskRecord::from(checkpoint).task, data) {
+TaskTrainer::TaskTrainer(const formats::CheckpointFile& checkpoint, const TrainerOptions& options, const TaskData& data,
+                         Ranks* ranks)
+    : TaskTrainer(checked_config(checkpoint), options, TaskRecord::from(checkpoint).task, data, ranks) {
   restore(checkpoint);
 }
 
@@ -127,11 +142,22 @@ TaskTrainer::Answers TaskTrainer::answer(const TaskBatch& batch, bool count_righ
   return answers;
 }
 
+std::vector<int64_t> TaskTrainer::share(const std::vector<int64_t>& examples) const {
+  if (!ranks()) return examples;
+  const auto [first, end] = ranks()->share(static_cast<int64_t>(examples.size()));
+  return {examples.begin() + first, examples.begin() + end};
+}
+
 StepTrainer::Loss TaskTrainer::loss_of_batch(uint64_t index) {
   const auto examples = order_.take(static_cast<int64_t>(index) * options().batch, options().batch);
   const TaskBatch batch =
-      data_.batch(data_.splits.at("train"), examples, static_cast<uint64_t>(options().seed) + (index + 1) * kMaskStride);
-  return {answer(batch, /*count_right=*/false).loss, batch.real_tokens};
+      data_.batch(data_.splits.at("train"), share(examples), static_cast<uint64_t>(options().seed) + (index + 1) * kMaskStride);
+  const Answers answers = answer(batch, /*count_right=*/false);
+  if (!ranks()) return {answers.loss, batch.real_tokens};
+  // The mean over all ranks' answers, of which each may have another number.
+  const auto all = ranks()->sum({static_cast<double>(answers.count), static_cast<double>(batch.real_tokens)});
+  const double weight = static_cast<double>(answers.count * ranks()->size()) / std::max(all[0], 1.0);
+  return {answers.loss * weight, static_cast<int64_t>(all[1])};
 }
 
 TaskTrainer::Answers TaskTrainer::answer_in_stretches(const TaskExamples& split, const std::vector<int64_t>& examples) {
@@ -183,29 +209,37 @@ at::Tensor TaskTrainer::pooled_examples() {
   return torch::cat(pooled);
 }
 
-Evaluation TaskTrainer::evaluate(const TaskExamples& split, const std::vector<int64_t>& examples) {
+Evaluation TaskTrainer::evaluate(const TaskExamples& split, const std::vector<int64_t>& all) {
   const torch::NoGradGuard no_grad;
   model_->eval();
   std::optional<MeasuredStatistics> measured;
   if (model_->pooled_norm) measured.emplace(model_->pooled_norm, pooled_examples());
-  double loss = 0.0;
-  int64_t count = 0, right = 0;
+  const std::vector<int64_t> examples = share(all);
+  std::vector<double> sums(3);  // loss, answers, right ones
+  const auto add = [&](const Answers& answers) {
+    sums[0] += answers.total();
+    sums[1] += static_cast<double>(answers.count);
+    sums[2] += static_cast<double>(answers.right);
+  };
   if (data_.crop > 0) {
-    const Answers answers = answer_in_stretches(split, examples);
-    model_->train();
-    return {.loss = answers.loss.item<double>(),
-            .accuracy = static_cast<double>(answers.right) / static_cast<double>(std::max<int64_t>(answers.count, 1))};
-  }
-  for (size_t begin = 0; begin < examples.size(); begin += static_cast<size_t>(options().batch)) {
-    const size_t end = std::min(examples.size(), begin + static_cast<size_t>(options().batch));
-    const Answers answers = answer(data_.batch(split, std::span(examples).subspan(begin, end - begin)), /*count_right=*/true);
-    loss += answers.loss.item<double>() * static_cast<double>(answers.count);
-    count += answers.count;
-    right += answers.right;
+    if (!examples.empty()) add(answer_in_stretches(split, examples));
+  } else {
+    for (size_t begin = 0; begin < examples.size(); begin += static_cast<size_t>(options().batch)) {
+      const size_t end = std::min(examples.size(), begin + static_cast<size_t>(options().batch));
+      add(answer(data_.batch(split, std::span(examples).subspan(begin, end - begin)), /*count_right=*/true));
+    }
   }
   model_->train();
-  const auto all = static_cast<double>(std::max<int64_t>(count, 1));
-  return {.loss = loss / all, .accuracy = static_cast<double>(right) / all};
+  if (ranks()) sums = ranks()->sum(sums);
+  const double count = std::max(sums[1], 1.0);
+  return {.loss = sums[0] / count, .accuracy = sums[2] / count};
+}
+
+std::optional<double> TaskTrainer::test() {
+  for (const auto& [name, split] : data_.splits) {
+    if (name != "train") evaluations_[name] = evaluate(split);
+  }
+  return {};
 }
 
 Evaluation TaskTrainer::validate() {

@@ -4,8 +4,10 @@
 #include <torch/torch.h>
 
 #include <cstdint>
+#include <map>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "data/task_data.h"
 #include "data/task_options.h"
@@ -24,6 +26,7 @@ struct TaskRecord {
   std::string to_json() const;
   // Throws formats::FormatError for a config that no latte train --task wrote.
   static TaskRecord from(const formats::CheckpointFile& checkpoint);
+  static TaskRecord from_json(const std::string& path, const std::string& config);  // of the checkpoint at `path`
 };
 
 // `model` for a task: its vocab_size, num_outputs and head are the data's; learned positions and Linformer reach to its longest
@@ -32,16 +35,22 @@ models::EncoderConfig fit_to(models::EncoderConfig model, const TaskData& data, 
 
 class TaskTrainer : public StepTrainer {
  public:
-  // `model` as fit_to() makes it. `data` outlives the trainer. Throws ConfigError and OptionError.
-  TaskTrainer(const models::EncoderConfig& model, const TrainerOptions& options, const TaskOptions& task, const TaskData& data);
+  // `model` as fit_to() makes it. `data` outlives the trainer. With `ranks` (step_trainer.h) all of them hold all examples, and
+  // each reads its share of a batch; batch norms take their statistics over the whole of it. Throws ConfigError and OptionError.
+  TaskTrainer(const models::EncoderConfig& model, const TrainerOptions& options, const TaskOptions& task, const TaskData& data,
+              Ranks* ranks = nullptr);
   // Goes on from a checkpoint. Throws formats::FormatError.
-  TaskTrainer(const formats::CheckpointFile& checkpoint, const TrainerOptions& options, const TaskData& data);
+  TaskTrainer(const formats::CheckpointFile& checkpoint, const TrainerOptions& options, const TaskData& data,
+              Ranks* ranks = nullptr);
 
   // On eval_batches batches of the validation split, evenly spread over it.
   Evaluation validate() override;
   bool has_validation() const override { return true; }
   // On all of a split, in batches.
   Evaluation evaluate(const TaskExamples& split);
+  // On all splits but the training one, for evaluations().
+  std::optional<double> test() override;
+  const std::map<std::string, Evaluation>& evaluations() const { return evaluations_; }
 
   models::Encoder& model() { return model_; }
 
@@ -52,7 +61,10 @@ class TaskTrainer : public StepTrainer {
     at::Tensor loss;    // the mean over them
     int64_t count = 0;  // of answers asked for
     int64_t right = 0;
+    double total() const { return loss.item<double>() * static_cast<double>(count); }
   };
+  // This rank's part of a batch, or of what is evaluated.
+  std::vector<int64_t> share(const std::vector<int64_t>& examples) const;
   Answers answer(const TaskBatch& batch, bool count_right);
   // Each example from the mean of its stretches' log-probabilities: TaskData::crop.
   Answers answer_in_stretches(const TaskExamples& split, const std::vector<int64_t>& examples);
@@ -64,6 +76,7 @@ class TaskTrainer : public StepTrainer {
   TaskOptions task_;
   models::Encoder model_{nullptr};
   EpochOrder order_;
+  std::map<std::string, Evaluation> evaluations_;
 };
 
 }  // namespace latte::train
