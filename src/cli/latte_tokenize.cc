@@ -9,6 +9,7 @@
 #include "formats/gguf.h"
 #include "formats/mapped_file.h"
 #include "formats/token_corpus.h"
+#include "formats/token_corpus_writer.h"
 
 namespace latte::cli {
 namespace {
@@ -30,27 +31,26 @@ size_t EndOfPiece(std::string_view text) {
 
 int Tokenize(const TokenizeOptions& options) {
   const formats::Tokenizer tokenizer{formats::GgufFile(options.model).metadata()};
-  std::vector<int64_t> tokens;
+  formats::TokenCorpusWriter corpus(options.out, tokenizer.size(), formats::tokenizer_id(tokenizer));
   size_t bytes = 0;
   for (const std::string& path : options.texts) {
     const formats::MappedFile file(path);
     bytes += file.size();
-    if (const auto bos = tokenizer.bos(); bos && tokenizer.adds_bos()) tokens.push_back(*bos);
+    if (const auto bos = tokenizer.bos(); bos && tokenizer.adds_bos()) corpus.add({{*bos}});
     for (std::string_view rest = file.text(); !rest.empty();) {
       const size_t end = EndOfPiece(rest);
       try {
-        const auto piece = tokenizer.encode(rest.substr(0, end), /*add_special=*/false);
-        tokens.insert(tokens.end(), piece.begin(), piece.end());
+        corpus.add(tokenizer.encode(rest.substr(0, end), /*add_special=*/false));
       } catch (const formats::TokenError& error) {
         throw formats::FormatError(path, error.what());
       }
       rest.remove_prefix(end);
     }
     // A document ends where its file does.
-    if (const auto eos = tokenizer.eos()) tokens.push_back(*eos);
+    if (const auto eos = tokenizer.eos()) corpus.add({{*eos}});
   }
-  formats::write_token_corpus(options.out, tokens, tokenizer.size(), formats::tokenizer_id(tokenizer));
-  std::fprintf(stderr, "%zu tokens of %zu bytes in %s\n", tokens.size(), bytes, options.out.c_str());
+  corpus.commit();
+  std::fprintf(stderr, "%lld tokens of %zu bytes in %s\n", static_cast<long long>(corpus.size()), bytes, options.out.c_str());
   return 0;
 }
 

@@ -7,6 +7,7 @@
 
 #include "formats/error.h"
 #include "formats/hash.h"
+#include "formats/token_corpus_writer.h"
 
 namespace latte::formats {
 namespace {
@@ -14,18 +15,6 @@ namespace {
 constexpr const char* kFormat = "latte.tokens";
 constexpr const char* kVersion = "1";
 constexpr int64_t kMostNarrow = 65536;  // tokens of a vocabulary whose tokens fit in 16 bits
-
-template <typename T>
-void write(const std::string& path, std::span<const int64_t> tokens, DType dtype, const Metadata& metadata,
-           FileOperations& operations) {
-  std::vector<T> narrow(tokens.begin(), tokens.end());
-  TensorView view;
-  view.name = "tokens";
-  view.dtype = dtype;
-  view.shape = {static_cast<int64_t>(narrow.size())};
-  view.data = std::as_bytes(std::span(narrow));
-  write_safetensors(path, {&view, 1}, metadata, operations);
-}
 
 int64_t vocab_size_of(const SafetensorsFile& file) {
   const std::string& text = file.metadata_at("vocab_size");
@@ -45,20 +34,17 @@ std::string tokenizer_id(const Tokenizer& tokenizer) {
   return hash.digits();
 }
 
+bool is_narrow_corpus(int64_t vocab_size) { return vocab_size <= kMostNarrow; }
+
+Metadata token_corpus_metadata(int64_t vocab_size, const std::string& tokenizer) {
+  return {{"format", kFormat}, {"version", kVersion}, {"vocab_size", std::to_string(vocab_size)}, {"tokenizer", tokenizer}};
+}
+
 void write_token_corpus(const std::string& path, std::span<const int64_t> tokens, int64_t vocab_size,
                         const std::string& tokenizer, FileOperations& operations) {
-  for (const int64_t token : tokens) {
-    if (token < 0 || token >= vocab_size) {
-      throw std::invalid_argument("token " + std::to_string(token) + ", expected 0 to " + std::to_string(vocab_size - 1));
-    }
-  }
-  const Metadata metadata = {
-      {"format", kFormat}, {"version", kVersion}, {"vocab_size", std::to_string(vocab_size)}, {"tokenizer", tokenizer}};
-  if (vocab_size <= kMostNarrow) {
-    write<uint16_t>(path, tokens, DType::kInt16, metadata, operations);
-  } else {
-    write<int32_t>(path, tokens, DType::kInt32, metadata, operations);
-  }
+  TokenCorpusWriter writer(path, vocab_size, tokenizer, operations);
+  writer.add(tokens);
+  writer.commit();
 }
 
 TokenCorpus::TokenCorpus(const std::string& path) : file_(path) {
@@ -69,7 +55,7 @@ TokenCorpus::TokenCorpus(const std::string& path) : file_(path) {
     }
   }
   const int64_t vocab_size = vocab_size_of(file_);
-  narrow_ = vocab_size <= kMostNarrow;
+  narrow_ = is_narrow_corpus(vocab_size);
   const TensorView& view = file_.at("tokens");
   if (view.dtype != (narrow_ ? DType::kInt16 : DType::kInt32) || view.shape.size() != 1) {
     throw FormatError(path, "tensor \"tokens\" is " + describe(view) + ", expected a vector of " + (narrow_ ? "I16" : "I32"));

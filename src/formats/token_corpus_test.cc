@@ -2,10 +2,14 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cerrno>
+#include <filesystem>
 #include <vector>
 
 #include "formats/error.h"
 #include "formats/test_files.h"
+#include "formats/token_corpus_writer.h"
 
 namespace latte::formats {
 namespace {
@@ -49,6 +53,67 @@ TEST(TokenCorpus, DefectsAreErrors) {
   EXPECT_CONTAINS(error("vocab_size", "70000"), "is I16 [3], expected a vector of I32");
   EXPECT_CONTAINS(error("vocab_size", "1e3"), "vocab_size is \"1e3\"");
   EXPECT_CONTAINS(error("tokenizer", "x"), "tokens:301:x");
+}
+
+TEST(TokenCorpus, PiecesMakeTheFileOfTheWhole) {
+  const TestFolder folder;
+  std::vector<int64_t> tokens;
+  for (int64_t i = 0; i < 1000; ++i) tokens.push_back(i * i % 300);
+  write_token_corpus(folder / "whole", tokens, 300, kId);
+  TokenCorpusWriter writer(folder / "pieces", 300, kId);
+  for (size_t begin = 0; begin < tokens.size();) {
+    const size_t count = std::min<size_t>(begin % 7, tokens.size() - begin);
+    writer.add(std::span(tokens).subspan(begin, count));
+    begin += std::max<size_t>(count, 1);
+    if (count == 0) writer.add({{tokens[begin - 1]}});
+  }
+  EXPECT_EQ(writer.size(), 1000);
+  EXPECT_FALSE(std::filesystem::exists(folder / "pieces"));
+  writer.commit();
+  EXPECT_EQ(read_bytes(folder / "pieces"), read_bytes(folder / "whole"));
+  EXPECT_THROW(writer.add({{300}}), std::invalid_argument);
+}
+
+// Every open, write, sync and rename in turn: the file that was there stays, and nothing is left beside it.
+TEST(TokenCorpus, AFailingDiskLeavesTheOldFile) {
+  class FailingDisk : public FileOperations {
+   public:
+    explicit FailingDisk(int failing) : failing_(failing) {}
+    int open(const char* path, int flags, mode_t mode) override { return fails() ? -1 : FileOperations::open(path, flags, mode); }
+    ssize_t write(int fd, const void* data, size_t size) override { return fails() ? -1 : FileOperations::write(fd, data, size); }
+    int fsync(int fd) override { return fails() ? -1 : FileOperations::fsync(fd); }
+    int rename(const char* from, const char* to) override { return fails() ? -1 : FileOperations::rename(from, to); }
+    bool failed() const { return calls_ > failing_; }
+
+   private:
+    bool fails() {
+      errno = ENOSPC;
+      return calls_++ == failing_;
+    }
+    int failing_, calls_ = 0;
+  };
+  const TestFolder folder;
+  write_token_corpus(folder / "c", std::vector<int64_t>{1, 2}, 10, kId);
+  const std::string before = read_bytes(folder / "c");
+  int failures = 0;
+  for (bool over = false; !over; ++failures) {
+    FailingDisk disk(failures);
+    std::string error;
+    try {
+      write_token_corpus(folder / "c", std::vector<int64_t>{3, 4, 5}, 10, kId, disk);
+    } catch (const FileError& caught) {
+      error = caught.what();
+      EXPECT_EQ(caught.error_number(), ENOSPC);
+      EXPECT_CONTAINS(error, "c");
+    }
+    over = !disk.failed();
+    EXPECT_EQ(error.empty(), over);
+    const bool whole = read_bytes(folder / "c") == before || TokenCorpus(folder / "c").size() == 3;
+    EXPECT_TRUE(whole) << failures;
+    EXPECT_EQ(std::distance(std::filesystem::directory_iterator(folder / ""), {}), 1) << failures;
+    write_token_corpus(folder / "c", std::vector<int64_t>{1, 2}, 10, kId);
+  }
+  EXPECT_GT(failures, 5);
 }
 
 TEST(TokenVocabulary, IsKnownByItsDescriptionAndReadsNoText) {
