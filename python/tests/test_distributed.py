@@ -270,12 +270,14 @@ def test_ctrl_c_saves_on_all_ranks(tmp_path: Path, text: Path) -> None:
     assert alone("--out", run, "--resume", "--steps", step + 1).returncode == 0
 
 
-def test_torchrun_restarts_from_the_last_checkpoint(tmp_path: Path, text: Path) -> None:
+@pytest.mark.parametrize("what", ["text", "plain"])
+def test_torchrun_restarts_from_the_last_checkpoint(tmp_path: Path, text: Path, what: str) -> None:
     """One of two ranks is killed in the middle; torchrun starts both again and the run ends as if nothing had been."""
     run = tmp_path / "run"
-    steps = [*TINY, "--steps", "150", "--eval-every", "0", "--save-every", "5", "--threads", "1", "--dtype", "float32"]
+    reads = ["--text", str(text), *TINY] if what == "text" else task_options(what, tmp_path, text)
+    steps = [*reads, "--steps", "150", "--eval-every", "0", "--save-every", "5", "--threads", "1", "--dtype", "float32"]
     command = [sys.executable, "-m", "torch.distributed.run", "--no-python", "--nproc-per-node", "2", "--max-restarts", "1"]
-    command += ["--master-port", str(free_port()), str(LATTE), "train", "--text", str(text), *steps, "--out", str(run), "--quiet"]
+    command += ["--master-port", str(free_port()), str(LATTE), "train", *steps, "--out", str(run), "--quiet"]
     job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
 
     def ranks_of(parent: int) -> list[int]:
@@ -289,7 +291,7 @@ def test_torchrun_restarts_from_the_last_checkpoint(tmp_path: Path, text: Path) 
     _, err = job.communicate()
     assert job.returncode == 0, err
     assert [line["step"] for line in metrics_of(run)] == list(range(1, 151))
-    Job(2, "--text", text, *steps, "--out", tmp_path / "undisturbed", "--quiet").succeed()
+    Job(2, *steps, "--out", tmp_path / "undisturbed", "--quiet").succeed()
     weights = [tensors_of(folder) for folder in (run, tmp_path / "undisturbed")]
     assert weights[0] == weights[1]
 
