@@ -96,6 +96,7 @@ class _LatentAttention(nn.Module):
         position: str,
         conv_width: int,
         forget: bool,
+        decay_rank: int,
         gates: int,
     ) -> None:
         super().__init__()
@@ -126,6 +127,8 @@ class _LatentAttention(nn.Module):
             raise ValueError(f"{name}: position='vapor' rotates pairs, so embed_dim / num_heads must be even, got {head_dim}")
         if position == "conv" and conv_width <= 0:
             raise ValueError(f"{name}: conv_width must be positive, got {conv_width}")
+        if decay_rank < 0:
+            raise ValueError(f"{name}: decay_rank must not be negative, got {decay_rank}")
         self.embed_dim = self.kdim = self.vdim = embed_dim
         self.num_heads = num_heads
         self.head_dim = head_dim
@@ -141,15 +144,18 @@ class _LatentAttention(nn.Module):
         self.key_logits_proj = Linear(embed_dim, num_kv_heads * num_latents, bias=bias, **factory)
         self.value_proj = Linear(embed_dim, num_kv_heads * head_dim, bias=bias, **factory)
         self.out_proj = Linear(num_heads * head_dim, embed_dim, bias=bias, **factory)
-        if forget:
+        if forget and decay_rank == 0:
             self.decay_proj = Linear(embed_dim, num_kv_heads * num_latents, bias=bias, **factory)
+        if forget and decay_rank > 0:
+            self.decay_down = Linear(embed_dim, decay_rank, bias=False, **factory)
+            self.decay_up = Linear(decay_rank, num_kv_heads * num_latents, **factory)
         if position == "conv":
             self.conv = CausalConv1d(embed_dim, conv_width, **factory)
         if position == "rg_lru":
             self.rg_lru = RgLru(embed_dim, bias=bias, **factory)
 
     def reset_parameters(self) -> None:
-        """Xavier-uniform weights and zero biases; the convolution and RG-LRU have their own rules."""
+        """Xavier-uniform weights and zero biases; decay_up, the convolution and RG-LRU have their own rules."""
         for child in self.children():
             if isinstance(child, nn.Linear):
                 nn.init.xavier_uniform_(child.weight)
@@ -157,6 +163,11 @@ class _LatentAttention(nn.Module):
                     nn.init.zeros_(child.bias)
             else:
                 child.reset_parameters()
+        if hasattr(self, "decay_up"):
+            # Logits as large as what decay_down gives, and a head's latents that remember from 5 tokens to 300.
+            nn.init.normal_(self.decay_up.weight, std=self.decay_up.in_features**-0.5)
+            with torch.no_grad():
+                self.decay_up.bias.view(-1, self.num_latents).copy_(torch.linspace(-3, 3, self.num_latents))
 
     def extra_repr(self) -> str:
         text = f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, num_latents={self.num_latents}"
@@ -296,7 +307,8 @@ class _LatentAttention(nn.Module):
         """[B, T, Hkv, L], or None where nothing is forgotten."""
         if not self.forget:
             return None
-        return F.logsigmoid(self.decay_proj(x)).unflatten(-1, (self.num_kv_heads, -1)) / DECAY_DIVISOR
+        logits = self.decay_proj(x) if hasattr(self, "decay_proj") else self.decay_up(self.decay_down(x))
+        return F.logsigmoid(logits).unflatten(-1, (self.num_kv_heads, -1)) / DECAY_DIVISOR
 
     def _positions(self, x: Tensor, state: AttentionState | None) -> Tensor:
         """int64 [T]."""
@@ -361,9 +373,12 @@ class LatteAttention(_LatentAttention):
             attention too.
         conv_width: K of position="conv".
         forget: latents forget: log_decay = logsigmoid(decay_proj(x)) / 16. Causal only.
+        decay_rank: R > 0: decay_up(decay_down(x)) in decay_proj's place, as in gated linear attention (arXiv 2312.06635, section
+            4.4). 0: a whole matrix.
 
     Parameters: `query_logits_proj` Linear(E, H · L), `key_logits_proj` Linear(E, Hkv · L), `value_proj` Linear(E, Hkv · D),
-    `out_proj` Linear(H · D, E); `decay_proj` Linear(E, Hkv · L) with forget; `conv.weight` [E, K] and `conv.bias` [E], or
+    `out_proj` Linear(H · D, E); with forget `decay_proj` Linear(E, Hkv · L), or with decay_rank R `decay_down` Linear(E, R)
+    without a bias and `decay_up` Linear(R, Hkv · L) with one; `conv.weight` [E, K] and `conv.bias` [E], or
     `rg_lru.recurrence_proj`, `rg_lru.input_proj` Linear(E, E) and `rg_lru.lambda` [E], with that position. Logits carry no 1/√D
     scale.
 
@@ -396,6 +411,7 @@ class LatteAttention(_LatentAttention):
         position: str = "none",
         conv_width: int = 4,
         forget: bool = False,
+        decay_rank: int = 0,
     ) -> None:
         super().__init__(
             embed_dim,
@@ -414,6 +430,7 @@ class LatteAttention(_LatentAttention):
             position=position,
             conv_width=conv_width,
             forget=forget,
+            decay_rank=decay_rank,
             gates=0,
         )
         self.reset_parameters()
@@ -479,6 +496,7 @@ class MacchiatoAttention(_LatentAttention):
         position: str = "none",
         conv_width: int = 4,
         forget: bool = False,
+        decay_rank: int = 0,
         window: int = 128,
         sinks: int = 0,
         rope: bool = True,
@@ -501,6 +519,7 @@ class MacchiatoAttention(_LatentAttention):
             position=position,
             conv_width=conv_width,
             forget=forget,
+            decay_rank=decay_rank,
             gates=1,
         )
         if window < 1 or sinks < 0:

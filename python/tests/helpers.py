@@ -20,7 +20,7 @@ VARIANTS = {
     "macchiato-sinks": (MacchiatoAttention, {"window": 3, "sinks": 2, "num_kv_heads": 2, "num_latents": 3}),
     "macchiato-unrotated": (MacchiatoAttention, {"window": 2, "sinks": 1, "rope": False}),
     "macchiato-vapor": (MacchiatoAttention, {"window": 3, "position": "vapor", "rope_base": 100.0}),
-    "macchiato-conv": (MacchiatoAttention, {"window": 3, "position": "conv", "forget": True}),
+    "macchiato-conv": (MacchiatoAttention, {"window": 3, "position": "conv", "forget": True, "decay_rank": 3}),
     "macchiato-rg_lru": (MacchiatoAttention, {"window": 3, "position": "rg_lru"}),
 }
 

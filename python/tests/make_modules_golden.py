@@ -34,7 +34,7 @@ CASES = [
     ("macchiato_bidirectional", "MacchiatoAttention", {"window": 2, "rope_base": 100.0}, False, "padded"),
     ("macchiato_sinks", "MacchiatoAttention", {"window": 2, "sinks": 2, "num_kv_heads": 1, "num_latents": 3}, True, ""),
     ("macchiato_sinks_padded", "MacchiatoAttention", {"window": 2, "sinks": 2, "rope": False}, True, "padded"),
-    ("macchiato_vapor", "MacchiatoAttention", {"window": 3, "position": "vapor", "forget": True}, True, ""),
+    ("macchiato_vapor", "MacchiatoAttention", {"window": 3, "position": "vapor", "forget": True, "decay_rank": 3}, True, ""),
     ("macchiato_rg_lru", "MacchiatoAttention", {"window": 3, "position": "rg_lru", "bias": False}, True, ""),
     ("latte_biased", "LatteAttention", {"num_latents": 3, "num_kv_heads": 1}, True, "biased"),
     ("latte_forget_biased", "LatteAttention", {"forget": True}, True, "biased"),

@@ -304,6 +304,9 @@ def test_state_dict_is_the_contract(module_class, extra):
         expected |= {"query_proj.weight": (16, 16), "query_proj.bias": (16,), "key_proj.weight": (8, 16), "key_proj.bias": (8,)}
         expected |= {"query_logits_proj.weight": (24, 16), "query_logits_proj.bias": (24,)}
     assert {key: tuple(value.shape) for key, value in module.state_dict().items()} == expected
+    factored = module_class(16, 4, forget=True, decay_rank=3, bias=False, **build).state_dict()
+    decays = {key: tuple(value.shape) for key, value in factored.items() if key.startswith("decay")}
+    assert decays == {"decay_down.weight": (3, 16), "decay_up.weight": (10, 3), "decay_up.bias": (10,)}
     gated = module_class(16, 4, position="rg_lru", bias=False, **build)
     assert {key for key in gated.state_dict() if key.startswith("rg_lru")} == {
         "rg_lru.recurrence_proj.weight",

@@ -92,6 +92,7 @@ void for_each_field(Config& config, const Visit& visit) {
   visit("sinks", config.sinks);
   visit("conv_width", config.conv_width);
   visit("forget", config.forget);
+  visit("decay_rank", config.decay_rank);
   visit("shared_latents", config.shared_latents);
   visit("projected", config.projected);
   visit("rope_base", config.rope_base);
@@ -160,7 +161,8 @@ int64_t LanguageModelConfig::parameter_count() const {
   if (HasLatents(attention)) {
     const int64_t gates = attention == "macchiato" ? 1 : 0;
     layer += linear(embed_dim, num_heads * (latents + gates)) + linear(embed_dim, kv_heads * latents);
-    if (forgets()) layer += linear(embed_dim, kv_heads * latents);
+    if (forgets() && decay_rank == 0) layer += linear(embed_dim, kv_heads * latents);
+    if (forgets() && decay_rank > 0) layer += embed_dim * decay_rank + (decay_rank + 1) * kv_heads * latents;
   }
   if (position_name() == "conv") layer += embed_dim * (conv_width + 1);
   if (position_name() == "rg_lru") layer += 2 * linear(embed_dim, embed_dim) + embed_dim;
@@ -205,6 +207,7 @@ void LanguageModelConfig::validate(Role role) const {
   if (forgets() && !has_latents) fail("forget", true, "false with attention " + attention + ", which has no latents");
   if (shared_latents && !has_latents)
     fail("shared_latents", true, "false with attention " + attention + ", which has no latents");
+  check_range("decay_rank", decay_rank, 0, kLargestDim);
   check_range("projected", projected, 1, kLargestDim);
   check_range("window", window, 1, kLargestCount);
   check_range("sinks", sinks, 0, kLargestCount);
@@ -252,6 +255,11 @@ LanguageModelConfig LanguageModelConfig::from_json(const json& object, Role role
   if (!object.contains("vocab_size")) throw ConfigError("model config: vocab_size is missing");
   config.validate(role);
   return config;
+}
+
+json saved_model_config(json model) {
+  if (model.is_object() && !model.contains("decay_rank")) model["decay_rank"] = 0;
+  return model;
 }
 
 bool takes_position(std::string_view attention, std::string_view position) {

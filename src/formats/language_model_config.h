@@ -40,6 +40,7 @@ struct LanguageModelConfig {
   int64_t sinks = 0;                   // window, macchiato: first tokens that stay readable
   int64_t conv_width = 4;              // position conv
   std::optional<bool> forget;          // latte, macchiato: latents with a learned decay; see forgets()
+  int64_t decay_rank = 16;             // latte, macchiato: of the map to those decays; 0: a whole matrix
   // latte, macchiato: the heads of a layer read the same latents, so that keys are scored once: key logits and values have a
   // single head, whatever num_kv_heads says. The default gives every key-value head its own.
   bool shared_latents = false;
@@ -81,6 +82,10 @@ struct LanguageModelConfig {
 
   bool operator==(const LanguageModelConfig&) const = default;
 };
+
+// The model's configuration out of a checkpoint, for from_json: a field that checkpoints have not always held gets the value of
+// that time where it is missing. Anything but an object is passed on.
+nlohmann::json saved_model_config(nlohmann::json model);
 
 // Whether a model of this attention can have that position; neither need exist.
 bool takes_position(std::string_view attention, std::string_view position);

@@ -11,7 +11,7 @@ TrainedModel trained_model(const std::string& path, const nlohmann::json& config
   TrainedModel model;
   try {
     if (config.contains("task")) throw std::invalid_argument("holds an encoder of latte train --task, expected a language model");
-    model.config = LanguageModelConfig::from_json(config.at("model"));
+    model.config = LanguageModelConfig::from_json(saved_model_config(config.at("model")));
     model.vocabulary = Vocabulary::from_description(config.at("vocabulary").get<std::string>());
   } catch (const nlohmann::json::exception&) {
     throw FormatError(path, "config isn't one of latte train: " +

@@ -78,6 +78,9 @@ std::vector<Case> cases() {
   rich.bias = true;
   rich.tie_embeddings = false;
   all.push_back({"MacchiatoOfEverything", rich});
+  auto whole = small_config("latte", "conv");
+  whole.decay_rank = 0;
+  all.push_back({"LatteDecaysOfAWholeMatrix", whole});
   auto shared = small_config("latte", "conv");
   shared.shared_latents = true;
   all.push_back({"LatteShared", shared});
@@ -272,6 +275,28 @@ TEST(NanoGpt, SameSizeAndStart) {
   EXPECT_NEAR(deviation("blocks.5.mlp.down_proj.weight"), 0.02 / std::sqrt(12.0), 0.0001);
 }
 
+TEST(LowRankDecays, StartSpreadAndAsLargeAsAWholeMatrixs) {
+  torch::manual_seed(1);
+  auto config = small_config("latte", "conv");
+  config.embed_dim = 256;
+  config.num_latents = 64;
+  LanguageModel model(config);
+  const auto parameters = model->named_parameters();
+  const auto& bias = parameters["blocks.1.attention.decay_up.bias"];
+  EXPECT_TRUE(at::equal(bias.view({-1, 64})[0], torch::linspace(-3, 3, 64)));
+  const auto product = parameters["blocks.1.attention.decay_up.weight"].mm(parameters["blocks.1.attention.decay_down.weight"]);
+  EXPECT_NEAR(product.std().item<double>(), 0.02, 0.003);
+}
+
+TEST(SavedModelConfig, DecaysWereAWholeMatrixBeforeTheyHadARank) {
+  auto saved = small_config("latte", "conv").to_json();
+  EXPECT_EQ(formats::saved_model_config(saved), saved);
+  saved.erase("decay_rank");
+  EXPECT_EQ(formats::LanguageModelConfig::from_json(formats::saved_model_config(saved)).decay_rank, 0);
+  EXPECT_EQ(formats::LanguageModelConfig::from_json(saved).decay_rank, 16);
+  EXPECT_EQ(formats::saved_model_config("text"), "text");
+}
+
 TEST(LanguageModelErrors, InputsAreChecked) {
   torch::NoGradGuard no_grad;
   LanguageModel model(small_config("softmax", "learned"));
@@ -339,6 +364,7 @@ TEST(LanguageModelConfigJson, WhatCannotBeIsRefused) {
   refuses({{"num_latents", 64}}, "num_latents is 64", "no latents");
   refuses({{"forget", true}}, "forget is true", "no latents");
   refuses({{"forget", 1}}, "forget is 1", "true or false");
+  refuses({{"decay_rank", -1}}, "decay_rank is -1", "0");
   refuses({{"sinks", 4}}, "sinks is 4", "no window");
   refuses({{"window", 0}}, "window is 0", "1 … ");
   refuses({{"conv_width", 0}}, "conv_width is 0", "1 … ");

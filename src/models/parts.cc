@@ -37,6 +37,7 @@ std::shared_ptr<nn::AttentionImpl> make_attention(const formats::LanguageModelCo
     options.position = of_its_own;
     options.conv_width = config.conv_width;
     options.forget = config.forgets();
+    options.decay_rank = config.decay_rank;
     if (config.attention == "latte") return std::make_shared<nn::LatteAttentionImpl>(options);
     options.window = config.window;
     options.sinks = config.sinks;
@@ -92,6 +93,9 @@ void initialise(torch::nn::Module& model, int64_t num_layers) {
     } else if (auto* embedding = item.value()->as<torch::nn::Embedding>()) {
       embedding->weight.normal_(0.0, kInitialDeviation);
     }
+  }
+  for (const auto& module : model.modules(/*include_self=*/false)) {
+    if (auto* attention = module->as<nn::LatentAttentionImpl>()) attention->reset_decay();
   }
 }
 

@@ -13,6 +13,7 @@ namespace {
 // Forgetting starts slow: sigmoid(0)^(1/16) is a half-life of 16 tokens, and training moves it from there (gated linear
 // attention's temperature).
 constexpr double kDecayTemperature = 16.0;
+constexpr double kDecayBias = 3.0;
 
 }  // namespace
 
@@ -131,15 +132,40 @@ LatentAttentionImpl::LatentAttentionImpl(const std::string& name, const LatteAtt
   key_logits_proj = register_module("key_logits_proj", make_linear(dim, num_kv_heads_ * num_latents_, options.bias));
   value_proj = register_module("value_proj", make_linear(dim, num_kv_heads_ * head_dim_, options.bias));
   out_proj = register_module("out_proj", make_linear(dim, dim, options.bias));
-  if (options.forget) decay_proj = register_module("decay_proj", make_linear(dim, num_kv_heads_ * num_latents_, options.bias));
+  if (options.forget) register_decay();
   register_mixer(options.position, options.conv_width, options.bias);
+}
+
+void LatentAttentionImpl::register_decay() {
+  const int64_t dim = latte_.embed_dim, rank = latte_.decay_rank, decays = num_kv_heads_ * num_latents_;
+  check_size(class_name_, "decay_rank", rank, 0);
+  if (rank == 0) {
+    decay_proj = register_module("decay_proj", make_linear(dim, decays, latte_.bias));
+  } else {
+    decay_down = register_module("decay_down", make_linear(dim, rank, false));
+    decay_up = register_module("decay_up", make_linear(rank, decays, true));
+  }
+}
+
+at::Tensor LatentAttentionImpl::log_decay(const at::Tensor& x) {
+  const auto logits = decay_proj ? decay_proj(x) : decay_up(decay_down(x));
+  return (torch::log_sigmoid(logits) / kDecayTemperature).view({x.size(0), x.size(1), num_kv_heads_, num_latents_});
 }
 
 void LatentAttentionImpl::reset_parameters() {
   for (const auto& child : children()) {
     if (auto* projection = child->as<torch::nn::Linear>()) reset_linear(*projection);
   }
+  reset_decay();
   reset_mixer();
+}
+
+void LatentAttentionImpl::reset_decay() {
+  if (!decay_up) return;
+  const torch::NoGradGuard no_grad;
+  decay_up->weight.normal_(0.0, 1.0 / std::sqrt(static_cast<double>(latte_.decay_rank)));
+  auto biases = decay_up->bias.view({num_kv_heads_, num_latents_});
+  biases.copy_(torch::linspace(-kDecayBias, kDecayBias, num_latents_, biases.options()));
 }
 
 LatentAttentionImpl::Latents LatentAttentionImpl::project(const at::Tensor& x, const OptionalTensor& key_mask,
@@ -155,9 +181,7 @@ LatentAttentionImpl::Latents LatentAttentionImpl::project(const at::Tensor& x, c
   latents.key_bias = key_bias_of(options.key_padding_mask);
   latents.key_logits = bias_key_logits(key_logits_proj(mixed).view({batch, time, num_kv_heads_, num_latents_}), latents.key_bias);
   latents.values = value_proj(x).view({batch, time, num_kv_heads_, head_dim_});
-  if (decay_proj) {
-    latents.log_decay = (torch::log_sigmoid(decay_proj(x)) / kDecayTemperature).view({batch, time, num_kv_heads_, num_latents_});
-  }
+  if (latte_.forget) latents.log_decay = log_decay(x);
   latents.positions = positions_from(begin, time, x.device());
   return latents;
 }

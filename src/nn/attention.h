@@ -112,18 +112,26 @@ struct LatteAttentionOptions {
   LatentPosition position = LatentPosition::kNone;
   int64_t conv_width = 4;  // K of position kConv
   bool forget = false;     // latents forget by a learned decay of each token (causal only)
+  // Of the map to the decays, as in gated linear attention (arXiv 2312.06635, section 4.4): E * L Hkv multiplications a token
+  // become R (E + L Hkv). 0: a whole matrix.
+  int64_t decay_rank = 0;
 };
 
 // What LatteAttention and MacchiatoAttention share: the latents' projections and positions.
 class LatentAttentionImpl : public AttentionImpl {
  public:
   void reset_parameters();
+  // Of a low rank: makes logits of decays as large as what decay_down gives, and a head's latents remember from 5 tokens
+  // (a bias of -3) to 300 (3) in even steps: equal ones would take long to part, with two small matrices behind them.
+  void reset_decay();
 
   Linear query_logits_proj{nullptr};  // E -> H * L; Macchiato: H * (L + 1), laid out [H, L + 1], index 0 the window's
   Linear key_logits_proj{nullptr};    // E -> Hkv * L
   Linear value_proj{nullptr};         // E -> Hkv * D
   Linear out_proj{nullptr};           // H * D -> E
-  Linear decay_proj{nullptr};         // E -> Hkv * L; forget only
+  Linear decay_proj{nullptr};         // E -> Hkv * L; forget with decay_rank 0
+  Linear decay_down{nullptr};         // E -> decay_rank -> Hkv * L; forget with another: without a bias, and with one
+  Linear decay_up{nullptr};
 
  protected:
   bool takes_key_bias() const override { return true; }
@@ -143,8 +151,13 @@ class LatentAttentionImpl : public AttentionImpl {
   // Fills the new state's position, conv and rg_lru as well.
   Latents project(const at::Tensor& x, const OptionalTensor& key_mask, const AttentionForwardOptions& options,
                   AttentionState& next);
+  // [B, T, Hkv, L] of x [B, T, E]: the sigmoid's 16th root, so that a fresh module forgets slowly.
+  at::Tensor log_decay(const at::Tensor& x);
   // Dropout and out_proj on the heads' output [B, T, H, D].
   at::Tensor finish(const at::Tensor& heads_out);
+
+  // Makes decay_proj, or decay_down and decay_up.
+  void register_decay();
 
   LatteAttentionOptions latte_;
   int64_t head_dim_;

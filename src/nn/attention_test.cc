@@ -365,6 +365,23 @@ TEST(AttentionOptions, NamesAndShapesAreTheContract) {
   }
 }
 
+TEST(AttentionOptions, ADecayOfLowRankIsTwoMatrices) {
+  auto options = common<LatteAttentionOptions>(true);
+  options.num_kv_heads = 2;
+  options.num_latents = 5;
+  options.forget = true;
+  options.decay_rank = 3;
+  const LatteAttention module(options);
+  const auto parameters = module->named_parameters();
+  EXPECT_FALSE(parameters.contains("decay_proj.weight"));
+  EXPECT_EQ(parameters["decay_down.weight"].sizes(), (std::vector<int64_t>{3, kDim}));
+  EXPECT_FALSE(parameters.contains("decay_down.bias"));
+  EXPECT_EQ(parameters["decay_up.weight"].sizes(), (std::vector<int64_t>{2 * 5, 3}));
+  EXPECT_EQ(parameters["decay_up.bias"].sizes(), (std::vector<int64_t>{2 * 5}));
+  options.decay_rank = -1;
+  EXPECT_THROW(LatteAttention{options}, c10::ValueError);
+}
+
 TEST(Dropout, ActsInTrainingAlone) {
   torch::manual_seed(3);
   const auto x = torch::randn({kBatch, kTime, kDim});

@@ -67,6 +67,8 @@ MacchiatoAttentionOptions OptionsOf(const json& options) {
       parsed.conv_width = value;
     } else if (name == "forget") {
       parsed.forget = value;
+    } else if (name == "decay_rank") {
+      parsed.decay_rank = value;
     } else if (name == "window") {
       parsed.window = value;
     } else if (name == "sinks") {

@@ -13,6 +13,8 @@
 
 namespace latte::runtime {
 
+constexpr int64_t kGatedRank = 16;  // of the decays of gated_linear, as in nn/linear_attention.cc
+
 class Model::Checkpoint {
  public:
   Checkpoint(Model& model, const formats::LanguageModelConfig& config)
@@ -69,7 +71,9 @@ class Model::Checkpoint {
     const int64_t key_logits = shape_.num_kv_heads * attends.latents;
     sums.query = matrix(attention + "query_logits_proj", shape_.num_heads * (attends.latents + gates), dim, config_.bias);
     sums.key = matrix(attention + "key_logits_proj", key_logits, dim, config_.bias);
-    if (config_.forgets()) sums.decay = matrix(attention + "decay_proj", key_logits, dim, config_.bias);
+    if (!config_.forgets()) return;
+    sums.decay = config_.decay_rank == 0 ? matrix(attention + "decay_proj", key_logits, dim, config_.bias)
+                                         : decay_product(attention, key_logits, config_.decay_rank);
   }
 
   void load_mixer(const std::string& attention, MixerWeights& mixer) {
@@ -85,26 +89,31 @@ class Model::Checkpoint {
     }
   }
 
-  // The decay's two matrices, of which the first has few rows, become one.
   void load_gated(const std::string& attention, SumWeights& sums) {
-    const int64_t dim = shape_.embed_dim, kv_dim = shape_.num_kv_heads * shape_.head_dim;
-    constexpr int64_t kRank = 16;  // nn/linear_attention.cc
-    const float* down = floats(attention + "decay_down.weight", {kRank, dim});
-    const float* up = floats(attention + "decay_up.weight", {kv_dim, kRank});
+    sums.decay = decay_product(attention, shape_.num_kv_heads * shape_.head_dim, kGatedRank);
+    sums.out_gate = matrix(attention + "gate_proj", shape_.embed_dim, shape_.embed_dim, config_.bias);
+    sums.out_norm = floats(attention + "norm_weight", {shape_.head_dim});
+  }
+
+  // The two matrices that decays come from, of which the first has `rank` rows, as one.
+  Matrix decay_product(const std::string& attention, int64_t decays, int64_t rank) {
+    const int64_t dim = shape_.embed_dim;
+    const auto down = floats_of(attention + "decay_down.weight", {rank, dim});
+    const auto up = floats_of(attention + "decay_up.weight", {decays, rank});
     std::vector<double> row(static_cast<size_t>(dim));
-    std::vector<float> product(static_cast<size_t>(kv_dim * dim));
-    for (int64_t r = 0; r < kv_dim; ++r) {
+    std::vector<float> product(static_cast<size_t>(decays * dim));
+    for (int64_t r = 0; r < decays; ++r) {
       std::fill(row.begin(), row.end(), 0.0);
-      for (int64_t k = 0; k < kRank; ++k) {
-        const double weight = static_cast<double>(up[r * kRank + k]);
-        for (int64_t c = 0; c < dim; ++c) row[static_cast<size_t>(c)] += weight * static_cast<double>(down[k * dim + c]);
+      for (int64_t k = 0; k < rank; ++k) {
+        const double weight = static_cast<double>(up[static_cast<size_t>(r * rank + k)]);
+        for (int64_t c = 0; c < dim; ++c)
+          row[static_cast<size_t>(c)] += weight * static_cast<double>(down[static_cast<size_t>(k * dim + c)]);
       }
       std::copy(row.begin(), row.end(), product.begin() + r * dim);
     }
-    sums.decay = packed(attention + "decay", std::as_bytes(std::span(product)), kv_dim, dim);
-    sums.decay.set_bias(floats(attention + "decay_up.bias", {kv_dim}));
-    sums.out_gate = matrix(attention + "gate_proj", dim, dim, config_.bias);
-    sums.out_norm = floats(attention + "norm_weight", {shape_.head_dim});
+    Matrix result = packed(attention + "decay", std::as_bytes(std::span(product)), decays, dim);
+    result.set_bias(floats(attention + "decay_up.bias", {decays}));
+    return result;
   }
 
   const formats::TensorView& tensor(const std::string& name, std::vector<int64_t> shape) const {
@@ -123,6 +132,14 @@ class Model::Checkpoint {
     float* out = model_.arena_.take_array<float>(static_cast<int64_t>(data.size() / sizeof(float)));
     if (!data.empty()) std::memcpy(out, data.data(), data.size());
     return out;
+  }
+
+  // A copy that doesn't stay.
+  std::vector<float> floats_of(const std::string& name, std::vector<int64_t> shape) const {
+    const auto data = tensor(name, std::move(shape)).data;
+    std::vector<float> copy(data.size() / sizeof(float));
+    if (!data.empty()) std::memcpy(copy.data(), data.data(), data.size());
+    return copy;
   }
 
   NormWeights norm(const std::string& name) {

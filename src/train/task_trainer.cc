@@ -74,7 +74,7 @@ TaskRecord TaskRecord::from_json(const std::string& path, const std::string& con
   TaskRecord record;
   try {
     const json object = json::parse(config);
-    record.model = models::EncoderConfig::from_json(object.at("model"));
+    record.model = models::EncoderConfig::from_json(formats::saved_model_config(object.at("model")));
     record.options = TrainerOptions::from_json(object.at("training"));
     record.task = TaskOptions::from_json(object.at("task"));
     record.progress = Progress::from_json(object.at("progress"));

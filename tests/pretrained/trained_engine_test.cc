@@ -115,6 +115,8 @@ TEST(TrainedModelsInTheEngine, EveryOtherField) {
       {"gated", [](auto& c) { c.mlp = "gated"; }},
       {"untied", [](auto& c) { c.tie_embeddings = false; }},
       {"remembers", [](auto& c) { c.forget = false; }},
+      {"decays of a whole matrix", [](auto& c) { c.decay_rank = 0; }},
+      {"decays of rank 3", [](auto& c) { c.decay_rank = 3; }},
       {"shared latents", [](auto& c) { c.shared_latents = true; }},
       {"one key-value head a head", [](auto& c) { c.num_kv_heads = {}; }},
       {"width 1", [](auto& c) { c.conv_width = 1; }},
