@@ -38,6 +38,7 @@ inline void write_trained_model(const std::string& path, const std::string& atte
   config.max_positions = 32;
   const bool latents = attention == "latte" || attention == "macchiato";
   if (latents) config.num_latents = 3;
+  if (position == "vapor") config.decay_rank = 0;  // as in checkpoints from before it
   const int64_t dim = config.embed_dim, hidden = config.hidden_dim();
   std::vector<TensorView> tensors;
   const std::vector<float> values(static_cast<size_t>(dim * hidden), 0.25f);
@@ -64,7 +65,14 @@ inline void write_trained_model(const std::string& path, const std::string& atte
     if (latents) {
       const int64_t rows = config.num_heads * *config.num_latents;
       add(of + "query_logits_proj.weight", {rows + (attention == "macchiato" ? config.num_heads : 0), dim});
-      for (const char* name : {"key_logits_proj", "decay_proj"}) add(of + name + ".weight", {rows, dim});
+      add(of + "key_logits_proj.weight", {rows, dim});
+      if (config.decay_rank == 0) {
+        add(of + "decay_proj.weight", {rows, dim});
+      } else {
+        add(of + "decay_down.weight", {config.decay_rank, dim});
+        add(of + "decay_up.weight", {rows, config.decay_rank});
+        add(of + "decay_up.bias", {rows});
+      }
     }
     if (position == "conv") {
       add(of + "conv.weight", {dim, config.conv_width});
