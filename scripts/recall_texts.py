@@ -1,0 +1,122 @@
+#!/usr/bin/env python3
+"""Write documents that demand recall: passages and records that come again, word for word, after other text.
+
+Texts to train an extended model on, mixed with ordinary ones (`latte extend --text`): what was read far back is the only thing
+that tells how a repeated passage goes on, so latents must carry it. A document has 6 to 16 items of its own, half of them
+paragraphs of the texts given, half made-up records (log lines, addresses, invoices, measurements, hexadecimal numbers, made-up
+words); they come in random order, mixed with other paragraphs, and none again within 700 characters. Nothing in them asks a
+question or names a key.
+
+Example:
+    scripts/recall_texts.py --text texts/*.txt --megabytes 14 --out recall.txt
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from pathlib import Path
+
+CONSONANTS, VOWELS = "bcdfghklmnprstvwz", "aeiou"
+LEAST_DISTANCE = 700  # characters, more than a window of 128 tokens
+
+
+def paragraphs(path: Path) -> list[str]:
+    lines = path.read_text(encoding="utf-8", errors="ignore").split("\n")
+    return [line for line in lines if 80 <= len(line) <= 700]
+
+
+def word(rng: random.Random) -> str:
+    return "".join(rng.choice(CONSONANTS) + rng.choice(VOWELS) for _ in range(rng.randint(2, 4)))
+
+
+def number(rng: random.Random, fewest: int, most: int) -> int:
+    return rng.randrange(10 ** rng.randint(fewest, most))
+
+
+def log_line(rng: random.Random) -> str:
+    date = f"{rng.randrange(1900, 2030)}-{rng.randrange(1, 13):02d}-{rng.randrange(1, 29):02d}"
+    time = f"{rng.randrange(24):02d}:{rng.randrange(60):02d}"
+    return f"{date} {time} {word(rng)}[{rng.randrange(100, 9999)}]: {word(rng)} {word(rng)} {number(rng, 2, 7)}"
+
+
+def address(rng: random.Random) -> str:
+    first, last, street = (word(rng).capitalize() for _ in range(3))
+    return f"{first} {last}, {rng.randrange(1, 300)} {street} Street, tel. {rng.randrange(10**6, 10**7)}"
+
+
+def measurement(rng: random.Random) -> str:
+    what, where = word(rng), word(rng).capitalize()
+    return f"The {what} of {where} measured {number(rng, 2, 6)} {word(rng)} and cost {number(rng, 1, 5)} {word(rng)}."
+
+
+def hexadecimal(rng: random.Random) -> str:
+    return " ".join(f"{rng.randrange(2 ** rng.choice([8, 16, 32])):x}" for _ in range(rng.randint(3, 8)))
+
+
+def invoice(rng: random.Random) -> str:
+    price = f"{rng.randrange(1, 999)}.{rng.randrange(100):02d}"
+    order = rng.randrange(10**5, 10**8)
+    return f"Invoice {rng.randrange(10**4, 10**6)}: {rng.randrange(1, 99)} {word(rng)} at {price}, order {order}."
+
+
+def made_up_words(rng: random.Random) -> str:
+    return " ".join(word(rng) for _ in range(rng.randint(6, 16))).capitalize() + "."
+
+
+RECORDS = (log_line, address, measurement, hexadecimal, invoice, made_up_words)
+
+
+def document(rng: random.Random, pool: list[str]) -> str:
+    size = rng.randint(3000, 14000)  # characters
+    items = [rng.choice(RECORDS)(rng) if rng.random() < 0.5 else rng.choice(pool) for _ in range(rng.randint(6, 16))]
+    last = [-LEAST_DISTANCE] * len(items)
+    share_of_others = 0.6 * rng.random()
+    lines: list[str] = []
+    written = 0
+    while written < size:
+        item = rng.randrange(len(items))
+        if rng.random() < share_of_others or written - last[item] < LEAST_DISTANCE:
+            line = rng.choice(pool)
+        else:
+            line = items[item]
+            last[item] = written
+        lines.append(line)
+        written += len(line) + 1
+    return "\n".join(lines)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, nargs="+", required=True, help="files whose paragraphs are repeated, a line each")
+    parser.add_argument("--megabytes", type=float, default=14, help="of text to write (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    if options.megabytes <= 0:
+        parser.error(f"--megabytes {options.megabytes}: must be positive")
+    return options
+
+
+def main() -> int:
+    options = arguments()
+    rng = random.Random(options.seed)
+    try:
+        pool = [line for path in options.text for line in paragraphs(path)]
+        if not pool:
+            print("recall_texts: error: --text has no line of 80 to 700 characters", file=sys.stderr)
+            return 1
+        unfinished = options.out.with_suffix(options.out.suffix + ".part")
+        with unfinished.open("w", encoding="utf-8") as file:
+            while file.tell() < options.megabytes * 1e6:
+                file.write(document(rng, pool) + "\n\n")
+        unfinished.replace(options.out)
+    except OSError as error:
+        print(f"recall_texts: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
