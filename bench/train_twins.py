@@ -21,6 +21,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = {"num_layers": "layers", "embed_dim": "embed_dim", "num_heads": "heads", "window": "window"}
+DECAY_RANK = 16  # latte train's; runs from before it have none in their configuration
+MORE = "twins.json"  # in a run's folder: its text and what else was asked for
 TRAINING = {name: name for name in ("context", "batch", "eval_batches", "steps", "seed")}
 
 Runs = dict[tuple[str, str], list[dict]]
@@ -45,6 +47,10 @@ def check_same(run: Path, args, attention: str, lr: str) -> None:
     wanted = {name: getattr(args, name) for name in found}
     found |= {"attention": model["attention"], "lr": training["lr"]}
     wanted |= {"attention": attention, "lr": float(lr)}
+    if attention in ("latte", "macchiato") and "--decay-rank" not in args.more:
+        found["decay_rank"], wanted["decay_rank"] = model.get("decay_rank", 0), DECAY_RANK
+    if (run / MORE).exists():
+        found["more"], wanted["more"] = json.loads((run / MORE).read_text(encoding="utf-8")), [Path(args.text).name, *args.more]
     if args.dtype != "auto":
         found["dtype"], wanted["dtype"] = training["dtype"], args.dtype
     differing = [f"{name} {found[name]}, not {wanted[name]}" for name in found if found[name] != wanted[name]]
@@ -65,6 +71,7 @@ def train(run: Path, args, attention: str, lr: str) -> None:
         command += ["--text", args.text, "--attention", attention, "--lr", lr, "--overwrite", *args.more]
         for name in (*MODEL.values(), "context", "batch", "eval_batches", "seed", "dtype"):
             command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+        write(run / MORE, json.dumps([Path(args.text).name, *args.more]) + "\n")
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=None if sys.stderr.isatty() else subprocess.DEVNULL)
 
 

@@ -26,9 +26,17 @@ COLOURS = ["#4c566a", "#a3be8c", "#d08770", "#b48ead", "#5e81ac", "#bf616a"]
 
 
 def run(args, *command) -> str:
-    """Standard output of latte; what it says besides goes to the terminal."""
+    """Standard output of latte; what it says besides goes to the terminal. Ctrl-C reaches it too: it may take a while to save."""
     full = [str(args.latte), *map(str, command), "--threads", str(args.threads)]
-    return subprocess.run(full, check=True, stdout=subprocess.PIPE, text=True).stdout
+    with subprocess.Popen(full, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            output = process.communicate()[0]
+        except KeyboardInterrupt:
+            process.communicate()
+            sys.exit(130)
+    if process.returncode != 0:
+        sys.exit(130 if process.returncode == 130 else f"{' '.join(full[:2])} ended with exit code {process.returncode}")
+    return output
 
 
 def write(path: Path, text: str) -> None:
@@ -52,7 +60,7 @@ def extend(args, name: str, *options) -> Path:
     if not done.exists():
         again = ["--resume"] if (args.runs / f"{name}.gguf.run/checkpoint.safetensors").exists() else ["--overwrite"]
         run(args, "extend", args.model, "--text", *args.text, "--context", args.context, "--seed", args.seed,
-            "--eval-every", 0, "--quiet", "--out", adapter, *options, *again)  # fmt: skip
+            "--eval-every", 0, "--save-every", 10, "--quiet", "--out", adapter, *options, *again)  # fmt: skip
         done.touch()
     return adapter
 
@@ -96,6 +104,24 @@ def decode(args, point: dict, turn: int) -> tuple[float, float]:
     return 1e3 / row["decode_tokens_per_second"], row["state_mb"]
 
 
+NAMES = ["context", "seed", "tokens", "warmup", "match_window", "match_sequences", "match_steps", "length", "stretches"]
+
+
+def check_settings(args) -> None:
+    """Ends the program where --runs holds what was made with other settings."""
+    settings = {name: getattr(args, name) for name in [*NAMES, "depth", "written", "threads"]}
+    settings |= {"windows": max(args.windows), "model": args.model.name, "eval_text": args.eval_text.name}
+    settings |= {"text": sorted(path.name for path in args.text)}
+    path = args.runs / "settings.json"
+    if not path.exists():
+        write(path, json.dumps(settings, indent=1) + "\n")
+        return
+    found = json.loads(path.read_text(encoding="utf-8"))
+    differing = [f"{name} {found.get(name)}, not {value}" for name, value in settings.items() if found.get(name) != value]
+    if differing:
+        sys.exit(f"{args.runs} was made with {'; '.join(differing)}: --runs names another folder")
+
+
 def collect(args) -> dict:
     """Everything that the figure shows, and the settings it was made with."""
     full = read(args, "full", "--attention", "full")
@@ -107,8 +133,7 @@ def collect(args) -> dict:
     for i, point in enumerate(points):
         point["milliseconds"] = round(statistics.median(times[turn][i][0] for turn in range(args.rounds)), 3)
         point["state_mb"] = round(times[0][i][1], 3)
-    names = ["context", "seed", "tokens", "warmup", "match_window", "match_sequences", "match_steps", "length", "stretches"]
-    settings = {name: getattr(args, name) for name in [*names, "depth", "written", "rounds", "threads"]}
+    settings = {name: getattr(args, name) for name in [*NAMES, "depth", "written", "rounds", "threads"]}
     for point in points:
         if "adapter" in point:
             point["adapter"] = Path(point["adapter"]).stem
@@ -199,9 +224,12 @@ def main():
     args = parser.parse_args()
     if args.depth < max(args.windows):
         sys.exit(f"--depth {args.depth} doesn't fill a window of {max(args.windows)}")
+    if len({adapter.stem for adapter in args.adapters}) < len(args.adapters):
+        sys.exit("--adapters has two files of one name, which is what their figures are kept under")
     args.runs.mkdir(parents=True, exist_ok=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
 
+    check_settings(args)
     results = collect(args)
     write(Path(f"{args.out}.json"), report(results))
     outputs = {f"{args.out}.svg": "svg dynamic", f"{args.out}.png": "pngcairo"}

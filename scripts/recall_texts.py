@@ -4,8 +4,8 @@
 Texts to train an extended model on, mixed with ordinary ones (`latte extend --text`): what was read far back is the only thing
 that tells how a repeated passage goes on, so latents must carry it. A document has 6 to 16 items of its own, half of them
 paragraphs of the texts given, half made-up records (log lines, addresses, invoices, measurements, hexadecimal numbers, made-up
-words); they come in random order, mixed with other paragraphs, and none again within 700 characters. Nothing in them asks a
-question or names a key.
+words); they come in random order, mixed with other paragraphs, and none again within 700 characters of its beginning. Nothing in
+them asks a question or names a key.
 
 Example:
     scripts/recall_texts.py --text texts/*.txt --megabytes 14 --out recall.txt
@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 CONSONANTS, VOWELS = "bcdfghklmnprstvwz", "aeiou"
-LEAST_DISTANCE = 700  # characters, more than a window of 128 tokens
+LEAST_DISTANCE = 700  # characters from beginning to beginning, more than a window of 128 tokens
 
 
 def paragraphs(path: Path) -> list[str]:
@@ -108,10 +108,13 @@ def main() -> int:
             print("recall_texts: error: --text has no line of 80 to 700 characters", file=sys.stderr)
             return 1
         unfinished = options.out.with_suffix(options.out.suffix + ".part")
-        with unfinished.open("w", encoding="utf-8") as file:
-            while file.tell() < options.megabytes * 1e6:
-                file.write(document(rng, pool) + "\n\n")
-        unfinished.replace(options.out)
+        try:
+            with unfinished.open("w", encoding="utf-8") as file:
+                while file.tell() < options.megabytes * 1e6:
+                    file.write(document(rng, pool) + "\n\n")
+            unfinished.replace(options.out)
+        finally:
+            unfinished.unlink(missing_ok=True)
     except OSError as error:
         print(f"recall_texts: error: {error}", file=sys.stderr)
         return 1

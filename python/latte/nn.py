@@ -166,8 +166,9 @@ class _LatentAttention(nn.Module):
         if hasattr(self, "decay_up"):
             # Logits as large as what decay_down gives, and a head's latents that remember from 5 tokens to 300.
             nn.init.normal_(self.decay_up.weight, std=self.decay_up.in_features**-0.5)
+            slowest = 3.0 if self.num_latents > 1 else 0.0
             with torch.no_grad():
-                self.decay_up.bias.view(-1, self.num_latents).copy_(torch.linspace(-3, 3, self.num_latents))
+                self.decay_up.bias.view(-1, self.num_latents).copy_(torch.linspace(-slowest, slowest, self.num_latents))
 
     def extra_repr(self) -> str:
         text = f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, num_latents={self.num_latents}"
@@ -176,6 +177,8 @@ class _LatentAttention(nn.Module):
         text += f", dropout={self.dropout}, batch_first={self.batch_first}"
         if self.position != "none":
             text += f", position={self.position!r}"
+        if hasattr(self, "decay_up"):
+            text += f", decay_rank={self.decay_up.in_features}"
         return text + (", forget=True" if self.forget else "")
 
     def forward(

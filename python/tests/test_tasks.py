@@ -90,9 +90,12 @@ def test_a_generated_tasks_file_is_kept(tmp_path, config):
         ("model", {"colour": 1}, ["config.json: line 15: model config: unknown field", "colour"]),
         ("model", {"position": "learned", "max_positions": 5}, ["max_positions is 5, expected at least"]),
         ("model", {"pooling": "max"}, ["pooling is"]),
-        ("model", {"attention": "gated_linear"}, ["gated_linear"]),
+        ("model", {"attention": "macchiato", "sinks": 2}, ["sinks is 2, expected 0 unless causal"]),
         ("training", {"batch": 0}, ["config.json: line ", "batch is 0"]),
-        ("training", {"context": 16}, ["context is for --text"]),
+        ("training", {"context": 16}, ["config.json: line ", "context is for --text"]),
+        ("training", {"lr": -1}, ["config.json: line ", "lr is -1.0, expected"]),
+        ("model", {"dropout": 1}, ["config.json: line ", "dropout is 1"]),
+        ("model", {"vocab_size": 10}, ["config.json: line ", "vocab_size is the task's"]),
     ],
 )
 def test_bad_fields_are_named_with_file_and_line(tmp_path, config, section, fields, parts):

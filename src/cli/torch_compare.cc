@@ -101,6 +101,10 @@ class Runs {
     }
     std::filesystem::create_directories(folder);
     const std::string config_path = folder + "/compare-config.json", output = folder + "/compare-output.json";
+    const bool began = std::filesystem::exists(config_path) && std::filesystem::exists(formats::checkpoint_path(folder));
+    if (began && formats::read_json_object(config_path) != run.config) {
+      throw formats::FormatError(config_path, "is of another configuration: remove the folder or name another with --out");
+    }
     formats::write_file(config_path, Dump(run.config));
     std::vector<std::string> arguments = {"latte", "train", "--config", config_path, "--out", folder, "--json"};
     if (options_.threads > 0) arguments.insert(arguments.end(), {"--threads", std::to_string(options_.threads)});

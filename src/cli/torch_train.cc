@@ -98,7 +98,7 @@ void AddModelOptions(CLI::App& command, json& model) {
           "--forget,!--no-forget", [&model](int64_t count) { model["forget"] = count > 0; },
           "Latents forget by a learned decay (latte, macchiato), or with --no-forget keep all; by default they forget")
       ->group("Model");
-  number("--decay-rank", "decay_rank", "Rank of the map to the latents' decays; 0: a whole matrix");
+  number("--decay-rank", "decay_rank", "Rank of the map to the latents' decays (latte, macchiato); 0: a whole matrix");
 }
 
 void AddTaskOptions(CLI::App& command, json& model, json& task) {

@@ -62,7 +62,8 @@ Subject SubjectOf(const std::string& message, std::string_view text) {
   }
   if (const size_t is = message.find(" is "); is != std::string::npos && !word_before(is).empty()) {
     constexpr size_t kIs = 4;
-    std::string value = message.substr(is + kIs, message.find(", expected", is) - is - kIs);
+    const size_t end = message.find(", expected", is);
+    std::string value = end == std::string::npos ? "" : message.substr(is + kIs, end - is - kIs);  // or: is for …, is the task's
     std::erase(value, '"');
     return {word_before(is), value};
   }
@@ -76,6 +77,14 @@ Subject SubjectOf(const std::string& message, std::string_view text) {
   return {};
 }
 
+// Whether a message that shows `value` may mean `found`: 1.0 is 1.
+bool Shows(const std::string& value, const json& found) {
+  if (found.is_string()) return value == found.get<std::string>();
+  if (!found.is_number()) return value == found.dump();
+  const json number = json::parse(value, nullptr, /*allow_exceptions=*/false);
+  return number.is_number() && number.get<double>() == found.get<double>();
+}
+
 // The first place where `field` has that value: a configuration may name it for its small and its published size, and a value
 // that stands nowhere comes from the command line.
 std::optional<size_t> PlaceOf(std::string_view text, const std::string& field, const std::string& value) {
@@ -83,8 +92,7 @@ std::optional<size_t> PlaceOf(std::string_view text, const std::string& field, c
   for (size_t at = FindKey(text, field, 0); at != std::string_view::npos; at = FindKey(text, field, at + 1)) {
     const json found = ValueAt(text, at);
     const bool compares = !value.empty() && !found.is_null() && !found.is_discarded();
-    const std::string text_of_value = found.is_string() ? found.get<std::string>() : found.dump();
-    if (!compares || value == text_of_value || value.ends_with("…")) return at;  // cut short
+    if (!compares || Shows(value, found) || value.ends_with("…")) return at;  // cut short
   }
   return {};
 }

@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cerrno>
 #include <filesystem>
@@ -72,6 +74,29 @@ TEST(TokenCorpus, PiecesMakeTheFileOfTheWhole) {
   writer.commit();
   EXPECT_EQ(read_bytes(folder / "pieces"), read_bytes(folder / "whole"));
   EXPECT_THROW(writer.add({{300}}), std::invalid_argument);
+}
+
+TEST(TokenCorpus, WhatCannotBeWrittenIsSaidFirst) {
+  const TestFolder folder;
+  std::filesystem::create_directory(folder / "corpus");
+  EXPECT_THROW(TokenCorpusWriter(folder / "corpus", 300, kId), FileError);
+  EXPECT_THROW(TokenCorpusWriter(folder / "nowhere/corpus", 300, kId), FileError);
+}
+
+// A link where the gathered tokens would go leads to another's file, which stays as it is.
+TEST(TokenCorpus, NoLinkIsFollowed) {
+  const TestFolder folder;
+  write_bytes(folder / "other", "untouched");
+  const std::string name(250, 'n');
+  for (const std::string& path : {std::string("corpus"), name}) {
+    const std::string planted = "." + path.substr(0, 200) + "." + std::to_string(::getpid()) + "-0.tokens.tmp";
+    std::filesystem::create_symlink("other", folder / planted);
+    TokenCorpusWriter writer(folder / path, 300, kId);
+    writer.add({{7}});
+    writer.commit();
+    EXPECT_TRUE(std::filesystem::exists(folder / path));
+  }
+  EXPECT_EQ(read_bytes(folder / "other"), "untouched");
 }
 
 // Every open, write, sync and rename in turn: the file that was there stays, and nothing is left beside it.

@@ -52,9 +52,8 @@ void EncoderConfig::validate() const {
   if (pooled_norm != "none" && head == "tokens") fail("pooled_norm", shown(pooled_norm), "none where tokens are answered");
   if (num_outputs < 1 || num_outputs > (1 << 24)) fail("num_outputs", std::to_string(num_outputs), "an integer in 1 … 16777216");
   if (!causal && body.forgets()) fail("forget", "true", "false unless causal: a bidirectional reader has no past to forget");
-  if (!causal && attention == "gated_linear")
-    fail("attention", "gated_linear", "another unless causal: its decay has a direction");
-  if (!causal && sinks > 0) fail("sinks", std::to_string(sinks), "0 unless causal");
+  if (!causal && attention == "macchiato" && sinks > 0)
+    fail("sinks", std::to_string(sinks), "0 unless causal: latents read the start");
   if (causal && attention == "linformer") fail("attention", "linformer", "another where causal: it reads the whole sequence");
   if (causal && norm == "batch") fail("norm", "batch", "layer or rms where causal: a batch's statistics see the future");
   if (causal && head != "tokens" && pooling == "first") fail("pooling", "first", "mean or last where causal");

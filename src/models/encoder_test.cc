@@ -40,6 +40,8 @@ TEST(Encoder, ParameterCountIsTheModels) {
                          {{"attention", "latte"}, {"head", "pairs"}, {"pooled_norm", "batch"}, {"bias", false}},
                          {{"attention", "linformer"}, {"norm", "rms"}},
                          {{"attention", "gated_linear"}, {"causal", true}, {"head", "tokens"}},
+                         {{"attention", "gated_linear"}},
+                         {{"attention", "window"}, {"sinks", 2}},
                          {{"attention", "latte"}, {"causal", true}}}) {
     const auto config = small(fields.at("attention"), fields);
     Encoder model(config);
@@ -51,7 +53,7 @@ TEST(Encoder, ParameterCountIsTheModels) {
 // A sequence gives the same logits alone and beside a longer one.
 TEST(Encoder, PaddingAddsToNothing) {
   torch::manual_seed(1);
-  for (const std::string attention : {"softmax", "window", "latte", "macchiato", "linear", "linformer"}) {
+  for (const std::string attention : {"softmax", "window", "latte", "macchiato", "linear", "gated_linear", "linformer"}) {
     for (const std::string pooling : {"mean", "first", "last"}) {
       for (const std::string norm : {"layer", "batch"}) {
         Encoder model(
@@ -140,7 +142,7 @@ TEST(Encoder, ImpossibleConfigurationsNameTheField) {
     return formats::error_text<formats::ConfigError>([&] { small(attention, fields); });
   };
   EXPECT_CONTAINS(error("latte", {{"forget", true}}), "forget is true");
-  EXPECT_CONTAINS(error("gated_linear", {}), "attention is gated_linear");
+  EXPECT_CONTAINS(error("macchiato", {{"sinks", 2}}), "sinks is 2, expected 0 unless causal");
   EXPECT_CONTAINS(error("linformer", {{"causal", true}}), "attention is linformer");
   EXPECT_CONTAINS(error("softmax", {{"pooling", "max"}}), "pooling is \"max\", expected one of mean, first, last");
   EXPECT_CONTAINS(error("softmax", {{"pooled_norm", "layer"}}), "pooled_norm is \"layer\", expected one of none, batch");

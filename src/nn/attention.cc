@@ -165,7 +165,11 @@ void LatentAttentionImpl::reset_decay() {
   const torch::NoGradGuard no_grad;
   decay_up->weight.normal_(0.0, 1.0 / std::sqrt(static_cast<double>(latte_.decay_rank)));
   auto biases = decay_up->bias.view({num_kv_heads_, num_latents_});
-  biases.copy_(torch::linspace(-kDecayBias, kDecayBias, num_latents_, biases.options()));
+  if (num_latents_ == 1) {
+    biases.zero_();
+  } else {
+    biases.copy_(torch::linspace(-kDecayBias, kDecayBias, num_latents_, biases.options()));
+  }
 }
 
 LatentAttentionImpl::Latents LatentAttentionImpl::project(const at::Tensor& x, const OptionalTensor& key_mask,

@@ -82,7 +82,6 @@ Case softmax_case(std::string name, int64_t window, int64_t sinks = 0, bool rope
              return std::make_shared<SoftmaxAttentionImpl>(options);
            }};
   one.has_sinks = sinks > 0;
-  one.bidirectional = sinks == 0;
   one.plain_values = position != LatentPosition::kVapor;
   return one;
 }
@@ -302,6 +301,30 @@ TEST_P(Attention, RefusesWhatItCannotDo) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Modules, Attention, testing::ValuesIn(cases()), [](const auto& param) { return param.param.name; });
+
+// Several blocks of queries, sinks in the window of some of them, and padding.
+TEST(SoftmaxAttention, SinksAreReadFromBothSides) {
+  torch::manual_seed(8);
+  const int64_t time = 300;
+  auto options = common<SoftmaxAttentionOptions>(true);
+  options.window = 20;
+  options.sinks = 3;
+  options.num_kv_heads = 1;
+  SoftmaxAttention module(options);
+  module->to(torch::kFloat64);
+  const auto x = torch::randn({kBatch, time, kDim}, torch::kFloat64);
+  auto padding = torch::zeros({kBatch, time}, torch::kBool);
+  padding[1].slice(0, 250) = true;
+  const auto result = module->forward(x, {.key_padding_mask = padding, .need_weights = true, .average_attn_weights = false});
+  const auto& weights = result.weights;  // [B, H, T, T]
+  const auto distance = (torch::arange(time).unsqueeze(1) - torch::arange(time)).abs();
+  const auto readable = (distance < 20).logical_or(torch::arange(time) < 3);
+  EXPECT_TRUE(weights.gt(0).logical_and(readable.logical_not()).sum().item<int64_t>() == 0);
+  EXPECT_TRUE(weights[0].gt(0).eq(readable).all().item<bool>());
+  const auto values = module->value_proj(x).unsqueeze(1);  // one key-value head
+  const auto heads = at::matmul(weights, values).transpose(1, 2).flatten(2);
+  EXPECT_TRUE(close(result.out, module->out_proj(heads)));
+}
 
 TEST(AttentionOptions, ImpossibleOnesAreRefused) {
   const auto refuses = [](const std::function<void(MacchiatoAttentionOptions&)>& change) {

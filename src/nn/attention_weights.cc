@@ -59,8 +59,8 @@ at::Tensor window_attention_weights(const at::Tensor& query, const at::Tensor& k
   auto readable = options.causal ? distance >= 0 : torch::ones_like(distance, torch::kBool);
   if (options.window > 0) {
     auto sinks = torch::zeros_like(readable);
-    if (options.causal && options.sinks > 0) {
-      sinks = distance >= options.window;
+    if (options.sinks > 0) {
+      sinks = (options.causal ? distance : distance.abs()) >= options.window;
       if (options.sinks < time) sinks.slice(1, options.sinks) = false;
       if (options.sink_query) {
         scores = torch::where(sinks, torch::matmul(per_query_head(*options.sink_query, heads), keys) * scale, scores);

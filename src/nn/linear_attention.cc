@@ -50,6 +50,14 @@ at::Tensor decayed_linear_attention(const at::Tensor& query, const at::Tensor& k
   return torch::cat(outs, 2);
 }
 
+at::Tensor bidirectional_linear_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& values,
+                                          const at::Tensor& log_decay) {
+  at::Tensor past, future;
+  const auto out = decayed_linear_attention(query, key, values, log_decay, past);
+  const auto reversed = decayed_linear_attention(query.flip(2), key.flip(2), values.flip(2), log_decay.flip(2), future).flip(2);
+  return out + reversed - (query * key).sum(-1, /*keepdim=*/true) * values;  // both have read the token itself
+}
+
 LinearAttentionImpl::LinearAttentionImpl(const LinearAttentionOptions& options)
     : AttentionImpl("LinearAttention", options.embed_dim, options.batch_first), options_(options) {
   num_kv_heads_ = options.num_kv_heads.value_or(options.num_heads);
@@ -79,7 +87,6 @@ void LinearAttentionImpl::reset_parameters() {
 AttentionResult LinearAttentionImpl::attend(const at::Tensor& x, const OptionalTensor& key_mask,
                                             const AttentionForwardOptions& options) {
   const bool gated = options_.kind == LinearKind::kGated;
-  check_causal(class_name_, options.is_causal, gated, "a decay");
   TORCH_CHECK_VALUE(!options.need_weights, class_name_, ": need_weights isn't offered by linear attention");
   const auto projected_query = query_proj(x), projected_key = key_proj(x), projected_values = value_proj(x);
   const auto projected_decay = gated ? decay_up(decay_down(x)) : at::Tensor();
@@ -115,6 +122,8 @@ AttentionResult LinearAttentionImpl::attend(const at::Tensor& x, const OptionalT
       next.latents = options.state->latents;
     }
     out = decayed_linear_attention(query, key, values, log_decay, next.latents);
+  } else if (gated) {
+    out = bidirectional_linear_attention(query, key, values, log_decay);
   } else {
     out = at::matmul(query, at::matmul(key.transpose(2, 3), values));
   }

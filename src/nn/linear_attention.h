@@ -15,8 +15,8 @@ enum class LinearKind : uint8_t {
   // y[t] = Σ_s φ(q[t])ᵀφ(k[s]) v[s] / Σ_s φ(q[t])ᵀφ(k[s]) with φ = 1 + elu (arXiv 2006.16236).
   kNormalised,
   // S[t] = diag(α[t]) S[t-1] + k[t] v[t]ᵀ, y[t] = norm(S[t]ᵀ q[t] / √D), gated by silu: gated linear attention (arXiv
-  // 2312.06635),
-  // with the decay α = sigmoid(W x)^(1/16) of each token and channel, W of rank 16. Causal only.
+  // 2312.06635), with the decay α = sigmoid(W x)^(1/16) of each token and channel, W of rank 16. Bidirectional: the sum of
+  // this over s ≤ t and of its mirror image over s > t, under the same decays.
   kGated,
 };
 
@@ -58,6 +58,10 @@ TORCH_MODULE(LinearAttention);
 // (log_decay undefined: none), values [B, H, T, V] -> out [B, H, T, V]; `state` [B, H, K, V] in (undefined: zeros) and out.
 at::Tensor decayed_linear_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& values,
                                     const at::Tensor& log_decay, at::Tensor& state);
+
+// The same in both directions: decayed_linear_attention over s ≤ t, and from the end over s > t, Π_{t≤r<s} e^{g[r]} between them.
+at::Tensor bidirectional_linear_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& values,
+                                          const at::Tensor& log_decay);
 
 struct LinformerAttentionOptions {
   int64_t embed_dim = 0;

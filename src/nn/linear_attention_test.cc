@@ -103,8 +103,36 @@ TEST(LinearAttention, PiecesGiveTheWhole) {
     EXPECT_TRUE(torch::allclose(torch::cat(pieces, 1), whole, 1e-9, 1e-9));
     EXPECT_EQ(next.state->position, 40);
   }
+}
+
+TEST(LinearAttention, BothDirectionsAreTheWeightedSumOverAllTokens) {
+  torch::manual_seed(5);
+  const int64_t time = 70;
+  const auto q = randn({2, 3, time, 4}), k = randn({2, 3, time, 4}), v = randn({2, 3, time, 5});
+  const auto log_decay = -torch::rand({2, 3, time, 4}, torch::kFloat64) * 0.5;
+  const auto sums = log_decay.cumsum(2);
+  std::vector<at::Tensor> expected;
+  for (int64_t t = 0; t < time; ++t) {
+    // From s up to t decays s + 1 … t, from s down to t decays t … s - 1.
+    const auto past = sums.slice(2, t, t + 1) - sums.slice(2, 0, t + 1);
+    const auto before = sums - log_decay;
+    const auto future = before.slice(2, t + 1) - before.slice(2, t, t + 1);
+    const auto weights = (q.slice(2, t, t + 1) * k * at::cat({past, future}, 2).exp()).sum(-1, true);
+    expected.push_back((weights * v).sum(2));
+  }
+  EXPECT_TRUE(torch::allclose(bidirectional_linear_attention(q, k, v, log_decay), torch::stack(expected, 2), 1e-9, 1e-9));
+}
+
+TEST(LinearAttention, BothDirectionsLeavePaddingOut) {
+  torch::manual_seed(6);
   LinearAttention gated(LinearAttentionOptions{.embed_dim = 8, .num_heads = 2, .batch_first = true, .kind = LinearKind::kGated});
-  EXPECT_THROW(gated->forward(torch::randn({1, 3, 8})), c10::ValueError);
+  gated->to(torch::kFloat64);
+  const auto x = randn({2, 9, 8});
+  const auto padding = torch::zeros({2, 9}, torch::kBool);
+  padding.slice(1, 6).fill_(true);
+  const auto padded = gated->forward(x, {.key_padding_mask = padding}).out.slice(1, 0, 6);
+  EXPECT_TRUE(torch::allclose(padded, gated->forward(x.slice(1, 0, 6)).out, 1e-9, 1e-9));
+  EXPECT_FALSE(torch::allclose(padded, gated->forward(x).out.slice(1, 0, 6), 1e-3, 1e-3));
 }
 
 TEST(Linformer, ReadsProjectedKeysAndNoPadding) {

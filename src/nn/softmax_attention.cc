@@ -1,12 +1,61 @@
 #include "nn/softmax_attention.h"
 
+#include <algorithm>
+#include <cmath>
+#include <limits>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "nn/attention_weights.h"
 #include "nn/module_utils.h"
 
 namespace latte::nn {
+namespace {
+
+constexpr int64_t kQueries = 128;  // a block of bidirectional_window reads their windows together
+constexpr double kMinusInfinity = -std::numeric_limits<double>::infinity();
+
+// [B, T, Hkv, D] -> [B, H, T, D], a key-value head for each query head.
+at::Tensor per_query_head(const at::Tensor& x, int64_t heads) {
+  return x.transpose(1, 2).repeat_interleave(heads / x.size(2), 1);
+}
+
+// [B or 1, 1, C, n], true where key s of [begin, end) is real and its distance |t - s| to a query t is below `window` (near), or
+// not.
+at::Tensor readable(const at::Tensor& queries, int64_t begin, int64_t end, int64_t window, bool near,
+                    const OptionalTensor& key_mask) {
+  const auto distance = (queries.unsqueeze(1) - torch::arange(begin, end, queries.options())).abs();
+  const auto allowed = (near ? distance < window : distance >= window).view({1, 1, queries.size(0), end - begin});
+  return key_mask ? allowed.logical_and(key_mask->slice(1, begin, end).unsqueeze(1).unsqueeze(1)) : allowed;
+}
+
+}  // namespace
+
+at::Tensor bidirectional_window(const RotatedWindow& rotated, const at::Tensor& values, int64_t window, int64_t sinks,
+                                const OptionalTensor& key_mask) {
+  const int64_t time = rotated.query.size(1), heads = rotated.query.size(2), first = std::min(sinks, time);
+  const auto query = rotated.query.transpose(1, 2);
+  const auto sink_query = rotated.sink_query ? rotated.sink_query->transpose(1, 2) : query;
+  const auto keys = per_query_head(rotated.key, heads), all_values = per_query_head(values, heads);
+  const double scale = 1.0 / std::sqrt(static_cast<double>(query.size(3)));
+  std::vector<at::Tensor> outs;
+  for (int64_t begin = 0; begin < time; begin += kQueries) {
+    const int64_t end = std::min(begin + kQueries, time);
+    const int64_t from = std::max<int64_t>(0, begin - window + 1), to = std::min(time, end + window - 1);
+    const auto queries = torch::arange(begin, end, torch::TensorOptions().device(query.device()).dtype(torch::kLong));
+    const auto scores_of = [&](const at::Tensor& readers, int64_t low, int64_t high, bool near) {
+      const auto scores = at::matmul(readers.slice(2, begin, end) * scale, keys.slice(2, low, high).transpose(2, 3));
+      return scores.masked_fill(readable(queries, low, high, window, near, key_mask).logical_not(), kMinusInfinity);
+    };
+    const auto scores = at::cat({scores_of(sink_query, 0, first, false), scores_of(query, from, to, true)}, -1);
+    const auto nothing = (scores == kMinusInfinity).all(-1, /*keepdim=*/true);  // a query with padding alone around it reads 0
+    const auto weights = scores.masked_fill(nothing, 0.0).softmax(-1).masked_fill(nothing, 0.0).to(values.scalar_type());
+    outs.push_back(at::matmul(weights.slice(3, 0, first), all_values.slice(2, 0, first)) +
+                   at::matmul(weights.slice(3, first), all_values.slice(2, from, to)));
+  }
+  return outs.empty() ? rotated.query : at::cat(outs, 2).transpose(1, 2);  // no token: as empty as its query
+}
 
 SoftmaxAttentionImpl::SoftmaxAttentionImpl(const SoftmaxAttentionOptions& options)
     : AttentionImpl("SoftmaxAttention", options.embed_dim, options.batch_first), options_(options) {
@@ -36,7 +85,6 @@ void SoftmaxAttentionImpl::reset_parameters() {
 
 AttentionResult SoftmaxAttentionImpl::attend(const at::Tensor& x, const OptionalTensor& key_mask,
                                              const AttentionForwardOptions& options) {
-  check_causal(class_name_, options.is_causal, options_.sinks > 0, "a sink");
   const int64_t batch = x.size(0), time = x.size(1);
   TORCH_CHECK_VALUE(!options.peers || options_.window > 0, class_name_,
                     " without a window reads every earlier token: it can't share a sequence among ranks");
@@ -57,7 +105,10 @@ AttentionResult SoftmaxAttentionImpl::attend(const at::Tensor& x, const Optional
   if (vapor) values = latte::vapor(values, positions, kVaporBase);
 
   at::Tensor heads_out;
-  if (options_.window > 0) {
+  if (options_.sinks > 0 && !options.is_causal) {
+    heads_out = bidirectional_window(rotated, values, options_.window, options_.sinks, key_mask);
+    heads_out = torch::dropout(heads_out, options_.dropout, is_training());
+  } else if (options_.window > 0) {
     latte::MacchiatoAttentionOptions window;
     window.window = options_.window;
     window.sinks = options_.sinks;

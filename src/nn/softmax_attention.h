@@ -25,7 +25,7 @@ struct SoftmaxAttentionOptions {
   LatentPosition position = LatentPosition::kNone;
   int64_t conv_width = 4;  // K of position kConv
   int64_t window = 0;      // W; 0 reads the whole sequence
-  int64_t sinks = 0;       // S, with a window only, causal only
+  int64_t sinks = 0;       // S, with a window only: first tokens that every token reads as well
 };
 
 // Its state holds the keys and values of all tokens so far; with a window, of the last W and the first S; and what the
@@ -51,5 +51,11 @@ class SoftmaxAttentionImpl : public AttentionImpl {
   int64_t num_kv_heads_;
 };
 TORCH_MODULE(SoftmaxAttention);
+
+// Softmax attention of each query over the tokens less than `window` away on either side and the first `sinks`, which those
+// further away score by sink_query; a token counts once. In blocks of queries, linear in T: T · (2 W + S) scores a head are kept
+// for backward. query [B, T, H, D], key and values [B, T, Hkv, D], key_mask [B, T] of bool, true: a real token -> [B, T, H, D].
+at::Tensor bidirectional_window(const RotatedWindow& rotated, const at::Tensor& values, int64_t window, int64_t sinks,
+                                const OptionalTensor& key_mask);
 
 }  // namespace latte::nn

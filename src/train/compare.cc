@@ -91,6 +91,15 @@ json summary_of(const std::string& title, const std::vector<json>& reports, bool
           {"peak_memory", memory}};
 }
 
+void check_titles(const std::vector<CompareEntry>& entries) {
+  for (size_t i = 0; i < entries.size(); ++i) {
+    for (size_t j = 0; j < i; ++j) {
+      if (entries[i].title == entries[j].title)
+        throw OptionError("attentions has " + formats::quote(entries[i].title) + " twice");
+    }
+  }
+}
+
 }  // namespace
 
 CompareEntry CompareOptions::parse_entry(const std::string& text) {
@@ -132,12 +141,7 @@ void CompareOptions::validate() const {
   check_range("seeds", seeds, 1, 1000);
   for (const double lr : learning_rates) check_that(lr > 0, "learning_rates", lr, "positive numbers");
   check_that(seconds >= 0, "seconds", seconds, "a number >= 0");
-  for (size_t i = 0; i < entries.size(); ++i) {
-    for (size_t j = 0; j < i; ++j) {
-      if (entries[i].title == entries[j].title)
-        throw OptionError("attentions has " + formats::quote(entries[i].title) + " twice");
-    }
-  }
+  check_titles(entries);
 }
 
 int64_t longest_sequence(const json& config) {
@@ -172,13 +176,21 @@ json match_parameters(json model, bool task, int64_t parameters, const std::stri
 
 std::vector<CompareEntry> CompareOptions::crossed() const {
   if (positions.empty()) return entries;
+  for (const std::string& position : positions) {
+    try {  // softmax takes all there are
+      parameters_of({{"attention", "softmax"}, {"position", position}}, /*task=*/true);
+    } catch (const formats::ConfigError& error) {
+      throw OptionError("positions: " + std::string(error.what()));
+    }
+  }
   std::vector<CompareEntry> all;
   for (const CompareEntry& entry : entries) {
-    if (entry.model.contains("position")) {
+    const std::string attention = entry.model.at("attention");
+    const bool known = formats::takes_position(attention, "none");  // another is refused with its model
+    if (entry.model.contains("position") || !known) {
       all.push_back(entry);
       continue;
     }
-    const std::string attention = entry.model.at("attention");
     const size_t before = all.size();
     for (const std::string& position : positions) {
       if (!formats::takes_position(attention, position)) continue;
@@ -187,10 +199,18 @@ std::vector<CompareEntry> CompareOptions::crossed() const {
     }
     if (all.size() == before) throw OptionError("positions has none that attention " + formats::quote(attention) + " takes");
   }
+  check_titles(all);
   return all;
 }
 
 namespace {
+
+bool forgets(json model, bool task) {
+  model["vocab_size"] = 1;
+  if (!task) return formats::LanguageModelConfig::from_json(model).forgets();
+  model["num_outputs"] = 1;
+  return models::EncoderConfig::from_json(model).forgets();
+}
 
 // The configuration's model for an entry: what suits one attention may not exist for another.
 json model_of(const json& config, const CompareEntry& entry) {
@@ -214,6 +234,10 @@ json model_of(const json& config, const CompareEntry& entry) {
   for (const auto& [field, value] : entry.model.items()) model[field] = value;
   const bool bounded = attention == "linformer" || position_of() == "learned";
   if (bounded && !model.contains("max_positions")) model["max_positions"] = longest_sequence(config);
+  // A run's configuration says it, as what is left out has had another meaning in runs from before it.
+  if (latents && !model.contains("decay_rank") && forgets(model, config.contains("task"))) {
+    model["decay_rank"] = formats::LanguageModelConfig().decay_rank;
+  }
   return model;
 }
 

@@ -170,6 +170,38 @@ TEST(Compare, PositionsAreASecondAxis) {
   const auto run = [](const CompareRun&) { return report(0.5, 0.5); };
   EXPECT_CONTAINS(formats::error_text<OptionError>([&] { compare(task_config(), options, run); }),
                   "positions has none that attention \"linear\" takes");
+
+  const auto error = [&](const std::vector<std::string>& attentions, const std::vector<std::string>& positions) {
+    CompareOptions asked;
+    for (const auto& name : attentions) asked.entries.push_back(CompareOptions::parse_entry(name));
+    asked.positions = positions;
+    return formats::error_text<OptionError>([&] { compare(task_config(), asked, run); });
+  };
+  EXPECT_CONTAINS(error({"softmax"}, {"none", "rglru"}), "positions: model config: position is \"rglru\", expected ");
+  EXPECT_CONTAINS(error({"softmax", "colour"}, {"none"}), "attention is \"colour\", expected ");
+  EXPECT_CONTAINS(error({"softmax", "softmax:position=none"}, {"none"}), "attentions has \"softmax:position=none\" twice");
+}
+
+// What a run's configuration leaves out is what its time took for granted: decays had no rank once.
+TEST(Compare, RunsSayTheRankOfTheirDecays) {
+  json config = {{"model", {{"num_layers", 1}, {"embed_dim", 8}, {"num_heads", 2}, {"num_latents", 4}}},
+                 {"training", {{"steps", 10}}}};
+  const auto rank_of = [&](const std::string& entry, const json& asked_config) {
+    CompareOptions options;
+    options.entries = {CompareOptions::parse_entry(entry)};
+    options.seeds = 1;
+    json found;
+    compare(asked_config, options, [&](const CompareRun& asked) {
+      found = asked.config.at("model").value("decay_rank", json());
+      return json();
+    });
+    return found;
+  };
+  EXPECT_EQ(rank_of("latte", config), 16);
+  EXPECT_EQ(rank_of("macchiato:decay_rank=0", config), 0);
+  EXPECT_EQ(rank_of("latte:forget=false", config), json());
+  EXPECT_EQ(rank_of("softmax", config), json());
+  EXPECT_EQ(rank_of("latte", task_config()), json());  // both directions: nothing to forget
 }
 
 // Linformer's map and learned positions are as long as the task's longest sequence, not as a default that may be far longer.

@@ -9,6 +9,7 @@
 
 #include "formats/error.h"
 #include "train/autocast.h"
+#include "train/interrupt.h"
 
 namespace latte::train {
 namespace {
@@ -172,7 +173,7 @@ TaskTrainer::Answers TaskTrainer::answer_in_stretches(const TaskExamples& split,
   const auto all = static_cast<int64_t>(examples.size());
   auto sums = torch::zeros({all, data_.num_classes}), stretches = torch::zeros({all, 1});
   auto targets = torch::zeros({all}, torch::kInt64);
-  for (size_t first = 0; first < rows.size(); first += static_cast<size_t>(options().batch)) {
+  for (size_t first = 0; first < rows.size() && !stopped(); first += static_cast<size_t>(options().batch)) {
     const size_t count = std::min(rows.size() - first, static_cast<size_t>(options().batch));
     const TaskBatch batch =
         data_.batch(split, std::span(rows).subspan(first, count), 0, std::span<const int64_t>(begins).subspan(first, count));
@@ -224,7 +225,7 @@ Evaluation TaskTrainer::evaluate(const TaskExamples& split, const std::vector<in
   if (data_.crop > 0) {
     if (!examples.empty()) add(answer_in_stretches(split, examples));
   } else {
-    for (size_t begin = 0; begin < examples.size(); begin += static_cast<size_t>(options().batch)) {
+    for (size_t begin = 0; begin < examples.size() && !stopped(); begin += static_cast<size_t>(options().batch)) {
       const size_t end = std::min(examples.size(), begin + static_cast<size_t>(options().batch));
       add(answer(data_.batch(split, std::span(examples).subspan(begin, end - begin)), /*count_right=*/true));
     }
@@ -235,10 +236,14 @@ Evaluation TaskTrainer::evaluate(const TaskExamples& split, const std::vector<in
   return {.loss = sums[0] / count, .accuracy = sums[2] / count};
 }
 
+bool TaskTrainer::stopped() const { return interruptible_ && InterruptGuard::interrupted(); }
+
 std::optional<double> TaskTrainer::test() {
+  interruptible_ = true;
   for (const auto& [name, split] : data_.splits) {
     if (name != "train") evaluations_[name] = evaluate(split);
   }
+  interruptible_ = false;
   return {};
 }
 

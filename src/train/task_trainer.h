@@ -48,7 +48,7 @@ class TaskTrainer : public StepTrainer {
   bool has_validation() const override { return true; }
   // On all of a split, in batches.
   Evaluation evaluate(const TaskExamples& split);
-  // On all splits but the training one, for evaluations().
+  // On all splits but the training one, for evaluations(). An interruption cuts it short.
   std::optional<double> test() override;
   const std::map<std::string, Evaluation>& evaluations() const { return evaluations_; }
 
@@ -69,6 +69,7 @@ class TaskTrainer : public StepTrainer {
   // Each example from the mean of its stretches' log-probabilities: TaskData::crop.
   Answers answer_in_stretches(const TaskExamples& split, const std::vector<int64_t>& examples);
   Evaluation evaluate(const TaskExamples& split, const std::vector<int64_t>& examples);
+  bool stopped() const;
   // Of some training examples [N, E], each sequence's: what pooled_norm knows of them.
   at::Tensor pooled_examples();
 
@@ -77,6 +78,7 @@ class TaskTrainer : public StepTrainer {
   models::Encoder model_{nullptr};
   EpochOrder order_;
   std::map<std::string, Evaluation> evaluations_;
+  bool interruptible_ = false;  // test()
 };
 
 }  // namespace latte::train

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <csignal>
 #include <filesystem>
 #include <fstream>
 #include <string>
@@ -10,6 +11,7 @@
 #include "data/tasks.h"
 #include "formats/error.h"
 #include "formats/test_files.h"
+#include "train/interrupt.h"
 #include "train/metrics.h"
 #include "train/task_run.h"
 #include "train/test_checkpoint.h"
@@ -49,6 +51,27 @@ class TaskTrainerTest : public ::testing::Test {
   TrainerOptions options_;
   models::EncoderConfig model_;
 };
+
+TEST_F(TaskTrainerTest, OldRecordsHaveWholeMatricesOfDecays) {
+  model_.causal = true;
+  model_.norm = "layer";
+  auto record = json::parse(TaskRecord{model_, options_, task_, {}}.to_json());
+  EXPECT_EQ(TaskRecord::from_json("it", record.dump()).model.decay_rank, model_.decay_rank);
+  ASSERT_EQ(record.at("model").erase("decay_rank"), 1);
+  EXPECT_EQ(TaskRecord::from_json("it", record.dump()).model.decay_rank, 0);
+}
+
+TEST_F(TaskTrainerTest, AnInterruptionEndsTheLastEvaluation) {
+  const TaskData data = load_task(task_);
+  TaskTrainer trainer(fit_to(model_, data, false), options_, task_, data);
+  const InterruptGuard guard;
+  trainer.test();
+  EXPECT_GT(trainer.evaluations().at("test").loss, 0.0);
+  std::raise(SIGINT);
+  trainer.test();
+  EXPECT_EQ(trainer.evaluations().at("test").loss, 0.0);  // no batch was read
+  EXPECT_GT(trainer.validate().loss, 0.0);                // which the metrics of a step want whole
+}
 
 TEST_F(TaskTrainerTest, ResumesBitForBit) {
   options_.accumulate = 2;

@@ -13,6 +13,7 @@
 
 #include "formats/error.h"
 #include "formats/test_files.h"
+#include "formats/trained_model.h"
 #include "train/metrics.h"
 #include "train/run.h"
 #include "train/test_checkpoint.h"
@@ -78,6 +79,23 @@ TEST_F(TrainerTest, ResumesBitForBitWithDropoutAndAccumulation) {
   trainer.save(resumed, {});
   EXPECT_NE(tensors_of(whole), tensors_of(half));
   EXPECT_EQ(tensors_of(whole), tensors_of(resumed));
+}
+
+// Of before decays had a rank: their configuration doesn't name it.
+TEST_F(TrainerTest, OldCheckpointsGoOnWithWholeMatricesOfDecays) {
+  model_.decay_rank = 0;
+  const TextCorpus text = corpus();
+  const std::string saved = folder_ / "saved", old = folder_ / "old";
+  Trainer(model_, options_, text).save(saved, {});
+  const formats::CheckpointFile checkpoint(saved);
+  auto config = nlohmann::json::parse(checkpoint.config());
+  ASSERT_EQ(config.at("model").erase("decay_rank"), 1);
+  const auto& tensors = checkpoint.file().tensors();
+  formats::write_checkpoint(old, {config.dump(), checkpoint.step()}, tensors);
+  Trainer trainer(formats::CheckpointFile(old), options_, text);
+  EXPECT_TRUE(std::isfinite(trainer.step().loss));
+  EXPECT_EQ(trainer.model()->config().decay_rank, 0);
+  EXPECT_EQ(formats::trained_model(formats::CheckpointFile(old)).config.decay_rank, 0);
 }
 
 TEST_F(TrainerTest, LearnsAPatternWithEveryAttention) {

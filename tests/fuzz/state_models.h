@@ -92,7 +92,8 @@ inline void write_trained_model(const std::string& path, const std::string& atte
     }
   }
   const auto vocabulary = Vocabulary::tokens(config.vocab_size, std::string(32, '0'));
-  const nlohmann::json json = {{"model", config.to_json()}, {"vocabulary", vocabulary.description()}};
+  nlohmann::json json = {{"model", config.to_json()}, {"vocabulary", vocabulary.description()}};
+  if (config.decay_rank == 0) json["model"].erase("decay_rank");
   write_checkpoint(path, {json.dump(), 1}, tensors);
 }
 
