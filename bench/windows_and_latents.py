@@ -60,7 +60,7 @@ def extend(args, name: str, *options) -> Path:
     if not done.exists():
         again = ["--resume"] if (args.runs / f"{name}.gguf.run/checkpoint.safetensors").exists() else ["--overwrite"]
         run(args, "extend", args.model, "--text", *args.text, "--context", args.context, "--seed", args.seed,
-            "--eval-every", 0, "--save-every", 10, "--quiet", "--out", adapter, *options, *again)  # fmt: skip
+            "--eval-every", 0, "--quiet", "--out", adapter, *options, *again)  # fmt: skip
         done.touch()
     return adapter
 
