@@ -99,12 +99,7 @@ RunResult run_loop(StepTrainer& trainer, const RunFolder* folder, Progress progr
     const bool saves = result.interrupted || is_due(metrics.step, options.save_every, options.steps);
     if (folder && saves) trainer.save(result.checkpoint, progress, *run.files);
   }
-  if (!result.interrupted) {
-    result.test_loss = trainer.test();  // which an interruption cuts short
-    result.interrupted = InterruptGuard::interrupted();
-    if (run.ranks) result.interrupted = run.ranks->any(result.interrupted);
-    if (result.interrupted) result.test_loss.reset();
-  }
+  if (!result.interrupted) result.test_loss = trainer.test();
   line.finish();
   // No rank ends well before the first has saved.
   if (run.ranks) run.ranks->finish();

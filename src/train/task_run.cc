@@ -42,20 +42,12 @@ Progress progress_of(const TaskTrainer& trainer, const TaskData& data, Progress 
   return before;
 }
 
-// Where the examples' file isn't there yet the first rank makes it, and the others wait.
-TaskData load(const TaskOptions& task, const RunOptions& run) {
-  const bool waits = run.ranks && !task.data.empty();
-  if (waits && !leads(run)) run.ranks->barrier();
-  TaskData data = load_task(task, *run.files);
-  if (waits && leads(run)) run.ranks->barrier();
-  return data;
-}
-
 // `folder`: the first rank's.
 TaskRunResult run(TaskTrainer& trainer, const TaskData& data, const RunFolder* folder, const Progress& progress,
                   const RunOptions& options) {
   TaskRunResult result;
   result.run = run_loop(trainer, folder, progress, options);
+  result.run.interrupted |= trainer.cut_short();
   if (result.run.interrupted) return result;
   for (const auto& [name, evaluation] : trainer.evaluations()) {
     const TaskExamples& split = data.splits.at(name);
@@ -78,7 +70,7 @@ TaskRunResult start_task_run(const models::EncoderConfig& model, bool max_positi
     throw OptionError(existing +
                       " is there already: --resume goes on with it, --overwrite starts again, --out names another folder");
   }
-  const TaskData data = load(task, run_options);
+  const TaskData data = load_task(task, *run_options.files);
   const models::EncoderConfig fitted = fit_to(model, data, max_positions_given);
   TaskTrainer trainer(fitted, options, task, data, run_options.ranks);
   const Progress progress = progress_of(trainer, data, {});
@@ -105,7 +97,7 @@ TaskRunResult resume_task_run(const TrainerOptions& options, const RunOptions& r
   if (leads(run_options) && !std::filesystem::exists(path)) throw formats::FileError("resume from", path, ENOENT);
   const TaskRecord record = read_task_record(run_options);
   if (!leads(run_options)) {
-    const TaskData data = load(record.task, run_options);
+    const TaskData data = load_task(record.task, *run_options.files);
     TaskTrainer trainer(record.model, options, record.task, data, run_options.ranks);
     return run(trainer, data, nullptr, progress_of(trainer, data, record.progress), run_options);
   }
@@ -116,7 +108,7 @@ TaskRunResult resume_task_run(const TrainerOptions& options, const RunOptions& r
     throw OptionError("the checkpoint is at step " + std::to_string(checkpoint.step()) + " of " + std::to_string(options.steps) +
                       " already: more steps go on");
   }
-  const TaskData data = load(record.task, run_options);
+  const TaskData data = load_task(record.task, *run_options.files);
   TaskTrainer trainer(checkpoint, options, data, run_options.ranks);
   ProgressLine notes(0, 0, run_options.quiet);
   const Progress progress = progress_of(trainer, data, record.progress);

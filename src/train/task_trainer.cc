@@ -244,6 +244,8 @@ std::optional<double> TaskTrainer::test() {
     if (name != "train") evaluations_[name] = evaluate(split);
   }
   interruptible_ = false;
+  cut_short_ = InterruptGuard::interrupted();
+  if (ranks()) cut_short_ = ranks()->any(cut_short_);
   return {};
 }
 

@@ -48,8 +48,9 @@ class TaskTrainer : public StepTrainer {
   bool has_validation() const override { return true; }
   // On all of a split, in batches.
   Evaluation evaluate(const TaskExamples& split);
-  // On all splits but the training one, for evaluations(). An interruption cuts it short.
+  // On all splits but the training one, for evaluations(). An interruption cuts it short: they are no results then.
   std::optional<double> test() override;
+  bool cut_short() const { return cut_short_; }
   const std::map<std::string, Evaluation>& evaluations() const { return evaluations_; }
 
   models::Encoder& model() { return model_; }
@@ -79,6 +80,7 @@ class TaskTrainer : public StepTrainer {
   EpochOrder order_;
   std::map<std::string, Evaluation> evaluations_;
   bool interruptible_ = false;  // test()
+  bool cut_short_ = false;
 };
 
 }  // namespace latte::train

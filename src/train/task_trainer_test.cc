@@ -67,8 +67,10 @@ TEST_F(TaskTrainerTest, AnInterruptionEndsTheLastEvaluation) {
   const InterruptGuard guard;
   trainer.test();
   EXPECT_GT(trainer.evaluations().at("test").loss, 0.0);
+  EXPECT_FALSE(trainer.cut_short());
   std::raise(SIGINT);
   trainer.test();
+  EXPECT_TRUE(trainer.cut_short());
   EXPECT_EQ(trainer.evaluations().at("test").loss, 0.0);  // no batch was read
   EXPECT_GT(trainer.validate().loss, 0.0);                // which the metrics of a step want whole
 }

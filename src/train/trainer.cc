@@ -6,7 +6,6 @@
 
 #include "formats/error.h"
 #include "train/autocast.h"
-#include "train/interrupt.h"
 
 namespace latte::train {
 namespace {
@@ -83,10 +82,10 @@ double Trainer::evaluate() { return evaluate(Split::kValidation, validation_wind
 
 std::optional<double> Trainer::test() {
   if (corpus_.size(Split::kTest) == 0) return {};
-  return evaluate(Split::kTest, corpus_.windows(Split::kTest, options().context), /*interruptible=*/!ranks());
+  return evaluate(Split::kTest, corpus_.windows(Split::kTest, options().context));
 }
 
-double Trainer::evaluate(Split split, std::span<const int64_t> windows, bool interruptible) {
+double Trainer::evaluate(Split split, std::span<const int64_t> windows) {
   const torch::NoGradGuard no_grad;
   model_->eval();
   const auto all = static_cast<double>(windows.size());
@@ -98,7 +97,6 @@ double Trainer::evaluate(Split split, std::span<const int64_t> windows, bool int
   }
   double total = 0.0;
   for (size_t begin = 0; begin < windows.size(); begin += at_once) {
-    if (interruptible && InterruptGuard::interrupted()) break;
     const std::span offsets = windows.subspan(begin, std::min(windows.size() - begin, at_once));
     TokenBatch batch = corpus_.batch_at(split, offsets, options().context);
     if (ranks()) batch = ranks()->stretch(batch);

@@ -28,7 +28,6 @@ class Trainer : public StepTrainer {
 
   // The mean loss over the validation batches. Draws no random number.
   double evaluate();
-  // On all of the test split. An interruption cuts it short, but for ranks, which read together.
   std::optional<double> test() override;
   Evaluation validate() override { return {.loss = evaluate(), .accuracy = {}}; }
   bool has_validation() const override { return corpus_.size(Split::kValidation) > 0; }
@@ -39,7 +38,7 @@ class Trainer : public StepTrainer {
   Loss loss_of_batch(uint64_t index) override;
   std::string record(const Progress& progress) const override;
   at::Tensor loss_of(const TokenBatch& batch);
-  double evaluate(Split split, std::span<const int64_t> windows, bool interruptible = false);
+  double evaluate(Split split, std::span<const int64_t> windows);
 
   const TextCorpus& corpus_;
   models::LanguageModel model_{nullptr};
