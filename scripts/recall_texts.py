@@ -2,10 +2,11 @@
 """Write documents that demand recall: passages and records that come again, word for word, after other text.
 
 Texts to train an extended model on, mixed with ordinary ones (`latte extend --text`): what was read far back is the only thing
-that tells how a repeated passage goes on, so latents must carry it. A document has 6 to 16 items of its own, half of them
-paragraphs of the texts given, half made-up records (log lines, addresses, invoices, measurements, hexadecimal numbers, made-up
-words); they come in random order, mixed with other paragraphs, and none again within 700 characters of its beginning. Nothing in
-them asks a question or names a key.
+that tells how a repeated passage goes on, so latents must carry it. A document has 1 to 16 items of its own, paragraphs of the
+texts given and made-up records (log lines, addresses, invoices, measurements, hexadecimal numbers, made-up words), in random
+order and mixed with other paragraphs; none comes again within 700 characters of its beginning. Documents differ in how many
+items they have, in the share of records among them and of other paragraphs around them: one number in pages of prose is told
+apart by being a number, one of a hundred only by what stands before it. Nothing in them asks a question or names a key.
 
 Example:
     scripts/recall_texts.py --text texts/*.txt --megabytes 14 --out recall.txt
@@ -70,9 +71,11 @@ RECORDS = (log_line, address, measurement, hexadecimal, invoice, made_up_words)
 
 def document(rng: random.Random, pool: list[str]) -> str:
     size = rng.randint(3000, 14000)  # characters
-    items = [rng.choice(RECORDS)(rng) if rng.random() < 0.5 else rng.choice(pool) for _ in range(rng.randint(6, 16))]
+    count = round(16 ** rng.random())  # as often 1 to 4 as 4 to 16
+    share_of_records = rng.random()
+    items = [rng.choice(RECORDS)(rng) if rng.random() < share_of_records else rng.choice(pool) for _ in range(count)]
     last = [-LEAST_DISTANCE] * len(items)
-    share_of_others = 0.6 * rng.random()
+    share_of_others = 0.8 * rng.random()
     lines: list[str] = []
     written = 0
     while written < size:

@@ -34,6 +34,7 @@ def test_lines_come_again_and_never_soon(tmp_path):
     documents = text.rstrip("\n").split("\n\n")
     assert len(documents) > 10
     seen_again = 0
+    sizes = set()
     for document in documents:
         begins = defaultdict(list)
         at = 0
@@ -42,11 +43,12 @@ def test_lines_come_again_and_never_soon(tmp_path):
             begins[line].append(at)
             at += len(line) + 1
         records = {line: where for line, where in begins.items() if not line.startswith("Paragraph")}
-        assert records
+        sizes.add(len(records))
         for where in records.values():
             assert all(after - before >= LEAST_DISTANCE for before, after in zip(where, where[1:], strict=False))
             seen_again += len(where) - 1
-    assert seen_again > 5 * len(documents)
+    assert seen_again > len(documents)
+    assert min(sizes) <= 2 and max(sizes) >= 6  # few among much else, and many
 
 
 def test_seed_decides(tmp_path):

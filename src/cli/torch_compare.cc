@@ -242,7 +242,7 @@ void AddCompare(CLI::App& app, int& exit_code) {
       "  latte compare configs/listops.json --attention softmax,latte --seeds 3\n"
       "  latte compare configs/characters.json --attention softmax,latte,macchiato --position none,vapor,conv,rg_lru\n"
       "  latte compare configs/text.json --attention softmax,latte --seconds 600 --seeds 2 --threads 1\n"
-      "  latte compare configs/recall.json --attention latte:num_latents=8,latte:num_latents=32,macchiato:window=16");
+      "  latte compare configs/associative_recall.json --attention latte:num_latents=8,latte:num_latents=32,macchiato:window=16");
   command->callback([options, &exit_code] { exit_code = Compare(*options); });
 }
 

@@ -80,6 +80,16 @@ void AddFields(CLI::App& command, json& fields) {
   constexpr const char* kMatching = "First stage: each layer's attention is matched to the original's";
   options.add<int64_t>("--match-sequences", "match_sequences", "Sequences it reads; 0 leaves the latents closed", kMatching);
   options.add<int64_t>("--match-steps", "match_steps", "Steps a layer", kMatching);
+  options.add<std::string>(
+      "--match-layers", "match_layers",
+      "Blocks to match, as 17-18,23; by default all, and with --from none. Latents of these blocks of --from "
+      "are made anew, and matched to softmax attention with its weights",
+      kMatching);
+
+  options.add<double>("--match-share", "match_share",
+                      "How far a token's weight follows the share that the head reads far: 0 all count alike, near 1 those that "
+                      "find something there, and gates open for them",
+                      kMatching);
 
   constexpr const char* kTraining = "Second stage: the model as a whole";
   options.choice("--train", "train",

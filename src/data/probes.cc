@@ -38,16 +38,29 @@ std::vector<int64_t> draw_different(RandomStream& random, int64_t all, int64_t c
   return drawn;
 }
 
+// `count` different numbers below `weights`' size, as drawn one after the other without replacement, each in proportion to its
+// weight: sorted by arrival times of rate weight (Efraimidis and Spirakis 2006).
+std::vector<int64_t> draw_weighted(RandomStream& random, const std::vector<double>& weights, int64_t count) {
+  std::vector<std::pair<double, int64_t>> arrivals;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    arrivals.emplace_back(-std::log(random.uniform()) / weights[i], static_cast<int64_t>(i));
+  }
+  std::partial_sort(arrivals.begin(), arrivals.begin() + count, arrivals.end());
+  std::vector<int64_t> drawn;
+  for (int64_t i = 0; i < count; ++i) drawn.push_back(arrivals[static_cast<size_t>(i)].second);
+  return drawn;
+}
+
 }  // namespace
 
 // Multi-query associative recall (arXiv 2312.04927): `pairs` keys, each followed by its value, then all keys once more in a
-// sequence of fillers, near ones more often than far ones (a power law of the gap); each asks for its value.
+// sequence of fillers, near places more often than far ones (a power law, as in that paper's code); each asks for its value.
 TaskData make_associative_recall(const TaskOptions& options) {
   const auto keys = static_cast<int32_t>(options.keys);
   const int32_t vocabulary = 2 * keys + 1;  // keys, values, the filler
   TaskData data{.name = options.name, .kind = TaskKind::kTokens, .vocab_size = vocabulary, .num_classes = vocabulary};
   add_splits(data, options, /*wide=*/vocabulary > 256, [&](RandomStream& random, int64_t length) {
-    constexpr double kPower = 0.1;  // as published
+    constexpr double kPower = 0.01;  // as published
     Example example;
     example.tokens.assign(static_cast<size_t>(length), 2 * keys);
     example.targets = empty_targets(static_cast<size_t>(length));
@@ -60,13 +73,11 @@ TaskData make_associative_recall(const TaskOptions& options) {
     }
     // A place for each question: the queries take two tokens each, so that none follows on another's answer.
     const int64_t places = (length - 2 * options.pairs) / 2;
-    std::vector<char> taken(static_cast<size_t>(places), 0);
+    std::vector<double> weights;
+    for (int64_t place = 1; place <= places; ++place) weights.push_back(std::pow(static_cast<double>(place), kPower - 1.0));
+    const auto drawn = draw_weighted(random, weights, options.pairs);
     for (size_t i = 0; i < chosen.size(); ++i) {
-      // The distribution function of a density ∝ x^(power - 1) on (0, 1] is x^power.
-      auto place = static_cast<int64_t>(std::pow(random.uniform(), 1.0 / kPower) * static_cast<double>(places));
-      while (taken[static_cast<size_t>(place)] != 0) place = (place + 1) % places;
-      taken[static_cast<size_t>(place)] = 1;
-      const auto at = static_cast<size_t>(2 * options.pairs + 2 * place);
+      const auto at = static_cast<size_t>(2 * options.pairs + 2 * drawn[i]);
       example.tokens[at] = static_cast<int32_t>(chosen[i]);
       example.targets[at] = values[i];
     }

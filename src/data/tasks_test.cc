@@ -305,6 +305,29 @@ TEST(Pathfinder, ImagesOfBothLabelsAreDrawnAlike) {
   EXPECT_CONTAINS(formats::error_text<formats::OptionError>([&] { make_pathfinder(options); }), "contour_length is 64");
 }
 
+// Else the place would tell the answer: the i-th question stands at the i-th place no more often than the draw makes it.
+TEST(Probes, QuestionsDontKeepTheOrderOfTheirPairs) {
+  TaskOptions options = TaskOptions::defaults("associative_recall");
+  options.train = 4000;
+  options.validation = options.test = 5;
+  options.length = 64;
+  options.pairs = 4;
+  options.keys = 32;
+  const TaskData data = make_associative_recall(options);
+  const auto& split = data.splits.at("train");
+  int64_t in_order = 0, first = 0;
+  for (int64_t i = 0; i < split.sequences(); ++i) {
+    const auto tokens = tokens_of(split, i);
+    for (size_t p = 0; p < 4; ++p) in_order += tokens[2 * p] == tokens[8 + 2 * p];
+    first += tokens[0] == tokens[8];
+  }
+  // Of 28 places with weights 1 / g^0.99 the first is drawn first with probability 1 / sum.
+  double sum = 0.0;
+  for (int g = 1; g <= 28; ++g) sum += std::pow(g, -0.99);
+  EXPECT_NEAR(static_cast<double>(first) / 4000.0, 1.0 / sum, 0.02);
+  EXPECT_LT(static_cast<double>(in_order) / 16000.0, 0.25);
+}
+
 TEST(Probes, EveryQuestionHasTheAnswerThatWasGiven) {
   TaskOptions options = TaskOptions::defaults("associative_recall");
   options.train = 50;

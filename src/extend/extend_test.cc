@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <filesystem>
+#include <map>
 #include <nlohmann/json.hpp>
 
 #include "extend/converted_model.h"
@@ -209,6 +210,62 @@ TEST_F(ExtendTest, GoesOnFromAnAdapter) {
   options_.evicted = !options_.evicted;
   options_.latents = 5;
   EXPECT_THROW(ExtendTrainer(options_, text), FormatError);
+}
+
+TEST_F(ExtendTest, MatchesSomeLayersOfAnAdapterAnew) {
+  run_extend(options_, run());
+  options_.from = run().out;
+  options_.match_layers = "1";
+  options_.match_steps = 40;
+  const TokenText text = this->text();
+  ExtendTrainer trainer(options_, text);
+  std::map<std::string, at::Tensor> before;
+  for (const auto& item : trainer.student().model->named_parameters()) before[item.key()] = item.value().detach().clone();
+  std::vector<MatchResult> layers;
+  trainer.match([&](const MatchResult& result) { return layers.push_back(result), true; });
+  ASSERT_EQ(layers.size(), 1U);
+  EXPECT_EQ(layers[0].layer, 1);
+  EXPECT_LT(layers[0].error, 0.6 * layers[0].window_error);
+  for (const auto& item : trainer.student().model->named_parameters()) {
+    const bool anew = item.key().starts_with("blk.1.") && item.key().find("latents") != std::string::npos;
+    EXPECT_EQ(item.value().equal(before[item.key()]), !anew) << item.key();
+  }
+  trainer.step();  // nothing of the matching is left in what trains
+
+  options_.match_layers = "1-2";
+  EXPECT_CONTAINS(error_text<OptionError>([&] { ExtendTrainer(options_, text); }), "blocks in 0 … 1");
+  options_.match_layers = "0:4";
+  EXPECT_CONTAINS(error_text<OptionError>([&] { options_.validate(); }), "FIRST-LAST or BLOCK");
+}
+
+// Weighed by what they find far, tokens open the gates.
+TEST_F(ExtendTest, MatchingByShareGivesTheLatentsMore) {
+  options_.match_steps = 60;
+  const TokenText text = this->text();
+  std::vector<double> shares;
+  for (const double match_share : {0.0, 0.999}) {
+    options_.match_share = match_share;
+    ExtendTrainer trainer(options_, text);
+    trainer.match([](const MatchResult&) { return true; });
+    const torch::NoGradGuard no_grad;
+    double sum = 0.0;
+    for (const auto& attention : trainer.student().converted) attention->record_shares(true);
+    trainer.student().model->forward(torch::tensor(some_tokens(60)).unsqueeze(0));
+    for (const auto& attention : trainer.student().converted) sum += attention->mean_shares().sum().item<double>();
+    shares.push_back(sum);
+  }
+  EXPECT_GT(shares[1], 1.05 * shares[0]);
+  options_.match_share = 1.5;
+  EXPECT_CONTAINS(error_text<OptionError>([&] { options_.validate(); }), "match_share");
+}
+
+TEST_F(ExtendTest, MatchesTheLayersThatAreNamed) {
+  options_.match_layers = "0";
+  const TokenText text = this->text();
+  ExtendTrainer trainer(options_, text);
+  std::vector<int64_t> layers;
+  trainer.match([&](const MatchResult& result) { return layers.push_back(result.layer), true; });
+  EXPECT_EQ(layers, std::vector<int64_t>{0});
 }
 
 TEST_F(ExtendTest, AMergedModelIsTheAdapterOnItsBase) {

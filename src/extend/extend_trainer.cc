@@ -173,14 +173,19 @@ at::Tensor ExtendTrainer::teacher_hidden(const at::Tensor& tokens) {
 void ExtendTrainer::match(const std::function<bool(const MatchResult&)>& report) {
   const bool any = std::any_of(student_.converted.begin(), student_.converted.end(),
                                [](const auto& attention) { return attention && attention->latents(); });
-  if (!any || options_.match_sequences == 0 || !options_.from.empty()) return;
+  const bool anew = !options_.from.empty();
+  if (!any || options_.match_sequences == 0 || (anew && options_.match_layers.empty())) return;
   std::vector<at::Tensor> sequences;
   for (int64_t i = 0; i < options_.match_sequences; ++i) {
     // Numbers from the far end: other stretches than the steps'.
     const auto index = std::numeric_limits<uint64_t>::max() - static_cast<uint64_t>(i);
     sequences.push_back(inputs_of(text_.sample(1, options_.context, static_cast<uint64_t>(options_.seed), index))[0]);
   }
-  match_latents(original_, student_.converted, sequences, options_, report);
+  if (anew) {
+    rematch_latents(student_.model, original_, student_.converted, sequences, options_, report);
+  } else {
+    match_latents(original_, student_.converted, sequences, options_, report);
+  }
 }
 
 StepResult ExtendTrainer::step() {

@@ -41,7 +41,8 @@ class ExtendTrainer {
   // A fresh conversion. `text` outlives the trainer.
   ExtendTrainer(const ExtendOptions& options, const TokenText& text);
 
-  // The first stage. Does nothing where there are no latents or options.match_sequences is 0.
+  // The first stage. Does nothing where there are no latents, options.match_sequences is 0, or an adapter was started from and
+  // options.match_layers is empty.
   void match(const std::function<bool(const MatchResult&)>& report);
 
   // Throws nothing for a loss that isn't finite: it is returned as it is, and the weights stay as they were.

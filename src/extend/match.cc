@@ -16,6 +16,7 @@ constexpr double kMatrixRate = 8e-3, kGateRate = 4e-3, kVectorRate = 4e-2;
 constexpr int64_t kWarmup = 5;
 constexpr int64_t kSamplesASequence = 200;
 constexpr int64_t kKeyStride = 16;
+constexpr int64_t kPositionsAtOnce = 512;  // of softmax attention's probabilities, which take their number times the length
 
 // One layer's activations for one sequence, [1, T, …] each.
 struct Activations {
@@ -23,7 +24,7 @@ struct Activations {
   at::Tensor out;  // the attention's output, projected
 };
 
-// The original's attention, which leaves behind what went in and came out.
+// Another attention, which leaves behind what went in and came out.
 class RecordingAttention : public models::DecoderAttentionImpl {
  public:
   RecordingAttention(models::DecoderAttention inner, Activations& into) : inner_(std::move(inner)), into_(into) {}
@@ -51,6 +52,7 @@ class LayerMatcher {
   LayerMatcher(models::Decoder& model, int64_t layer, const ConvertedAttention& converted, std::vector<Activations> sequences,
                const ExtendOptions& options)
       : model_(model), layer_(layer), converted_(converted), sequences_(std::move(sequences)), options_(options) {
+    const torch::NoGradGuard no_grad;  // a student's weights train later
     const auto& weights = model->layer(layer).attention_weights();
     for (Activations& sequence : sequences_) {
       const auto heads = weights.project(sequence.x, model->config().head_dim);
@@ -59,6 +61,7 @@ class LayerMatcher {
       sequence.out = sequence.out.to(torch::kFloat32);
     }
     output_weight_ = weights.output->weight.to(torch::kFloat32);
+    if (options.match_share > 0) weigh();
   }
 
   MatchResult run() {
@@ -75,6 +78,46 @@ class LayerMatcher {
 
  private:
   const FarOptions& far() const { return converted_->far(); }
+
+  // Of every token that has anything far: each head's weight, and what softmax attention gives it.
+  void weigh() {
+    const auto& rope = *model_->rope(layer_);
+    const double scale = model_->config().attention_scale;
+    for (size_t i = 0; i < sequences_.size(); ++i) {
+      const int64_t time = sequences_[i].x.size(1), first = first_far(i), group = heads_[i].query.size(2) / heads_[i].key.size(2);
+      const auto positions = torch::arange(time, torch::kLong);
+      const auto query = rope.rotate(heads_[i].query, positions), key = rope.rotate(heads_[i].key, positions);
+      std::vector<at::Tensor> shares;  // [T - first, H] in all
+      for (int64_t begin = first; begin < time; begin += kPositionsAtOnce) {
+        shares.push_back(
+            far_shares(query[0], key[0], positions.slice(0, begin, std::min(time, begin + kPositionsAtOnce)), scale, far()));
+      }
+      weights_.push_back(1.0 - options_.match_share + options_.match_share * at::cat(shares));
+      const auto per_head = [&](const at::Tensor& x, int64_t times) { return x.transpose(1, 2).repeat_interleave(times, 1); };
+      const auto out = at::scaled_dot_product_attention(per_head(query, 1), per_head(key, group),
+                                                        per_head(heads_[i].value, group), {}, 0.0, /*is_causal=*/true, scale);
+      wanted_.push_back(out.transpose(1, 2)[0].slice(0, first).clone());  // [T - first, H, Dk]
+      norms_.push_back(std::max(weighted_square(wanted_[i], i).item<double>(), 1e-30));
+    }
+  }
+
+  int64_t first_far(size_t i) const { return std::min(sequences_[i].x.size(1) - 1, far().window + far().sinks); }
+
+  // What fit() minimises, in relation to what is wanted.
+  at::Tensor loss(size_t i) {
+    if (weights_.empty()) {
+      const auto [squared, norm] = squared_error(i);
+      return squared / std::max(norm, 1e-30);
+    }
+    const auto out = converted_->mix(sequences_[i].x, heads_[i], {})[0];
+    return weighted_square(out.slice(0, out.size(0) - wanted_[i].size(0)) - wanted_[i], i) / norms_[i];
+  }
+
+  // Of what heads [N, H, Dk] add to the output, each by itself.
+  at::Tensor weighted_square(const at::Tensor& heads, size_t i) const {
+    const auto each = output_weight_.unflatten(1, {heads.size(1), heads.size(2)}).permute({1, 2, 0});  // [H, Dk, E]
+    return (at::matmul(heads.transpose(0, 1), each).square().sum(-1) * weights_[i].t()).sum();
+  }
 
   void start(MatchResult& result) {
     const auto& rope = *model_->rope(layer_);
@@ -95,9 +138,9 @@ class LayerMatcher {
     start_latents(converted_->latents(), samples, rope, model_->config().attention_scale, static_cast<uint64_t>(options_.seed));
   }
 
-  // ‖student − original‖² and ‖original‖² over the tokens that have anything far.
+  // ‖student − softmax‖² and ‖softmax‖² over the tokens that have anything far.
   std::pair<at::Tensor, double> squared_error(size_t i) {
-    const int64_t first = std::min(sequences_[i].x.size(1) - 1, far().window + far().sinks);
+    const int64_t first = first_far(i);
     const auto out = converted_->mix(sequences_[i].x, heads_[i], {});
     const auto wanted = sequences_[i].out.slice(1, first);
     const auto got = at::linear(out.slice(1, first).flatten(2), output_weight_);
@@ -132,8 +175,7 @@ class LayerMatcher {
       // The window in use counts most: every other step, and the last third.
       const bool vary = step % 2 == 1 && step * 3 < options_.match_steps * 2;
       converted_->set_window(vary ? windows[static_cast<size_t>(step / 2) % windows.size()] : used);
-      const auto [squared, norm] = squared_error(static_cast<size_t>(step) % sequences_.size());
-      (squared / std::max(norm, 1e-30)).backward();
+      loss(static_cast<size_t>(step) % sequences_.size()).backward();
       const double factor = std::min(1.0, static_cast<double>(step + 1) / static_cast<double>(kWarmup)) *
                             (1.0 - static_cast<double>(step) / static_cast<double>(options_.match_steps));
       matrix_optimizer.step(kMatrixRate * factor, step + 1);
@@ -150,8 +192,32 @@ class LayerMatcher {
   std::vector<Activations> sequences_;
   std::vector<models::AttentionWeights::Heads> heads_;
   at::Tensor output_weight_;
+  std::vector<at::Tensor> weights_, wanted_;  // with options.match_share, as norms_
+  std::vector<double> norms_;
   const ExtendOptions& options_;
 };
+
+// What `attention` makes of every sequence in layer `index`, in `hidden`'s place; what went in and came out of it, if asked for.
+void advance(models::Decoder& model, int64_t index, const models::DecoderAttention& attention, std::vector<at::Tensor>& hidden,
+             std::vector<Activations>* activations, bool keep) {
+  const torch::NoGradGuard no_grad;
+  Activations seen;
+  const auto before = model->layer(index).attention();
+  model->set_attention(index, std::make_shared<RecordingAttention>(attention, seen));
+  for (at::Tensor& x : hidden) {
+    const auto attended = model->layer(index).attend(x);
+    if (activations) activations->push_back(seen);
+    if (keep) x = model->layer(index).finish(x, attended.out);
+  }
+  model->set_attention(index, before);
+}
+
+std::vector<at::Tensor> embedded(models::Decoder& model, const std::vector<at::Tensor>& sequences) {
+  const torch::NoGradGuard no_grad;
+  std::vector<at::Tensor> hidden;
+  for (const at::Tensor& tokens : sequences) hidden.push_back(model->embed(tokens.unsqueeze(0)));
+  return hidden;
+}
 
 }  // namespace
 
@@ -159,28 +225,33 @@ void match_latents(models::Decoder& original, const std::vector<ConvertedAttenti
                    const std::vector<at::Tensor>& sequences, const ExtendOptions& options,
                    const std::function<bool(const MatchResult&)>& report) {
   torch::manual_seed(static_cast<uint64_t>(options.seed));
-  std::vector<at::Tensor> hidden;
-  {
-    const torch::NoGradGuard no_grad;
-    for (const at::Tensor& tokens : sequences) hidden.push_back(original->embed(tokens.unsqueeze(0)));
-  }
+  auto hidden = embedded(original, sequences);
   for (int64_t i = 0; i < original->config().num_layers; ++i) {
-    std::vector<Activations> activations;
-    {
-      const torch::NoGradGuard no_grad;
-      Activations seen;
-      const auto pretrained = original->layer(i).attention();
-      original->set_attention(i, std::make_shared<RecordingAttention>(pretrained, seen));
-      for (at::Tensor& x : hidden) {
-        const auto attended = original->layer(i).attend(x);
-        activations.push_back(seen);
-        x = original->layer(i).finish(x, attended.out);
-      }
-      original->set_attention(i, pretrained);
-    }
     const ConvertedAttention& layer = converted[static_cast<size_t>(i)];
-    if (!layer || !layer->latents()) continue;
+    std::vector<Activations> activations;
+    advance(original, i, original->layer(i).attention(), hidden, &activations, /*keep=*/true);
+    if (!layer || !layer->latents() || !options.matches(i)) continue;
     if (!report(LayerMatcher(original, i, layer, std::move(activations), options).run())) return;
+  }
+}
+
+void rematch_latents(models::Decoder& student, models::Decoder& original, const std::vector<ConvertedAttention>& converted,
+                     const std::vector<at::Tensor>& sequences, const ExtendOptions& options,
+                     const std::function<bool(const MatchResult&)>& report) {
+  torch::manual_seed(static_cast<uint64_t>(options.seed));
+  int64_t last = -1;  // what follows it has nothing to read
+  for (int64_t i = 0; i < student->config().num_layers; ++i) {
+    if (options.matches(i)) last = i;
+  }
+  auto hidden = embedded(student, sequences);
+  for (int64_t i = 0; i <= last; ++i) {
+    const ConvertedAttention& layer = converted[static_cast<size_t>(i)];
+    if (layer && layer->latents() && options.matches(i)) {
+      std::vector<Activations> activations;
+      advance(student, i, original->layer(i).attention(), hidden, &activations, /*keep=*/false);
+      if (!report(LayerMatcher(student, i, layer, std::move(activations), options).run())) return;
+    }
+    advance(student, i, student->layer(i).attention(), hidden, nullptr, /*keep=*/true);
   }
 }
 

@@ -1,6 +1,6 @@
-// The first stage of a conversion: each layer's latents are fitted on the original's own activations, so that window, sinks and
-// latents give what softmax attention gave. Costs the original's forward pass and the attention operators alone, no product with
-// the model's large matrices.
+// The first stage of a conversion: each layer's latents are fitted on the model's own activations, so that window, sinks and
+// latents give what softmax attention gives. Costs one forward pass and the attention operators alone, no product with the
+// model's large matrices.
 #pragma once
 
 #include <torch/torch.h>
@@ -17,16 +17,24 @@ namespace latte::extend {
 
 struct MatchResult {
   int64_t layer = 0;
-  double far_share = 0.0;     // of the original's probability, beyond window and sinks, mean over heads
-  double window_error = 0.0;  // ‖window and sinks − original‖² / ‖original‖² of the attention's output
+  double far_share = 0.0;     // of softmax attention's probability, beyond window and sinks, mean over heads
+  double window_error = 0.0;  // ‖window and sinks − softmax‖² / ‖softmax‖² of the attention's output
   double error = 0.0;         // the same with the latents
 };
 
-// `original` gives the activations; its attention is the pretrained one. `converted[i]` are the student's layers (empty where a
-// layer isn't converted), whose pretrained weights equal the original's. `sequences` int64 [T] each. After each layer `report` is
-// called; where it returns false the rest stays as it is.
+// The latents of options.match_layers (all, where that is empty) start afresh and are fitted. `converted[i]` are the student's
+// layers, empty where a layer isn't converted. `sequences` int64 [T] each. After each layer `report` is called; where it returns
+// false the rest stays as it is.
+//
+// match_latents(): activations are those of `original`, whose attention is the pretrained one and whose weights are the
+// student's. rematch_latents(): those of `student`, each layer fitted before the next one reads; what softmax attention
+// (`original`'s) would make of the student's own weights is the aim. For a model that was trained since, or whose layers lack
+// something.
 void match_latents(models::Decoder& original, const std::vector<ConvertedAttention>& converted,
                    const std::vector<at::Tensor>& sequences, const ExtendOptions& options,
                    const std::function<bool(const MatchResult&)>& report);
+void rematch_latents(models::Decoder& student, models::Decoder& original, const std::vector<ConvertedAttention>& converted,
+                     const std::vector<at::Tensor>& sequences, const ExtendOptions& options,
+                     const std::function<bool(const MatchResult&)>& report);
 
 }  // namespace latte::extend

@@ -36,6 +36,8 @@ void for_each_field(Options& options, const Visit& visit) {
   visit("text_share", options.text_share);
   visit("match_sequences", options.match_sequences);
   visit("match_steps", options.match_steps);
+  visit("match_layers", options.match_layers);
+  visit("match_share", options.match_share);
   visit("tokens", options.tokens);
   visit("context", options.context);
   visit("first_context", options.first_context);
@@ -63,52 +65,75 @@ void check_choice(std::string_view field, const std::string& value, std::initial
   fail(field, formats::quote(value), "one of " + expected);
 }
 
-// "15-24:256,3:16" -> ranges of blocks with their latents.
-struct LayerLatents {
-  int64_t first, last, latents;
+struct LayerRange {
+  int64_t first, last;
+  int64_t latents;  // where the field has them
 };
 
-std::vector<LayerLatents> parse_layer_latents(const std::string& text) {
-  std::vector<LayerLatents> ranges;
+// "15-24:256,3:16", or without the latents "15-24,3", -> ranges of blocks.
+std::vector<LayerRange> parse_layers(std::string_view field, const std::string& text, bool with_latents) {
+  std::vector<LayerRange> ranges;
   const auto number = [&](std::string_view digits) {
     int64_t value = 0;
     const auto [end, error] = std::from_chars(digits.data(), digits.data() + digits.size(), value);
     if (error != std::errc() || end != digits.data() + digits.size() || value < 0 || value > kLargestSize) {
-      fail("layer_latents", formats::quote(text), "FIRST-LAST:LATENTS or BLOCK:LATENTS, separated by commas");
+      fail(field, formats::quote(text),
+           std::string(with_latents ? "FIRST-LAST:LATENTS or BLOCK:LATENTS" : "FIRST-LAST or BLOCK") + ", separated by commas");
     }
     return value;
   };
   for (size_t begin = 0; begin < text.size();) {
     const size_t end = std::min(text.find(',', begin), text.size());
     const std::string_view part = std::string_view(text).substr(begin, end - begin);
-    const size_t colon = std::min(part.find(':'), part.size()), dash = std::min(part.find('-'), colon);
-    const int64_t first = number(part.substr(0, dash));
-    const int64_t last = dash < colon ? number(part.substr(dash + 1, colon - dash - 1)) : first;
-    ranges.push_back({first, last, number(colon < part.size() ? part.substr(colon + 1) : "")});
-    if (last < first || ranges.back().latents > 65536) {
-      fail("layer_latents", formats::quote(text), "blocks in rising order with at most 65536 latents each");
+    const size_t colon = with_latents ? std::min(part.find(':'), part.size()) : part.size();
+    const size_t dash = std::min(part.find('-'), colon);
+    LayerRange range{number(part.substr(0, dash)), 0, 0};
+    range.last = dash < colon ? number(part.substr(dash + 1, colon - dash - 1)) : range.first;
+    if (with_latents) range.latents = number(colon < part.size() ? part.substr(colon + 1) : "");
+    if (range.last < range.first || range.latents > 65536) {
+      fail(field, formats::quote(text),
+           std::string("blocks in rising order") + (with_latents ? " with at most 65536 latents each" : ""));
     }
+    ranges.push_back(range);
     begin = end + 1;
   }
   return ranges;
+}
+
+std::vector<LayerRange> layers_with_latents(const ExtendOptions& options) {
+  return parse_layers("layer_latents", options.layer_latents, true);
+}
+
+std::vector<LayerRange> layers_to_match(const ExtendOptions& options) {
+  return parse_layers("match_layers", options.match_layers, false);
 }
 
 }  // namespace
 
 int64_t ExtendOptions::latents_of(int64_t block) const {
   int64_t count = latents;
-  for (const LayerLatents& range : parse_layer_latents(layer_latents)) {
+  for (const LayerRange& range : layers_with_latents(*this)) {
     if (block >= range.first && block <= range.last) count = range.latents;
   }
   return count;
 }
 
+bool ExtendOptions::matches(int64_t block) const {
+  if (match_layers.empty()) return from.empty();
+  const auto ranges = layers_to_match(*this);
+  return std::any_of(ranges.begin(), ranges.end(),
+                     [&](const LayerRange& range) { return block >= range.first && block <= range.last; });
+}
+
 void ExtendOptions::check_blocks(int64_t blocks) const {
-  for (const LayerLatents& range : parse_layer_latents(layer_latents)) {
-    if (range.last >= blocks) {
-      fail("layer_latents", formats::quote(layer_latents), "blocks in 0 … " + std::to_string(blocks - 1) + ", the model's");
+  const auto check = [&](const char* field, const std::string& text, const std::vector<LayerRange>& ranges) {
+    for (const LayerRange& range : ranges) {
+      if (range.last >= blocks)
+        fail(field, formats::quote(text), "blocks in 0 … " + std::to_string(blocks - 1) + ", the model's");
     }
-  }
+  };
+  check("layer_latents", layer_latents, layers_with_latents(*this));
+  check("match_layers", match_layers, layers_to_match(*this));
 }
 
 std::vector<int64_t> ExtendOptions::training_windows() const {
@@ -134,7 +159,7 @@ void ExtendOptions::validate() const {
   check_range("window", window, 1, kLargestSize);
   check_range("sinks", sinks, 0, kLargestSize);
   check_range("latents", latents, 1, 65536);
-  parse_layer_latents(layer_latents);
+  layers_with_latents(*this);
   check_range("far_limit", far_limit, 1, kLargestSize);
   check_choice("train", train, {"latents", "attention", "lora", "all"});
   check_range("lora_rank", lora_rank, 1, 65536);
@@ -143,6 +168,8 @@ void ExtendOptions::validate() const {
   check_that(text_share >= 0 && text_share <= 1, "text_share", text_share, "a number in [0, 1]");
   check_range("match_sequences", match_sequences, 0, 1024);
   check_range("match_steps", match_steps, 0, kLargestCount);
+  layers_to_match(*this);
+  check_that(match_share >= 0 && match_share <= 1, "match_share", match_share, "a number in [0, 1]");
   check_range("tokens", tokens, 0, kLargestCount);
   check_range("context", context, 2, kLargestSize);
   check_that(first_context == 0 || (first_context >= 2 && first_context <= context && context % first_context == 0 &&

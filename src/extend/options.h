@@ -17,7 +17,7 @@ struct ExtendOptions {
   std::vector<std::string> text;    // plain files
   double held_out_fraction = 0.02;  // of each text, its end: for validation
 
-  std::string from;  // an adapter to start from, in place of the first stage; its window may differ
+  std::string from;  // an adapter to start from, in place of the first stage (but match_layers); its window may differ
 
   // What takes the place of softmax attention.
   std::string attention = "macchiato";  // macchiato | window-sinks (the control) | full (attention as it is: the other control)
@@ -40,6 +40,13 @@ struct ExtendOptions {
   // First stage, of the latents alone: each layer's attention output is matched to the original's.
   int64_t match_sequences = 16;  // of `context` tokens; 0: latents start closed
   int64_t match_steps = 96;      // a layer
+  // Blocks to match, as "17-18,23"; "": all, and with `from` none. Those of `from` are made anew and matched to what softmax
+  // attention makes of the weights that `from` has.
+  std::string match_layers;
+  // Weight of a head's output at a token, in matching: 1 - match_share + match_share · (softmax attention's probability beyond
+  // window and sinks there). 0: all count alike. Near 1: those count that find something far, so that gates open for it; where
+  // they open in vain, softmax attention would have rested on a sink, and little is lost.
+  double match_share = 0.0;
 
   // Second stage, through the whole model.
   int64_t tokens = 300000;
@@ -67,7 +74,8 @@ struct ExtendOptions {
   std::string teacher_cache;     // a folder for what the original says of each stretch, which other runs on them read; "": none
 
   int64_t latents_of(int64_t block) const;
-  // Throws OptionError where layer_latents names a block that a model of so many hasn't.
+  bool matches(int64_t block) const;  // whether its latents are matched
+  // Throws OptionError where layer_latents or match_layers name a block that a model of so many hasn't.
   void check_blocks(int64_t blocks) const;
   int64_t steps() const { return (tokens + context * batch - 1) / (context * batch); }
   std::vector<int64_t> training_windows() const;  // rising

@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <filesystem>
 #include <stdexcept>
+#include <utility>
 
 #include "formats/error.h"
 
@@ -25,6 +26,20 @@ int FileOperations::unlink(const char* path) { return ::unlink(path); }
 FileOperations& FileOperations::system() {
   static FileOperations operations;
   return operations;
+}
+
+TemporaryFile create_beside(const std::string& target, int flags, mode_t mode, FileOperations& operations) {
+  static std::atomic<unsigned> counter{0};
+  constexpr int kAttempts = 1000;       // of finding a name that no killed process left behind
+  constexpr size_t kLongestName = 200;  // leaves room for the rest within NAME_MAX
+  const std::filesystem::path path = target;
+  const std::string begin = "." + path.filename().string().substr(0, kLongestName) + "." + std::to_string(::getpid()) + "-";
+  TemporaryFile made;
+  for (int attempt = 0;; ++attempt) {
+    made.path = (path.parent_path() / (begin + std::to_string(counter++) + ".tmp")).string();
+    made.fd = operations.open(made.path.c_str(), flags | O_CREAT | O_EXCL | O_CLOEXEC, mode);
+    if (made.fd >= 0 || (errno != EINTR && (errno != EEXIST || attempt == kAttempts))) return made;
+  }
 }
 
 AtomicFile::AtomicFile(const std::string& path, FileOperations& operations) : operations_(operations), path_(path) {
@@ -48,20 +63,10 @@ AtomicFile::AtomicFile(const std::string& path, FileOperations& operations) : op
   // Neither does a rename ask whether the file that it replaces may be written.
   if (exists && ::faccessat(AT_FDCWD, target_.c_str(), W_OK, AT_EACCESS) != 0) fail("write", errno);
 
-  static std::atomic<unsigned> counter{0};
-  constexpr int kAttempts = 1000;       // of finding a name that no killed process left behind
-  constexpr size_t kLongestName = 200;  // leaves room for the rest within NAME_MAX
-  for (int attempt = 0; fd_ < 0; ++attempt) {
-    std::string temporary_name = ".";
-    temporary_name.append(name, 0, kLongestName).append(".").append(std::to_string(::getpid()));
-    temporary_name.append("-").append(std::to_string(counter++)).append(".tmp");
-    temporary_ = (target.parent_path() / temporary_name).string();
-    fd_ = operations_.open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
-    if (fd_ >= 0) break;
-    const int error_number = errno;
-    temporary_.clear();  // not ours
-    if (error_number != EINTR && (error_number != EEXIST || attempt == kAttempts)) fail("write", error_number);
-  }
+  TemporaryFile made = create_beside(target_, O_WRONLY, 0666, operations_);
+  if (made.fd < 0) fail("write", errno);
+  fd_ = made.fd;
+  temporary_ = std::move(made.path);
   if (exists && ::fchmod(fd_, status.st_mode & 07777) != 0) fail("write", errno);
 }
 

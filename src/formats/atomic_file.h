@@ -26,6 +26,14 @@ class FileOperations {
   static FileOperations& system();
 };
 
+// A new file `.NAME.PID-N.tmp` in the folder of `target`, of which the name is NAME. Never one that is there: another process may
+// have left it behind, or whoever may write to the folder have put a link in its place.
+struct TemporaryFile {
+  std::string path;
+  int fd = -1;  // negative where it couldn't be made; errno says why
+};
+TemporaryFile create_beside(const std::string& target, int flags, mode_t mode, FileOperations& operations);
+
 // One writer, one thread. A link at `path` is followed; permissions of an existing file are kept. What the process leaves behind
 // when it is killed while it writes is one file `.NAME.PID-N.tmp`.
 class AtomicFile {

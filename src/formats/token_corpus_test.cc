@@ -89,8 +89,9 @@ TEST(TokenCorpus, NoLinkIsFollowed) {
   write_bytes(folder / "other", "untouched");
   const std::string name(250, 'n');
   for (const std::string& path : {std::string("corpus"), name}) {
-    const std::string planted = "." + path.substr(0, 200) + "." + std::to_string(::getpid()) + "-0.tokens.tmp";
-    std::filesystem::create_symlink("other", folder / planted);
+    const std::string begin = "." + path.substr(0, 200) + "." + std::to_string(::getpid()) + "-";
+    // Names are counted by process, and other tests came before.
+    for (int i = 0; i < 200; ++i) std::filesystem::create_symlink("other", folder / (begin + std::to_string(i) + ".tmp"));
     TokenCorpusWriter writer(folder / path, 300, kId);
     writer.add({{7}});
     writer.commit();

@@ -1,10 +1,8 @@
 #include "formats/token_corpus_writer.h"
 
 #include <fcntl.h>
-#include <unistd.h>
 
 #include <cerrno>
-#include <filesystem>
 #include <stdexcept>
 #include <vector>
 
@@ -13,31 +11,15 @@
 #include "formats/mapped_file.h"
 
 namespace latte::formats {
-namespace {
-
-// A new file beside `target`. Never one that is there, as whoever may write to the folder could have put a link there.
-int create_beside(const std::filesystem::path& target, FileOperations& operations) {
-  constexpr int kAttempts = 1000;       // of finding a name that no killed process left behind
-  constexpr size_t kLongestName = 200;  // leaves room for the rest within NAME_MAX
-  const std::string begin = "." + target.filename().string().substr(0, kLongestName) + "." + std::to_string(::getpid()) + "-";
-  for (int attempt = 0;; ++attempt) {
-    const auto gathered = target.parent_path() / (begin + std::to_string(attempt) + ".tokens.tmp");
-    const int fd = operations.open(gathered.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
-    if (fd >= 0) {
-      operations.unlink(gathered.c_str());  // it ends with this process, however that ends
-      return fd;
-    }
-    if (errno != EINTR && (errno != EEXIST || attempt == kAttempts)) throw FileError("create", gathered.string(), errno);
-  }
-}
-
-}  // namespace
 
 TokenCorpusWriter::TokenCorpusWriter(const std::string& path, int64_t vocab_size, const std::string& tokenizer,
                                      FileOperations& operations)
     : path_(path), tokenizer_(tokenizer), vocab_size_(vocab_size), operations_(operations) {
   { const AtomicFile writable(path, operations_); }  // a path that can't be written is refused before hours of work
-  fd_ = create_beside(path, operations_);
+  const TemporaryFile gathered = create_beside(path, O_RDWR, 0600, operations_);
+  if (gathered.fd < 0) throw FileError("create", gathered.path, errno);
+  operations_.unlink(gathered.path.c_str());  // it ends with this process, however that ends
+  fd_ = gathered.fd;
 }
 
 TokenCorpusWriter::~TokenCorpusWriter() { operations_.close(fd_); }

@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <map>
 #include <optional>
+#include <string_view>
 
 #include "data/task_options.h"
 #include "formats/error.h"
@@ -50,8 +52,12 @@ double validation_of(const json& report, bool task) {
   return task ? value.get<double>() : -value.get<double>();
 }
 
+// Of a text the loss of its test part, where it has one.
 double metric_of(const json& report, bool task) {
-  if (!task) return report.at("val_loss").get<double>();
+  if (!task) {
+    const json test = report.value("test_loss", json());
+    return (test.is_number() ? test : report.at("val_loss")).get<double>();
+  }
   const json& splits = report.at("splits");
   return splits.at(splits.contains("test") ? "test" : "validation").at("accuracy").get<double>();
 }
@@ -60,6 +66,21 @@ double mean_of(const std::vector<double>& values) {
   double sum = 0.0;
   for (const double value : values) sum += value;
   return sum / static_cast<double>(values.size());
+}
+
+// Mean accuracy at the lengths that weren't trained at, [length, accuracy] in rising order: of splits test_LENGTH.
+json accuracy_by_length(const std::vector<json>& reports) {
+  constexpr std::string_view kPrefix = "test_";
+  std::map<int64_t, std::vector<double>> values;
+  for (const json& report : reports) {
+    for (const auto& [name, split] : report.at("splits").items()) {
+      if (name.starts_with(kPrefix))
+        values[std::stoll(name.substr(kPrefix.size()))].push_back(split.at("accuracy").get<double>());
+    }
+  }
+  json means = json::array();
+  for (const auto& [length, accuracies] : values) means.push_back({length, mean_of(accuracies)});
+  return means;
 }
 
 json summary_of(const std::string& title, const std::vector<json>& reports, bool task) {
@@ -78,6 +99,7 @@ json summary_of(const std::string& title, const std::vector<json>& reports, bool
   for (const double value : values) squares += (value - mean) * (value - mean);
   const auto count = static_cast<double>(values.size());
   return {{"title", title},
+          {"accuracy_by_length", task ? accuracy_by_length(reports) : json::array()},
           {"parameters", reports.front().at("parameters")},
           {"values", values},
           {"mean", mean},
@@ -362,8 +384,14 @@ std::string comparison_table(const json& comparison) {
   const bool accuracy = comparison.at("metric") == "accuracy";
   std::string table =
       accuracy ? "| attention | parameters | learning rate | steps | accuracy, % | its range over seeds | validation loss "
-               : "| attention | parameters | learning rate | steps | validation loss | its range over seeds | perplexity ";
-  table += "| a step, ms | training, s | tokens/s | peak memory, MB |\n|---|---|---|---|---|---|---|---|---|---|---|\n";
+               : "| attention | parameters | learning rate | steps | loss | its range over seeds | perplexity ";
+  table += "| a step, ms | training, s | tokens/s | peak memory, MB |";
+  std::string rule = "|---|---|---|---|---|---|---|---|---|---|---|";
+  for (const json& length : comparison.at("entries").at(0).at("accuracy_by_length")) {
+    table += " accuracy at " + length.at(0).dump() + ", % |";
+    rule += "---|";
+  }
+  table += "\n" + rule + "\n";
   for (const json& entry : comparison.at("entries")) {
     const double scale = accuracy ? 100 : 1;
     const char* pattern = accuracy ? "%.2f" : "%.4f";
@@ -377,7 +405,10 @@ std::string comparison_table(const json& comparison) {
              " | " + number(1e3 * entry.at("step_seconds").get<double>(), "%.4g") + " | " +
              number(entry.at("seconds").get<double>(), "%.0f") + " | " +
              number(entry.at("tokens_per_second").get<double>(), "%.0f") + " | " +
-             number(entry.at("peak_memory").get<double>() / 1e6, "%.0f") + " |\n";
+             number(entry.at("peak_memory").get<double>() / 1e6, "%.0f") + " |";
+    for (const json& length : entry.at("accuracy_by_length"))
+      table += " " + number(100 * length.at(1).get<double>(), "%.2f") + " |";
+    table += "\n";
   }
   return table;
 }

@@ -30,6 +30,38 @@ json report(double validation, double test) {
           {"peak_memory", 3000000}};
 }
 
+TEST(Compare, ShowsTheLengthsThatWereNotTrainedAt) {
+  CompareOptions options;
+  options.entries = {CompareOptions::parse_entry("softmax")};
+  options.learning_rates = {0.001};
+  options.seeds = 2;
+  double accuracy = 0.25;
+  const json result = compare(task_config(), options, [&](const CompareRun&) {
+    json run = report(0.5, 0.5);
+    run["splits"]["test_1024"] = {{"accuracy", accuracy}};
+    run["splits"]["test_128"] = {{"accuracy", 1.0}};
+    accuracy += 0.5;
+    return run;
+  });
+  EXPECT_EQ(result.at("entries").at(0).at("accuracy_by_length"), json::parse("[[128, 1.0], [1024, 0.5]]"));
+  const std::string table = comparison_table(result);
+  EXPECT_NE(table.find("| accuracy at 128, % | accuracy at 1024, % |\n"), std::string::npos) << table;
+  EXPECT_NE(table.find(" | 100.00 | 50.00 |\n"), std::string::npos) << table;
+}
+
+TEST(Compare, ATextIsJudgedByItsTestPartWhereItHasOne) {
+  CompareOptions options;
+  options.entries = {CompareOptions::parse_entry("softmax")};
+  options.learning_rates = {0.001};
+  const json config = {{"training", {{"text", "a.txt"}}}, {"model", json::object()}};
+  json run = report(0.5, 0.5);
+  run.erase("splits");
+  run["test_loss"] = nullptr;
+  EXPECT_EQ(compare(config, options, [&](const CompareRun&) { return run; }).at("entries").at(0).at("mean"), 1.0);
+  run["test_loss"] = 1.5;
+  EXPECT_EQ(compare(config, options, [&](const CompareRun&) { return run; }).at("entries").at(0).at("mean"), 1.5);
+}
+
 TEST(Compare, SweepsRatesOnOneSeedAndRunsTheOthersAtTheBest) {
   CompareOptions options;
   options.entries = {CompareOptions::parse_entry("softmax"), CompareOptions::parse_entry("latte:num_latents=4")};

@@ -34,7 +34,8 @@ void RunFolder::remove_remnants() const {
   std::error_code ignored;
   for (const auto& entry : std::filesystem::directory_iterator(path_, ignored)) {
     const std::string name = entry.path().filename().string();
-    if (name.starts_with(".checkpoint.safetensors.") && name.ends_with(".tmp")) std::filesystem::remove(entry.path(), ignored);
+    // What AtomicFile leaves of a process that was killed.
+    if (name.starts_with(".") && name.ends_with(".tmp")) std::filesystem::remove(entry.path(), ignored);
   }
 }
 
