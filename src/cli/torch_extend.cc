@@ -90,6 +90,9 @@ void AddFields(CLI::App& command, json& fields) {
                       "How far a token's weight follows the share that the head reads far: 0 all count alike, near 1 those that "
                       "find something there, and gates open for them",
                       kMatching);
+  options.add<double>(
+      "--match-open", "match_open",
+      "Then lower each head's gate until, of the tokens that read mostly far, this share reads mostly latents; 0: no", kMatching);
 
   constexpr const char* kTraining = "Second stage: the model as a whole";
   options.choice("--train", "train",
@@ -109,6 +112,7 @@ void AddFields(CLI::App& command, json& fields) {
   options.add<double>("--lr", "lr", "Learning rate of pretrained weights", kTraining);
   options.add<double>("--latent-lr", "latent_lr", "Of the latents' matrices", kTraining);
   options.add<double>("--vector-lr", "vector_lr", "Of their biases and decays", kTraining);
+  options.add<double>("--gate-lr", "gate_lr", "Of the gates' biases; 0: as of other biases", kTraining);
   options.add<double>("--final-lr", "final_lr", "Share of each that is left at the end of the cosine", kTraining);
   options.add<int64_t>("--warmup", "warmup", "Steps of linear warm-up", kTraining);
   options.add<double>("--clip", "clip", "Greatest gradient norm; 0: any", kTraining);

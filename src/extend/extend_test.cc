@@ -259,6 +259,48 @@ TEST_F(ExtendTest, MatchingByShareGivesTheLatentsMore) {
   EXPECT_CONTAINS(error_text<OptionError>([&] { options_.validate(); }), "match_share");
 }
 
+// Gates are lowered where tokens that read mostly far don't read latents, and never raised.
+TEST_F(ExtendTest, MatchingOpensGatesOnRequest) {
+  options_.match_steps = 0;
+  const TokenText text = this->text();
+  const auto biases = [&](double match_open) {
+    options_.match_open = match_open;
+    ExtendTrainer trainer(options_, text);
+    trainer.match([](const MatchResult&) { return true; });
+    std::vector<at::Tensor> all;
+    for (const auto& attention : trainer.student().converted) all.push_back(attention->latents()->gate_bias.detach().clone());
+    return at::cat(all);
+  };
+  const auto fitted = biases(0), open = biases(0.5), wide_open = biases(1.0);
+  EXPECT_TRUE((open <= fitted).all().item<bool>());
+  EXPECT_TRUE((wide_open <= open).all().item<bool>());
+  EXPECT_TRUE((wide_open < fitted - 0.1).any().item<bool>());
+  options_.match_open = 1.5;
+  EXPECT_CONTAINS(error_text<OptionError>([&] { options_.validate(); }), "match_open");
+}
+
+TEST_F(ExtendTest, GatesBiasesMayHaveARateOfTheirOwn) {
+  options_.gate_lr = 0.5;
+  options_.warmup = 0;
+  const TokenText text = this->text();
+  ExtendTrainer trainer(options_, text);
+  trainer.match([](const MatchResult&) { return true; });
+  std::map<std::string, at::Tensor> before;
+  for (const auto& item : trainer.student().model->named_parameters()) before[item.key()] = item.value().detach().clone();
+  trainer.step();
+  int64_t gates = 0;
+  for (const auto& item : trainer.student().model->named_parameters()) {
+    const double moved = (item.value().detach() - before[item.key()]).abs().max().item<double>();
+    if (item.key().ends_with("gate_bias")) {
+      ++gates;
+      EXPECT_NEAR(moved, 0.5, 0.01) << item.key();  // Adam's first step
+    } else {
+      EXPECT_LT(moved, 0.1) << item.key();
+    }
+  }
+  EXPECT_EQ(gates, 2);
+}
+
 TEST_F(ExtendTest, MatchesTheLayersThatAreNamed) {
   options_.match_layers = "0";
   const TokenText text = this->text();

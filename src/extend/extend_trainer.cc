@@ -92,10 +92,11 @@ void ExtendTrainer::collect_parameters() {
       item.value().set_data(original->data());  // one copy of what stays
     }
   }
-  train::AdamW::NamedTensors matrices, gates, vectors;
+  train::AdamW::NamedTensors matrices, gates, gate_biases, vectors;
   for (auto& [name, parameter] : latent_tensors(student_.converted)) {
     const bool matrix = name.ends_with("query.weight") || name.ends_with("key.weight");
-    (matrix ? matrices : name.ends_with("gate.weight") ? gates : vectors).emplace_back(name, parameter);
+    const bool apart = options_.gate_lr > 0 && name.ends_with("gate.bias");
+    (matrix ? matrices : name.ends_with("gate.weight") ? gates : apart ? gate_biases : vectors).emplace_back(name, parameter);
   }
   const auto add = [&](const char* name, double lr, const train::AdamW::NamedTensors& tensors) {
     if (tensors.empty()) return;
@@ -105,6 +106,7 @@ void ExtendTrainer::collect_parameters() {
   add("attention", options_.lr, pretrained);
   add("matrices", options_.latent_lr, matrices);
   add("gates", options_.latent_lr / 3, gates);
+  add("gate_biases", options_.gate_lr, gate_biases);
   add("vectors", options_.vector_lr, vectors);
 }
 

@@ -16,6 +16,7 @@ constexpr double kMatrixRate = 8e-3, kGateRate = 4e-3, kVectorRate = 4e-2;
 constexpr int64_t kWarmup = 5;
 constexpr int64_t kSamplesASequence = 200;
 constexpr int64_t kKeyStride = 16;
+constexpr int64_t kFewestFar = 20;         // tokens that say how far a gate must open
 constexpr int64_t kPositionsAtOnce = 512;  // of softmax attention's probabilities, which take their number times the length
 
 // One layer's activations for one sequence, [1, T, …] each.
@@ -72,6 +73,7 @@ class LayerMatcher {
     result.window_error = error();
     converted_->set_latents_off(false);
     fit();
+    if (options_.match_open > 0) open_gates();
     result.error = error();
     return result;
   }
@@ -79,25 +81,55 @@ class LayerMatcher {
  private:
   const FarOptions& far() const { return converted_->far(); }
 
-  // Of every token that has anything far: each head's weight, and what softmax attention gives it.
+  // What softmax attention reads far, [T - first, H], of every token that has anything there.
+  at::Tensor shares_of(size_t i) {
+    const auto& rope = *model_->rope(layer_);
+    const int64_t time = sequences_[i].x.size(1);
+    const auto positions = torch::arange(time, torch::kLong);
+    const auto query = rope.rotate(heads_[i].query, positions), key = rope.rotate(heads_[i].key, positions);
+    std::vector<at::Tensor> shares;
+    for (int64_t begin = first_far(i); begin < time; begin += kPositionsAtOnce) {
+      const auto some = positions.slice(0, begin, std::min(time, begin + kPositionsAtOnce));
+      shares.push_back(far_shares(query[0], key[0], some, model_->config().attention_scale, far()));
+    }
+    return at::cat(shares);
+  }
+
+  // Of these tokens each head's weight, and what softmax attention gives it.
   void weigh() {
     const auto& rope = *model_->rope(layer_);
-    const double scale = model_->config().attention_scale;
     for (size_t i = 0; i < sequences_.size(); ++i) {
-      const int64_t time = sequences_[i].x.size(1), first = first_far(i), group = heads_[i].query.size(2) / heads_[i].key.size(2);
-      const auto positions = torch::arange(time, torch::kLong);
-      const auto query = rope.rotate(heads_[i].query, positions), key = rope.rotate(heads_[i].key, positions);
-      std::vector<at::Tensor> shares;  // [T - first, H] in all
-      for (int64_t begin = first; begin < time; begin += kPositionsAtOnce) {
-        shares.push_back(
-            far_shares(query[0], key[0], positions.slice(0, begin, std::min(time, begin + kPositionsAtOnce)), scale, far()));
-      }
-      weights_.push_back(1.0 - options_.match_share + options_.match_share * at::cat(shares));
+      const auto positions = torch::arange(sequences_[i].x.size(1), torch::kLong);
+      const int64_t group = heads_[i].query.size(2) / heads_[i].key.size(2);
       const auto per_head = [&](const at::Tensor& x, int64_t times) { return x.transpose(1, 2).repeat_interleave(times, 1); };
-      const auto out = at::scaled_dot_product_attention(per_head(query, 1), per_head(key, group),
-                                                        per_head(heads_[i].value, group), {}, 0.0, /*is_causal=*/true, scale);
-      wanted_.push_back(out.transpose(1, 2)[0].slice(0, first).clone());  // [T - first, H, Dk]
+      const auto out = at::scaled_dot_product_attention(
+          per_head(rope.rotate(heads_[i].query, positions), 1), per_head(rope.rotate(heads_[i].key, positions), group),
+          per_head(heads_[i].value, group), {}, 0.0, /*is_causal=*/true, model_->config().attention_scale);
+      weights_.push_back(1.0 - options_.match_share + options_.match_share * shares_of(i));
+      wanted_.push_back(out.transpose(1, 2)[0].slice(0, first_far(i)).clone());  // [T - first, H, Dk]
       norms_.push_back(std::max(weighted_square(wanted_[i], i).item<double>(), 1e-30));
+    }
+  }
+
+  // Lowers gates: options.match_open.
+  void open_gates() {
+    const torch::NoGradGuard no_grad;
+    auto& latents = *converted_->latents();
+    std::vector<at::Tensor> shares, leads;  // of the gate over all latents, in nats
+    for (size_t i = 0; i < sequences_.size(); ++i) {
+      const auto inputs = latents.forward(sequences_[i].x, heads_[i].query, heads_[i].key, 0, far());
+      const auto logits = inputs.query_logits[0].slice(0, first_far(i));  // [T - first, H, 1 + L]
+      leads.push_back(logits.select(-1, 0) - logits.slice(-1, 1).logsumexp(-1));
+      shares.push_back(shares_of(i));
+    }
+    const auto share = at::cat(shares), lead = at::cat(leads);
+    for (int64_t h = 0; h < share.size(1); ++h) {
+      const auto there = lead.select(1, h).masked_select(share.select(1, h) > 0.5);
+      if (there.size(0) < kFewestFar) continue;  // a head that doesn't look far
+      const double excess =
+          std::get<0>(there.sort())[static_cast<int64_t>(options_.match_open * static_cast<double>(there.size(0) - 1))]
+              .item<double>();
+      if (std::isfinite(excess) && excess > 0) latents.gate_bias[h] -= excess;
     }
   }
 

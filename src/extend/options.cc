@@ -38,6 +38,7 @@ void for_each_field(Options& options, const Visit& visit) {
   visit("match_steps", options.match_steps);
   visit("match_layers", options.match_layers);
   visit("match_share", options.match_share);
+  visit("match_open", options.match_open);
   visit("tokens", options.tokens);
   visit("context", options.context);
   visit("first_context", options.first_context);
@@ -46,6 +47,7 @@ void for_each_field(Options& options, const Visit& visit) {
   visit("lr", options.lr);
   visit("latent_lr", options.latent_lr);
   visit("vector_lr", options.vector_lr);
+  visit("gate_lr", options.gate_lr);
   visit("final_lr", options.final_lr);
   visit("warmup", options.warmup);
   visit("clip", options.clip);
@@ -170,6 +172,7 @@ void ExtendOptions::validate() const {
   check_range("match_steps", match_steps, 0, kLargestCount);
   layers_to_match(*this);
   check_that(match_share >= 0 && match_share <= 1, "match_share", match_share, "a number in [0, 1]");
+  check_that(match_open >= 0 && match_open <= 1, "match_open", match_open, "a number in [0, 1]");
   check_range("tokens", tokens, 0, kLargestCount);
   check_range("context", context, 2, kLargestSize);
   check_that(first_context == 0 || (first_context >= 2 && first_context <= context && context % first_context == 0 &&
@@ -180,6 +183,7 @@ void ExtendOptions::validate() const {
   check_that(lr > 0, "lr", lr, "a positive number");
   check_that(latent_lr > 0, "latent_lr", latent_lr, "a positive number");
   check_that(vector_lr > 0, "vector_lr", vector_lr, "a positive number");
+  check_that(gate_lr >= 0, "gate_lr", gate_lr, "a number >= 0");
   check_that(final_lr >= 0 && final_lr <= 1, "final_lr", final_lr, "a number in [0, 1]");
   check_range("warmup", warmup, 0, kLargestCount);
   check_that(clip >= 0, "clip", clip, "a number >= 0");

@@ -47,6 +47,9 @@ struct ExtendOptions {
   // window and sinks there). 0: all count alike. Near 1: those count that find something far, so that gates open for it; where
   // they open in vain, softmax attention would have rested on a sink, and little is lost.
   double match_share = 0.0;
+  // After matching, a head's gate is lowered until of the tokens for which softmax attention reads mostly beyond window and sinks
+  // this share reads mostly latents. 0: gates stay as they were fitted.
+  double match_open = 0.0;
 
   // Second stage, through the whole model.
   int64_t tokens = 300000;
@@ -61,6 +64,7 @@ struct ExtendOptions {
   double lr = 1e-4;         // of pretrained weights
   double latent_lr = 1e-3;  // of the latents' matrices
   double vector_lr = 2e-3;  // of their biases, slopes and decays
+  double gate_lr = 0.0;     // of the gates' biases; 0: as other vectors. A gate that is shut by nats takes long to open otherwise
   double final_lr = 0.05;   // of each, at the end of the cosine
   int64_t warmup = 10;      // steps
   double clip = 1.0;        // gradient norm; 0: none
