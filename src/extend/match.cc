@@ -16,7 +16,8 @@ constexpr double kMatrixRate = 8e-3, kGateRate = 4e-3, kVectorRate = 4e-2;
 constexpr int64_t kWarmup = 5;
 constexpr int64_t kSamplesASequence = 200;
 constexpr int64_t kKeyStride = 16;
-constexpr int64_t kFewestFar = 20;         // tokens that say how far a gate must open
+constexpr int64_t kFewestFar = 20;         // tokens that say how far a gate must open, and
+constexpr int64_t kSparsestFar = 500;      // of how many one at least must
 constexpr int64_t kPositionsAtOnce = 512;  // of softmax attention's probabilities, which take their number times the length
 
 // One layer's activations for one sequence, [1, T, …] each.
@@ -125,7 +126,7 @@ class LayerMatcher {
     const auto share = at::cat(shares), lead = at::cat(leads);
     for (int64_t h = 0; h < share.size(1); ++h) {
       const auto there = lead.select(1, h).masked_select(share.select(1, h) > 0.5);
-      if (there.size(0) < kFewestFar) continue;  // a head that doesn't look far
+      if (there.size(0) < std::max(kFewestFar, share.size(0) / kSparsestFar)) continue;  // a head that doesn't look far
       const double excess =
           std::get<0>(there.sort())[static_cast<int64_t>(options_.match_open * static_cast<double>(there.size(0) - 1))]
               .item<double>();
