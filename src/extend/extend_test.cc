@@ -22,6 +22,12 @@ using formats::error_text;
 using formats::FormatError;
 using nn::close;
 
+std::map<std::string, at::Tensor> copies_of(ExtendTrainer& trainer) {
+  std::map<std::string, at::Tensor> copies;
+  for (const auto& item : trainer.student().model->named_parameters()) copies[item.key()] = item.value().detach().clone();
+  return copies;
+}
+
 class ExtendTest : public ::testing::Test {
  protected:
   ExtendTest() {
@@ -219,8 +225,7 @@ TEST_F(ExtendTest, MatchesSomeLayersOfAnAdapterAnew) {
   options_.match_steps = 40;
   const TokenText text = this->text();
   ExtendTrainer trainer(options_, text);
-  std::map<std::string, at::Tensor> before;
-  for (const auto& item : trainer.student().model->named_parameters()) before[item.key()] = item.value().detach().clone();
+  auto before = copies_of(trainer);
   std::vector<MatchResult> layers;
   trainer.match([&](const MatchResult& result) { return layers.push_back(result), true; });
   ASSERT_EQ(layers.size(), 1U);
@@ -285,8 +290,7 @@ TEST_F(ExtendTest, GatesBiasesMayHaveARateOfTheirOwn) {
   const TokenText text = this->text();
   ExtendTrainer trainer(options_, text);
   trainer.match([](const MatchResult&) { return true; });
-  std::map<std::string, at::Tensor> before;
-  for (const auto& item : trainer.student().model->named_parameters()) before[item.key()] = item.value().detach().clone();
+  auto before = copies_of(trainer);
   trainer.step();
   int64_t gates = 0;
   for (const auto& item : trainer.student().model->named_parameters()) {

@@ -44,8 +44,9 @@ struct ExtendOptions {
   // attention makes of the weights that `from` has.
   std::string match_layers;
   // Weight of a head's output at a token, in matching: 1 - match_share + match_share · (softmax attention's probability beyond
-  // window and sinks there). 0: all count alike. Near 1: those count that find something far, so that gates open for it; where
-  // they open in vain, softmax attention would have rested on a sink, and little is lost.
+  // window and sinks there). 0: all count alike. Near 1: those count that find something far, so that gates open for it. Where
+  // they open in vain, latents give their nearest misses, which costs the more the longer the text is (docs/extending.md,
+  // retrieval).
   double match_share = 0.0;
   // After matching, a head's gate is lowered until of the tokens for which softmax attention reads mostly beyond window and sinks
   // this share reads mostly latents. 0: gates stay as they were fitted.
