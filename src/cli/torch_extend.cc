@@ -69,6 +69,11 @@ void AddFields(CLI::App& command, json& fields) {
   options.add<int64_t>("--far-limit", "far_limit", "Tokens beyond the window that gates tell apart", kAttention);
   command
       .add_flag_callback(
+          "--floor", [&fields] { fields["floor"] = true; },
+          "A latent must rise above a trained weight, or leaves its share to the window; latents keep all they read")
+      ->group(kAttention);
+  command
+      .add_flag_callback(
           "--no-forget", [&fields] { fields["forget"] = false; }, "Latents keep all they read")
       ->group(kAttention);
   command

@@ -26,6 +26,14 @@ struct Delayed {
   at::Tensor given, waiting;
 };
 
+// The state of latents that have read one value of zeros with these key logits [Hkv, L], [B, Hkv, L, D + 3].
+at::Tensor floor_state(const at::Tensor& floor, int64_t batch, int64_t head_dim) {
+  const auto level = floor.detach();
+  auto state = at::constant_pad_nd((floor - level).exp().unsqueeze(-1), {head_dim, 0});  // z = 1, with floor's gradient
+  state = at::cat({state, level.unsqueeze(-1), at::zeros_like(level).unsqueeze(-1)}, -1);
+  return state.unsqueeze(0).expand({batch, -1, -1, -1});
+}
+
 }  // namespace
 
 ConvertedAttentionImpl::ConvertedAttentionImpl(const formats::DecoderConfig& config, std::shared_ptr<const models::Rope> rope,
@@ -62,12 +70,7 @@ at::Tensor ConvertedAttentionImpl::mix(const at::Tensor& x, const models::Attent
   std::optional<MacchiatoState> after;
   if (mixed) {
     LatentInputs inputs = latents_->forward(x, query, key, options.position(), far_);
-    if (recording_) {
-      const auto has_far = positions >= far_.window + far_.sinks;
-      const auto shares = 1.0 - inputs.query_logits.softmax(-1).select(-1, 0).to(torch::kFloat64);  // [B, T, H]
-      share_sum_ += (shares * has_far.view({1, -1, 1})).sum({0, 1});
-      share_count_ += has_far.sum().item<int64_t>() * x.size(0);
-    }
+    if (recording_ && !inputs.floor) record(1.0 - inputs.query_logits.softmax(-1).select(-1, 0), options.position());
     if (far_.evicted) {
       std::tie(out, after) = window_attention(rotated_query, rotated_key, value, attention);
       out = read_evicted(value, std::move(inputs), out, options, after ? &*after : nullptr, next);
@@ -95,6 +98,8 @@ at::Tensor ConvertedAttentionImpl::read_evicted(const at::Tensor& value, LatentI
     logits = at::cat({at::full_like(logits.slice(1, 0, sinks_here), kNegativeInfinity), logits.slice(1, sinks_here)}, 1);
   }
   at::Tensor logits_before, values_before, latents_before;
+  // With a floor the values have a column of ones: its average is what the latents keep of their shares.
+  const at::Tensor read = inputs.floor ? at::constant_pad_nd(value, {0, 1}, 1.0) : value;
   if (options.state) {
     logits_before = options.state->more.at(kWaitingLogits);
     values_before = options.state->more.at(kWaitingValues);
@@ -102,14 +107,17 @@ at::Tensor ConvertedAttentionImpl::read_evicted(const at::Tensor& value, LatentI
   } else {
     const int64_t batch = value.size(0);
     logits_before = at::full({batch, far_.window, logits.size(2), logits.size(3)}, kNegativeInfinity, logits.options());
-    values_before = at::zeros({batch, far_.window, value.size(2), value.size(3)}, value.options());
+    values_before = at::zeros({batch, far_.window, read.size(2), read.size(3)}, value.options());
+    if (inputs.floor) latents_before = floor_state(*inputs.floor, batch, read.size(3));
   }
-  const Delayed key_logits(logits_before, logits), values(values_before, value);
-  const auto [out, latents] =
+  const Delayed key_logits(logits_before, logits), values(values_before, read);
+  at::Tensor window_share;
+  if (inputs.floor) window_share = inputs.query_logits.softmax(-1).select(-1, 0);
+  auto [out, latents] =
       CallLatentAttention({.query_logits = std::move(inputs.query_logits),
                            .key_logits = key_logits.given,
                            .values = values.given,
-                           .window_out = window_out,
+                           .window_out = inputs.floor ? at::constant_pad_nd(window_out, {0, 1}) : window_out,
                            .log_decay = std::move(inputs.log_decay),
                            .initial_state = latents_before.defined() ? OptionalTensor(latents_before) : std::nullopt},
                           next != nullptr);
@@ -117,7 +125,16 @@ at::Tensor ConvertedAttentionImpl::read_evicted(const at::Tensor& value, LatentI
     after->latents = latents;
     next->more = {{kWaitingLogits, key_logits.waiting}, {kWaitingValues, values.waiting}};
   }
-  return out;
+  if (!inputs.floor) return out;
+  const auto kept = out.select(-1, value.size(3));  // [B, T, H]
+  if (recording_) record(kept, options.position());
+  return out.slice(-1, 0, value.size(3)) + (1.0 - window_share - kept).unsqueeze(-1) * window_out;
+}
+
+void ConvertedAttentionImpl::record(const at::Tensor& shares, int64_t position) {
+  const auto has_far = nn::positions_from(position, shares.size(1), shares.device()) >= far_.window + far_.sinks;
+  share_sum_ += (shares.detach().to(torch::kFloat64) * has_far.view({1, -1, 1})).sum({0, 1});
+  share_count_ += has_far.sum().item<int64_t>() * shares.size(0);
 }
 
 models::DecoderAttentionResult ConvertedAttentionImpl::forward(const at::Tensor& x, const models::AttentionWeights& weights,
@@ -144,7 +161,8 @@ at::Tensor ConvertedAttentionImpl::mean_shares() const {
 
 FarOptions far_options(const formats::AdapterSpec& spec) { return {spec.window, spec.sinks, spec.far_limit, spec.evicted}; }
 
-std::vector<ConvertedAttention> convert(models::Decoder& model, const formats::AdapterSpec& spec, bool forget) {
+std::vector<ConvertedAttention> convert(models::Decoder& model, const formats::AdapterSpec& spec,
+                                        const std::vector<LatentForm>& forms) {
   const auto& config = model->config();
   TORCH_CHECK_VALUE(static_cast<int64_t>(spec.latents.size()) == config.num_layers, "convert: ", spec.latents.size(),
                     " blocks, expected ", config.num_layers);
@@ -155,7 +173,7 @@ std::vector<ConvertedAttention> convert(models::Decoder& model, const formats::A
     LatentLogits latents(nullptr);
     if (spec.latents[i] > 0) {
       latents = LatentLogits(
-          LatentSizes{config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim, spec.latents[i], forget});
+          LatentSizes{config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim, spec.latents[i], forms.at(i)});
       if (model->dtype() == torch::kFloat64) latents->to(torch::kFloat64);  // of tests
     }
     converted[i] = std::make_shared<ConvertedAttentionImpl>(config, model->rope(block), far_options(spec), std::move(latents));

@@ -35,7 +35,8 @@ class ConvertedAttentionImpl : public models::DecoderAttentionImpl {
   // Query logits of latents as if -inf: window and sinks alone.
   void set_latents_off(bool off) { latents_off_ = off; }
 
-  // While on, adds up the latents' share of probability, Σ_l p(l|t), over the tokens that have anything beyond the window.
+  // While on, adds up the latents' share of probability, Σ_l p(l|t) less what floors leave to the window, over the tokens that
+  // have anything beyond the window.
   void record_shares(bool on);
   at::Tensor mean_shares() const;  // float64 [H]; zero where nothing was recorded
 
@@ -44,6 +45,9 @@ class ConvertedAttentionImpl : public models::DecoderAttentionImpl {
   at::Tensor read_evicted(const at::Tensor& value, LatentInputs inputs, const at::Tensor& window_out,
                           const models::DecoderAttentionOptions& options, MacchiatoState* after,
                           models::DecoderAttentionState* next);
+
+  // The latents' shares [B, T, H], the first token's at `position`.
+  void record(const at::Tensor& shares, int64_t position);
 
   formats::DecoderConfig config_;
   std::shared_ptr<const models::Rope> rope_;
@@ -59,6 +63,8 @@ using ConvertedAttention = std::shared_ptr<ConvertedAttentionImpl>;
 FarOptions far_options(const formats::AdapterSpec& spec);
 
 // Replaces the attention of every block of `spec` that is converted, with closed latents. Empty pointers stand for the others.
-std::vector<ConvertedAttention> convert(models::Decoder& model, const formats::AdapterSpec& spec, bool forget);
+// `forms` has one entry a block.
+std::vector<ConvertedAttention> convert(models::Decoder& model, const formats::AdapterSpec& spec,
+                                        const std::vector<LatentForm>& forms);
 
 }  // namespace latte::extend

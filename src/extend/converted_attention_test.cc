@@ -11,6 +11,7 @@ namespace {
 using nn::close;
 
 constexpr int64_t kTime = 40;
+const std::vector<LatentForm> kBoth(2);  // blocks, alike
 
 formats::DecoderConfig tiny_config() {
   formats::DecoderConfig config;
@@ -53,7 +54,7 @@ void open_latents(const std::vector<ConvertedAttention>& converted) {
     auto& latents = attention->latents();
     latents->to(torch::kFloat64);
     for (auto& parameter : latents->parameters()) parameter.normal_(0.0, 0.7);
-    latents->decay.fill_(-3.0);
+    if (latents->decay.defined()) latents->decay.fill_(-3.0);
   }
 }
 
@@ -62,23 +63,23 @@ at::Tensor some_tokens() { return torch::randint(17, {2, kTime}, torch::kInt64);
 TEST(ConvertedAttention, ClosedLatentsEqualWindowAndSinks) {
   const auto tokens = some_tokens();
   auto control = tiny_model(), macchiato = tiny_model();
-  convert(control, spec_of(0), true);
-  convert(macchiato, spec_of(3), true);
+  convert(control, spec_of(0), kBoth);
+  convert(macchiato, spec_of(3), kBoth);
   EXPECT_TRUE(close(macchiato->forward(tokens).logits, control->forward(tokens).logits, 1e-9));
 }
 
 TEST(ConvertedAttention, EqualsTheOriginalWhereTheWindowSeesAll) {
   const auto tokens = some_tokens();
   auto original = tiny_model(), converted = tiny_model();
-  open_latents(convert(converted, spec_of(3, kTime), true));
+  open_latents(convert(converted, spec_of(3, kTime), kBoth));
   EXPECT_TRUE(close(converted->forward(tokens).logits, original->forward(tokens).logits, 1e-9));
 }
 
 TEST(ConvertedAttention, LatentsOffEqualWindowAndSinks) {
   const auto tokens = some_tokens();
   auto control = tiny_model(), macchiato = tiny_model();
-  convert(control, spec_of(0), true);
-  const auto converted = convert(macchiato, spec_of(3), true);
+  convert(control, spec_of(0), kBoth);
+  const auto converted = convert(macchiato, spec_of(3), kBoth);
   open_latents(converted);
   const auto expected = control->forward(tokens).logits;
   EXPECT_FALSE(close(macchiato->forward(tokens).logits, expected, 1e-3));
@@ -86,15 +87,28 @@ TEST(ConvertedAttention, LatentsOffEqualWindowAndSinks) {
   EXPECT_TRUE(close(macchiato->forward(tokens).logits, expected, 1e-9));
 }
 
-// What latents read: every token as it comes, or what left the window.
-class LatentsOfConvertedAttention : public ::testing::TestWithParam<bool> {};
-INSTANTIATE_TEST_SUITE_P(, LatentsOfConvertedAttention, ::testing::Bool(),
-                         [](const auto& evicted) { return evicted.param ? "Evicted" : "All"; });
+// What latents read: every token as it comes, or what left the window, without and with a floor.
+struct Read {
+  const char* name;
+  bool evicted;
+  bool floor;
+};
+class LatentsOfConvertedAttention : public ::testing::TestWithParam<Read> {
+ protected:
+  std::vector<ConvertedAttention> converted(models::Decoder& model) const {
+    const LatentForm form = {.decay = !GetParam().floor, .floor = GetParam().floor};
+    auto attentions = convert(model, spec_of(3, 8, 2, GetParam().evicted), {form, form});
+    open_latents(attentions);
+    return attentions;
+  }
+};
+INSTANTIATE_TEST_SUITE_P(, LatentsOfConvertedAttention,
+                         ::testing::Values(Read{"All", false, false}, Read{"Evicted", true, false}, Read{"Floor", true, true}),
+                         [](const auto& read) { return read.param.name; });
 
 TEST_P(LatentsOfConvertedAttention, AreTheMixtureOfTheirDefinition) {
   auto model = tiny_model();
-  const auto converted = convert(model, spec_of(3, 8, 2, GetParam()), true);
-  open_latents(converted);
+  const auto converted = this->converted(model);
   auto& latents = converted[0]->latents();
   const auto x = torch::randn({1, kTime, 16}, torch::kFloat64);
   const auto heads = model->layer(0).attention_weights().project(x, 4);
@@ -123,27 +137,61 @@ TEST_P(LatentsOfConvertedAttention, AreTheMixtureOfTheirDefinition) {
     }
     for (int64_t g = 0; g < 2; ++g) {
       for (int64_t l = 0; l < 3; ++l) {
-        const int64_t from = GetParam() ? t - 8 : t;
-        key_logits[0][t][g][l] = GetParam() && from < 2
+        const int64_t from = GetParam().evicted ? t - 8 : t;
+        key_logits[0][t][g][l] = GetParam().evicted && from < 2
                                      ? torch::full({}, -INFINITY, torch::kFloat64)
                                      : latents->key_weight[g][l].dot(heads.key[0][from][g]) + latents->key_bias[g][l];
       }
     }
   }
   const auto log_shares = query_logits.log_softmax(-1);
-  const auto decay = latents->decay.exp().neg().expand({1, kTime, 2, 3});
-  auto of_latents =
-      nn::latent_attention_weights(log_shares.slice(-1, 1), key_logits, {.log_decay = decay, .key_mask = {}, .causal = true});
-  if (GetParam()) of_latents = torch::constant_pad_nd(of_latents.slice(-1, 8), {0, 8});  // column s is token s - 8's
-  const auto weights = log_shares.select(-1, 0).exp().transpose(1, 2).unsqueeze(-1) * window + of_latents;
+  at::Tensor decay, kept = log_shares.slice(-1, 1);
+  if (GetParam().floor) {
+    const auto z = key_logits.exp().cumsum(1);
+    kept = kept + (z / (z + latents->floor.exp())).log().repeat_interleave(2, 2);
+  } else {
+    decay = latents->decay.exp().neg().expand({1, kTime, 2, 3});
+  }
+  auto of_latents = nn::latent_attention_weights(
+      kept, key_logits, {.log_decay = decay.defined() ? OptionalTensor(decay) : std::nullopt, .key_mask = {}, .causal = true});
+  const auto window_share = 1.0 - kept.exp().sum(-1);                                            // [1, T, H]
+  if (GetParam().evicted) of_latents = torch::constant_pad_nd(of_latents.slice(-1, 8), {0, 8});  // column s is token s - 8's
+  const auto weights = window_share.transpose(1, 2).unsqueeze(-1) * window + of_latents;
   const auto values = heads.value.repeat_interleave(2, 2).transpose(1, 2);  // [1, H, T, D]
   EXPECT_TRUE(close(got, torch::matmul(weights, values).transpose(1, 2), 1e-9));
+
+  converted[0]->record_shares(true);
+  converted[0]->mix(x, heads, {});
+  EXPECT_TRUE(close(converted[0]->mean_shares(), (1.0 - window_share).slice(1, 10).mean(1)[0], 1e-9));
+}
+
+TEST(ConvertedAttention, FloorsTrain) {
+  auto model = tiny_model();
+  const LatentForm form = {.decay = false, .floor = true};
+  const auto converted = convert(model, spec_of(3, 8, 2, true), {form, form});
+  open_latents(converted);
+  at::Tensor& floor = converted[0]->latents()->floor;
+  const auto tokens = some_tokens();
+  const auto loss = [&] { return model->forward(tokens).logits.square().mean(); };
+  const auto gradient = torch::autograd::grad({loss()}, {floor})[0];
+  const torch::NoGradGuard no_grad;
+  constexpr double kStep = 1e-5;
+  for (int64_t i = 0; i < floor.numel(); ++i) {
+    auto entry = floor.view(-1)[i];
+    entry += kStep;
+    const double above = loss().item<double>();
+    entry -= 2 * kStep;
+    const double below = loss().item<double>();
+    entry += kStep;
+    EXPECT_NEAR(gradient.view(-1)[i].item<double>(), (above - below) / (2 * kStep), 1e-8);
+  }
+  EXPECT_GT(gradient.abs().min().item<double>(), 1e-7);
 }
 
 TEST_P(LatentsOfConvertedAttention, ReadPiecesAsTheyReadTheWhole) {
   const auto tokens = some_tokens();
   auto model = tiny_model();
-  open_latents(convert(model, spec_of(3, 8, 2, GetParam()), true));
+  converted(model);
   const auto whole = model->forward(tokens).logits;
   std::optional<models::DecoderState> state;
   std::vector<at::Tensor> pieces;
@@ -158,7 +206,7 @@ TEST_P(LatentsOfConvertedAttention, ReadPiecesAsTheyReadTheWhole) {
 
 TEST(ConvertedAttention, SharesAreThoseOfTokensThatHaveSomethingFar) {
   auto model = tiny_model();
-  const auto converted = convert(model, spec_of(3), true);
+  const auto converted = convert(model, spec_of(3), kBoth);
   const torch::NoGradGuard no_grad;
   auto& latents = converted[0]->latents();
   for (auto& parameter : latents->parameters()) parameter.zero_();  // three latents and a window, alike

@@ -15,13 +15,6 @@ void copy_in(const formats::GgufTensor& tensor, const at::Tensor& parameter) {
   parameter.copy_(torch::from_blob(values.data(), parameter.sizes(), torch::kFloat32));
 }
 
-bool has_decay(const formats::GgufFile& file, const formats::AdapterSpec& spec) {
-  for (size_t block = 0; block < spec.latents.size(); ++block) {
-    if (spec.latents[block] > 0 && file.find(latent_name(block, "decay"))) return true;
-  }
-  return false;
-}
-
 // The file's tensors into a model of that spec.
 void fill(ConvertedModel& converted, const formats::GgufFile& file) {
   const torch::NoGradGuard no_grad;
@@ -30,11 +23,7 @@ void fill(ConvertedModel& converted, const formats::GgufFile& file) {
     if (!attention || !attention->latents()) continue;
     for (auto& [name, parameter] : attention->latents()->named_tensors()) {
       const formats::GgufTensor* tensor = file.find(latent_name(block, name));
-      if (tensor == nullptr) {  // a block without decay among others that have one
-        parameter.fill_(-1e4);
-        continue;
-      }
-      copy_in(*tensor, parameter);
+      if (tensor != nullptr) copy_in(*tensor, parameter);  // what a layer to be made anew has more starts with it
     }
   }
   auto parameters = converted.model->named_parameters();
@@ -55,11 +44,21 @@ void fill_from(ConvertedModel& converted, const formats::AdapterFile& adapter) {
   fill(converted, adapter.file());
 }
 
-ConvertedModel make_converted(const std::string& model, const formats::AdapterSpec& spec, bool forget, at::ScalarType dtype) {
+std::vector<LatentForm> forms_in(const formats::GgufFile& file, const formats::AdapterSpec& spec) {
+  std::vector<LatentForm> forms;
+  for (size_t block = 0; block < spec.latents.size(); ++block) {
+    const auto has = [&](const char* name) { return file.find(latent_name(block, name)) != nullptr; };
+    forms.push_back({.decay = has("decay"), .floor = has("floor")});
+  }
+  return forms;
+}
+
+ConvertedModel make_converted(const std::string& model, const formats::AdapterSpec& spec, const std::vector<LatentForm>& forms,
+                              at::ScalarType dtype) {
   ConvertedModel converted;
   converted.model = models::load_decoder(model, models::DecoderOptions{.dtype = dtype});
   converted.spec = spec;
-  converted.converted = convert(converted.model, spec, forget);
+  converted.converted = convert(converted.model, spec, forms);
   return converted;
 }
 
@@ -68,14 +67,14 @@ ConvertedModel load_converted(const std::string& model, const std::string& adapt
     const formats::GgufFile merged(model);
     const auto spec = formats::merged_spec(merged);
     if (!spec) throw formats::FormatError(model, "its attention isn't converted: it needs an adapter");
-    ConvertedModel converted = make_converted(model, *spec, has_decay(merged, *spec), dtype);
+    ConvertedModel converted = make_converted(model, *spec, forms_in(merged, *spec), dtype);
     fill(converted, merged);
     for (auto& parameter : converted.model->parameters()) parameter.requires_grad_(false);
     return converted;
   }
   const formats::AdapterFile file(adapter);
   file.check_fits(formats::GgufFile(model));
-  ConvertedModel converted = make_converted(model, file.spec(), has_decay(file.file(), file.spec()), dtype);
+  ConvertedModel converted = make_converted(model, file.spec(), forms_in(file.file(), file.spec()), dtype);
   fill(converted, file.file());
   for (auto& parameter : converted.model->parameters()) parameter.requires_grad_(false);
   return converted;

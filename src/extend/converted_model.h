@@ -25,7 +25,11 @@ struct ConvertedModel {
 ConvertedModel load_converted(const std::string& model, const std::string& adapter, at::ScalarType dtype);
 
 // A freshly converted base: latents closed, so that it equals window and sinks. Throws as load_decoder.
-ConvertedModel make_converted(const std::string& model, const formats::AdapterSpec& spec, bool forget, at::ScalarType dtype);
+ConvertedModel make_converted(const std::string& model, const formats::AdapterSpec& spec, const std::vector<LatentForm>& forms,
+                              at::ScalarType dtype);
+
+// Which optional tensors each block of a spec has in a file: of an adapter, or of a merged model.
+std::vector<LatentForm> forms_in(const formats::GgufFile& file, const formats::AdapterSpec& spec);
 
 // Copies an adapter's tensors into a model of the same latents. Throws formats::FormatError where they differ, or where the file
 // changes a tensor that the model hasn't.

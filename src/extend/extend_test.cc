@@ -74,10 +74,15 @@ TEST_F(ExtendTest, MatchingLowersTheError) {
   const TokenText text = this->text();
   ExtendTrainer trainer(options_, text);
   std::vector<MatchResult> layers;
-  trainer.match([&](const MatchResult& result) {
-    layers.push_back(result);
-    return true;
-  });
+  std::vector<int64_t> done;
+  trainer.match({.layer = [&](const MatchResult& result) { return layers.push_back(result), true; },
+                 .progress =
+                     [&](int64_t step, int64_t total) {
+                       EXPECT_EQ(total, 2 * (2 + 40));
+                       return done.push_back(step), true;
+                     }});
+  EXPECT_EQ(done.size(), 84U);
+  EXPECT_TRUE(std::is_sorted(done.begin(), done.end()) && done.back() == 84);
   ASSERT_EQ(layers.size(), 2U);
   for (const MatchResult& layer : layers) {
     EXPECT_GT(layer.far_share, 0.3);
@@ -99,7 +104,7 @@ TEST_F(ExtendTest, GoesOnBitForBit) {
   options_.train = "lora";
   options_.first_context = 16;
   const TokenText text = this->text();
-  const auto matched = [](ExtendTrainer& trainer) { trainer.match([](const MatchResult&) { return true; }); };
+  const auto matched = [](ExtendTrainer& trainer) { trainer.match({}); };
   ExtendTrainer whole(options_, text), first(options_, text), second(options_, text);
   matched(whole);
   matched(first);
@@ -163,7 +168,7 @@ TEST_F(ExtendTest, TheAdapterIsTheStudent) {
   for (const auto& [train, changed] : {std::pair{"latents", 0}, {"attention", 8}, {"lora", 8}, {"all", 18}}) {
     options_.train = train;
     ExtendTrainer trainer(options_, text);
-    trainer.match([](const MatchResult&) { return true; });
+    trainer.match({});
     for (int i = 0; i < 2; ++i) trainer.step();
     const StoredTensors stored = trainer.adapter_tensors();
     int pretrained = 0;
@@ -198,7 +203,7 @@ TEST_F(ExtendTest, GoesOnFromAnAdapter) {
   options_.window = 16;
   const TokenText text = this->text();
   ExtendTrainer trainer(options_, text);
-  trainer.match([](const MatchResult&) { return ADD_FAILURE() << "matched again", true; });
+  trainer.match({.layer = [](const MatchResult&) { return ADD_FAILURE() << "matched again", true; }});
   auto loaded = load_converted(options_.model, run().out, torch::kFloat32);
   for (const auto& attention : loaded.converted) attention->set_window(16);
   const auto tokens = torch::tensor(some_tokens(60)).unsqueeze(0);
@@ -227,7 +232,7 @@ TEST_F(ExtendTest, MatchesSomeLayersOfAnAdapterAnew) {
   ExtendTrainer trainer(options_, text);
   auto before = copies_of(trainer);
   std::vector<MatchResult> layers;
-  trainer.match([&](const MatchResult& result) { return layers.push_back(result), true; });
+  trainer.match({.layer = [&](const MatchResult& result) { return layers.push_back(result), true; }});
   ASSERT_EQ(layers.size(), 1U);
   EXPECT_EQ(layers[0].layer, 1);
   EXPECT_LT(layers[0].error, 0.6 * layers[0].window_error);
@@ -243,6 +248,38 @@ TEST_F(ExtendTest, MatchesSomeLayersOfAnAdapterAnew) {
   EXPECT_CONTAINS(error_text<OptionError>([&] { options_.validate(); }), "FIRST-LAST or BLOCK");
 }
 
+TEST_F(ExtendTest, LayersMadeAnewMayHaveAFloor) {
+  run_extend(options_, run());
+  options_.from = run().out;
+  options_.match_layers = "1";
+  options_.floor = true;
+  const TokenText text = this->text();
+  ExtendTrainer trainer(options_, text);
+  const auto latents_of = [&](size_t block) { return trainer.student().converted[block]->latents(); };
+  EXPECT_TRUE(latents_of(0)->decay.defined() && !latents_of(0)->floor.defined());
+  EXPECT_TRUE(!latents_of(1)->decay.defined() && latents_of(1)->floor.defined());
+  std::vector<MatchResult> layers;
+  trainer.match({.layer = [&](const MatchResult& result) { return layers.push_back(result), true; }});
+  ASSERT_EQ(layers.size(), 1U);
+  EXPECT_LT(layers[0].error, 0.7 * layers[0].window_error);
+  const auto matched = latents_of(1)->floor.detach().clone();
+  trainer.step();
+  EXPECT_FALSE(latents_of(1)->floor.equal(matched));
+
+  const std::string path = folder_ / "floor.gguf";
+  formats::write_adapter(path, trainer.spec(), formats::GgufFile(options_.model), trainer.adapter_tensors().tensors());
+  const auto loaded = load_converted(options_.model, path, torch::kFloat32);
+  EXPECT_TRUE(loaded.converted[1]->latents()->floor.equal(latents_of(1)->floor));
+  options_.from = path;
+  options_.match_layers.clear();
+  options_.floor = false;  // of what isn't made anew the adapter tells
+  ExtendTrainer again(options_, text);
+  EXPECT_TRUE(again.student().converted[1]->latents()->floor.equal(latents_of(1)->floor));
+  options_.evicted = false;
+  options_.floor = true;
+  EXPECT_CONTAINS(error_text<OptionError>([&] { options_.validate(); }), "floor");
+}
+
 // Weighed by what they find far, tokens open the gates.
 TEST_F(ExtendTest, MatchingByShareGivesTheLatentsMore) {
   options_.match_steps = 60;
@@ -251,7 +288,7 @@ TEST_F(ExtendTest, MatchingByShareGivesTheLatentsMore) {
   for (const double match_share : {0.0, 0.999}) {
     options_.match_share = match_share;
     ExtendTrainer trainer(options_, text);
-    trainer.match([](const MatchResult&) { return true; });
+    trainer.match({});
     const torch::NoGradGuard no_grad;
     double sum = 0.0;
     for (const auto& attention : trainer.student().converted) attention->record_shares(true);
@@ -271,7 +308,7 @@ TEST_F(ExtendTest, MatchingOpensGatesOnRequest) {
   const auto biases = [&](double match_open) {
     options_.match_open = match_open;
     ExtendTrainer trainer(options_, text);
-    trainer.match([](const MatchResult&) { return true; });
+    trainer.match({});
     std::vector<at::Tensor> all;
     for (const auto& attention : trainer.student().converted) all.push_back(attention->latents()->gate_bias.detach().clone());
     return at::cat(all);
@@ -289,7 +326,7 @@ TEST_F(ExtendTest, GatesBiasesMayHaveARateOfTheirOwn) {
   options_.warmup = 0;
   const TokenText text = this->text();
   ExtendTrainer trainer(options_, text);
-  trainer.match([](const MatchResult&) { return true; });
+  trainer.match({});
   auto before = copies_of(trainer);
   trainer.step();
   int64_t gates = 0;
@@ -310,7 +347,7 @@ TEST_F(ExtendTest, MatchesTheLayersThatAreNamed) {
   const TokenText text = this->text();
   ExtendTrainer trainer(options_, text);
   std::vector<int64_t> layers;
-  trainer.match([&](const MatchResult& result) { return layers.push_back(result.layer), true; });
+  trainer.match({.layer = [&](const MatchResult& result) { return layers.push_back(result.layer), true; }});
   EXPECT_EQ(layers, std::vector<int64_t>{0});
 }
 

@@ -37,6 +37,18 @@ bool trains(const ExtendOptions& options, const std::string& name) {
   return false;
 }
 
+// As in options.from, but for what is made anew.
+std::vector<LatentForm> forms_of(const ExtendOptions& options, const formats::AdapterSpec& spec) {
+  std::vector<LatentForm> forms(spec.latents.size(), {.decay = options.forget && !options.floor, .floor = options.floor});
+  if (options.from.empty()) return forms;
+  const formats::AdapterFile from(options.from);
+  const auto there = forms_in(from.file(), from.spec());
+  for (size_t block = 0; block < std::min(forms.size(), there.size()); ++block) {
+    if (!options.matches(static_cast<int64_t>(block))) forms[block] = there[block];
+  }
+  return forms;
+}
+
 }  // namespace
 
 formats::AdapterSpec spec_of(const ExtendOptions& options, const formats::DecoderConfig& config) {
@@ -62,7 +74,7 @@ ExtendTrainer::ExtendTrainer(const ExtendOptions& options, const TokenText& text
   original_ = models::load_decoder(options.model, models::DecoderOptions{.dtype = scalar_type(dtype_)});
   formats::AdapterSpec spec = spec_of(options, original_->config());
   spec.base_name = formats::GgufFile(options.model).metadata().string_or("general.name", "");
-  student_ = make_converted(options.model, spec, options.forget, scalar_type(dtype_));
+  student_ = make_converted(options.model, spec, forms_of(options, spec), scalar_type(dtype_));
   collect_parameters();
   if (!options.from.empty()) start_from(options.from);
   if (!options.teacher_cache.empty()) teacher_cache_.emplace(options.teacher_cache, spec.base_hash, dtype_);
@@ -172,7 +184,7 @@ at::Tensor ExtendTrainer::teacher_hidden(const at::Tensor& tokens) {
   return teacher_cache_ ? teacher_cache_->get(inputs_of(tokens), compute) : compute();
 }
 
-void ExtendTrainer::match(const std::function<bool(const MatchResult&)>& report) {
+void ExtendTrainer::match(const MatchWatch& watch) {
   const bool any = std::any_of(student_.converted.begin(), student_.converted.end(),
                                [](const auto& attention) { return attention && attention->latents(); });
   const bool anew = !options_.from.empty();
@@ -184,9 +196,9 @@ void ExtendTrainer::match(const std::function<bool(const MatchResult&)>& report)
     sequences.push_back(inputs_of(text_.sample(1, options_.context, static_cast<uint64_t>(options_.seed), index))[0]);
   }
   if (anew) {
-    rematch_latents(student_.model, original_, student_.converted, sequences, options_, report);
+    rematch_latents(student_.model, original_, student_.converted, sequences, options_, watch);
   } else {
-    match_latents(original_, student_.converted, sequences, options_, report);
+    match_latents(original_, student_.converted, sequences, options_, watch);
   }
 }
 

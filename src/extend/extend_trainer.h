@@ -43,7 +43,7 @@ class ExtendTrainer {
 
   // The first stage. Does nothing where there are no latents, options.match_sequences is 0, or an adapter was started from and
   // options.match_layers is empty.
-  void match(const std::function<bool(const MatchResult&)>& report);
+  void match(const MatchWatch& watch);
 
   // Throws nothing for a loss that isn't finite: it is returned as it is, and the weights stay as they were.
   StepResult step();

@@ -22,7 +22,7 @@ at::Tensor per_head(const at::Tensor& heads, const at::Tensor& weight, const at:
 }  // namespace
 
 LatentLogitsImpl::LatentLogitsImpl(const LatentSizes& sizes) : sizes_(sizes) {
-  const auto [embed, heads, kv_heads, dim, latents, forget] = sizes;
+  const auto [embed, heads, kv_heads, dim, latents, form] = sizes;
   query_weight = register_parameter("query_weight", torch::zeros({heads, latents, dim}));
   query_bias = register_parameter("query_bias", torch::zeros({heads, latents}));
   key_weight = register_parameter("key_weight", torch::zeros({kv_heads, latents, dim}));
@@ -30,10 +30,11 @@ LatentLogitsImpl::LatentLogitsImpl(const LatentSizes& sizes) : sizes_(sizes) {
   gate_weight = register_parameter("gate_weight", torch::zeros({heads, embed}));
   gate_bias = register_parameter("gate_bias", torch::full({heads}, kClosed));
   gate_slope = register_parameter("gate_slope", torch::zeros({heads}));
-  if (forget) {
+  if (form.decay) {
     const auto half_lives = torch::linspace(std::log(kShortestHalfLife), std::log(kLongestHalfLife), latents).exp();
     decay = register_parameter("decay", (std::log(2.0) / half_lives).log().expand({kv_heads, latents}).clone());
   }
+  if (form.floor) floor = register_parameter("floor", torch::zeros({kv_heads, latents}));
 }
 
 LatentInputs LatentLogitsImpl::forward(const at::Tensor& x, const at::Tensor& query, const at::Tensor& key, int64_t position,
@@ -54,6 +55,7 @@ LatentInputs LatentLogitsImpl::forward(const at::Tensor& x, const at::Tensor& qu
   if (decay.defined()) {
     inputs.log_decay = decay.exp().neg().expand({x.size(0), x.size(1), sizes_.num_kv_heads, sizes_.latents});
   }
+  if (floor.defined()) inputs.floor = floor;
   return inputs;
 }
 
@@ -62,6 +64,7 @@ std::vector<std::pair<std::string, at::Tensor>> LatentLogitsImpl::named_tensors(
       {"query.weight", query_weight}, {"query.bias", query_bias}, {"key.weight", key_weight}, {"key.bias", key_bias},
       {"gate.weight", gate_weight},   {"gate.bias", gate_bias},   {"gate.slope", gate_slope}};
   if (decay.defined()) tensors.emplace_back("decay", decay);
+  if (floor.defined()) tensors.emplace_back("floor", floor);
   return tensors;
 }
 

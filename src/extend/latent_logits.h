@@ -9,9 +9,12 @@
 #include <utility>
 #include <vector>
 
+#include "formats/adapter.h"
 #include "ops/ops.h"
 
 namespace latte::extend {
+
+using formats::LatentForm;
 
 struct LatentSizes {
   int64_t embed_dim = 0;     // E
@@ -19,7 +22,7 @@ struct LatentSizes {
   int64_t num_kv_heads = 0;  // Hkv
   int64_t head_dim = 0;      // Dk
   int64_t latents = 0;       // L
-  bool forget = true;
+  LatentForm form;
 };
 
 // Inputs of macchiato_attention, float32 (or float64 where the weights are).
@@ -27,6 +30,7 @@ struct LatentInputs {
   at::Tensor query_logits;   // [B, T, H, L + 1]
   at::Tensor key_logits;     // [B, T, Hkv, L]
   OptionalTensor log_decay;  // [B, T, Hkv, L], expanded
+  OptionalTensor floor;      // [Hkv, L]
 };
 
 // What a token's far[t] depends on, and whether latents read what left the window (formats/adapter.h).
@@ -58,7 +62,8 @@ class LatentLogitsImpl : public torch::nn::Module {
   at::Tensor gate_weight;   // [H, E]
   at::Tensor gate_bias;     // [H]
   at::Tensor gate_slope;    // [H]
-  at::Tensor decay;         // [Hkv, L]; undefined unless sizes.forget
+  at::Tensor decay;         // [Hkv, L]; undefined unless sizes.form.decay
+  at::Tensor floor;         // [Hkv, L]; undefined unless sizes.form.floor
 
  private:
   LatentSizes sizes_;

@@ -12,6 +12,7 @@ namespace {
 
 constexpr double kNearest = 128.0, kFarthest = 4096.0;  // distances that scores are averaged over, evenly in their logarithm
 constexpr int64_t kDistances = 128;
+constexpr double kFloorTokens = 32.0;  // of the mean weight that floors stand for at the start
 constexpr double kLeastWeight = 1e-4;  // of a query that doesn't look far
 constexpr double kRidge = 0.02;        // of the gate's regression, relative to the inputs' variance
 
@@ -76,7 +77,7 @@ Clusters k_means(const at::Tensor& points, const at::Tensor& weights, int64_t co
 
 void start_latents(LatentLogits& latents, const LayerSamples& samples, const models::Rope& rope, double scale, uint64_t seed) {
   const torch::NoGradGuard no_grad;
-  const auto [embed, heads, kv_heads, dim, count, forget] = latents->sizes();
+  const auto [embed, heads, kv_heads, dim, count, form] = latents->sizes();
   const int64_t group = heads / kv_heads;
   const auto rotation = mean_rotation(rope, dim) * scale;
   for (int64_t g = 0; g < kv_heads; ++g) {
@@ -92,6 +93,10 @@ void start_latents(LatentLogits& latents, const LayerSamples& samples, const mod
     const auto typical = sums(flat * weights.unsqueeze(-1), clusters.member, count) / total;  // [L, Dk]
     latents->key_weight[g].copy_(at::matmul(typical, rotation));
     latents->key_bias[g].zero_();
+    if (form.floor) {
+      const auto logits = at::matmul(key, latents->key_weight[g].t());  // [M, L]
+      latents->floor[g].copy_(logits.logsumexp(0) - std::log(static_cast<double>(key.size(0)) / kFloorTokens));
+    }
     const auto choice = at::matmul(clusters.centers, metric.t());                       // [L, Dk]
     const auto offset = clusters.centers.square().sum(-1).mul(-0.5);                    // [L]
     const auto level = (at::matmul(query, choice.t()) + offset).logsumexp(-1).mean(0);  // [R]: so that the gate compares with 0

@@ -49,11 +49,30 @@ at::Tensor sample_positions(int64_t time, const FarOptions& far, int64_t count) 
   return std::get<0>(order.sort()) + first;
 }
 
+// Sequences read and steps taken, of all that there are.
+class Progress {
+ public:
+  Progress(const MatchWatch& watch, int64_t total) : watch_(watch), total_(total) {}
+  bool goes_on() const { return goes_on_; }
+  void step() { goes_on_ = watch_.progress(++done_, total_) && goes_on_; }
+  void report(const MatchResult& result) { goes_on_ = watch_.layer(result) && goes_on_; }
+
+ private:
+  const MatchWatch& watch_;
+  int64_t done_ = 0, total_;
+  bool goes_on_ = true;
+};
+
 class LayerMatcher {
  public:
   LayerMatcher(models::Decoder& model, int64_t layer, const ConvertedAttention& converted, std::vector<Activations> sequences,
-               const ExtendOptions& options)
-      : model_(model), layer_(layer), converted_(converted), sequences_(std::move(sequences)), options_(options) {
+               const ExtendOptions& options, Progress& progress)
+      : model_(model),
+        layer_(layer),
+        converted_(converted),
+        sequences_(std::move(sequences)),
+        options_(options),
+        progress_(progress) {
     const torch::NoGradGuard no_grad;  // a student's weights train later
     const auto& weights = model->layer(layer).attention_weights();
     for (Activations& sequence : sequences_) {
@@ -199,12 +218,13 @@ class LayerMatcher {
                                           {"gate_bias", latents.gate_bias},
                                           {"gate_slope", latents.gate_slope}};
     if (latents.decay.defined()) vectors.emplace_back("decay", latents.decay);
+    if (latents.floor.defined()) vectors.emplace_back("floor", latents.floor);
     const train::AdamWOptions plain{.beta1 = 0.9, .beta2 = 0.95, .weight_decay = 0.0};
     train::AdamW matrix_optimizer(matrices, plain), vector_optimizer(vectors, plain);
     train::AdamW gate_optimizer({{"gate", latents.gate_weight}}, {.beta1 = 0.9, .beta2 = 0.95, .weight_decay = 1.0});
     const auto windows = options_.training_windows();
     const int64_t used = far().window;
-    for (int64_t step = 0; step < options_.match_steps; ++step) {
+    for (int64_t step = 0; step < options_.match_steps && progress_.goes_on(); ++step) {
       // The window in use counts most: every other step, and the last third.
       const bool vary = step % 2 == 1 && step * 3 < options_.match_steps * 2;
       converted_->set_window(vary ? windows[static_cast<size_t>(step / 2) % windows.size()] : used);
@@ -215,6 +235,7 @@ class LayerMatcher {
       vector_optimizer.step(kVectorRate * factor, step + 1);
       gate_optimizer.step(kGateRate * factor, step + 1);
       for (train::AdamW* optimizer : {&matrix_optimizer, &vector_optimizer, &gate_optimizer}) optimizer->zero_grad();
+      progress_.step();
     }
     converted_->set_window(used);
   }
@@ -228,21 +249,29 @@ class LayerMatcher {
   std::vector<at::Tensor> weights_, wanted_;  // with options.match_share, as norms_
   std::vector<double> norms_;
   const ExtendOptions& options_;
+  Progress& progress_;
 };
 
 // What `attention` makes of every sequence in layer `index`, in `hidden`'s place; what went in and came out of it, if asked for.
 void advance(models::Decoder& model, int64_t index, const models::DecoderAttention& attention, std::vector<at::Tensor>& hidden,
-             std::vector<Activations>* activations, bool keep) {
+             std::vector<Activations>* activations, bool keep, Progress& progress) {
   const torch::NoGradGuard no_grad;
   Activations seen;
   const auto before = model->layer(index).attention();
   model->set_attention(index, std::make_shared<RecordingAttention>(attention, seen));
   for (at::Tensor& x : hidden) {
+    if (!progress.goes_on()) break;
     const auto attended = model->layer(index).attend(x);
     if (activations) activations->push_back(seen);
     if (keep) x = model->layer(index).finish(x, attended.out);
+    progress.step();
   }
   model->set_attention(index, before);
+}
+
+bool is_matched(const std::vector<ConvertedAttention>& converted, int64_t layer, const ExtendOptions& options) {
+  const ConvertedAttention& attention = converted[static_cast<size_t>(layer)];
+  return attention && attention->latents() && options.matches(layer);
 }
 
 std::vector<at::Tensor> embedded(models::Decoder& model, const std::vector<at::Tensor>& sequences) {
@@ -255,36 +284,46 @@ std::vector<at::Tensor> embedded(models::Decoder& model, const std::vector<at::T
 }  // namespace
 
 void match_latents(models::Decoder& original, const std::vector<ConvertedAttention>& converted,
-                   const std::vector<at::Tensor>& sequences, const ExtendOptions& options,
-                   const std::function<bool(const MatchResult&)>& report) {
+                   const std::vector<at::Tensor>& sequences, const ExtendOptions& options, const MatchWatch& watch) {
   torch::manual_seed(static_cast<uint64_t>(options.seed));
   auto hidden = embedded(original, sequences);
-  for (int64_t i = 0; i < original->config().num_layers; ++i) {
-    const ConvertedAttention& layer = converted[static_cast<size_t>(i)];
+  const int64_t layers = original->config().num_layers;
+  const auto matched = [&](int64_t i) { return is_matched(converted, i, options); };
+  int64_t count = 0;
+  for (int64_t i = 0; i < layers; ++i) count += matched(i) ? 1 : 0;
+  Progress progress(watch, layers * static_cast<int64_t>(sequences.size()) + count * options.match_steps);
+  for (int64_t i = 0; i < layers && progress.goes_on(); ++i) {
     std::vector<Activations> activations;
-    advance(original, i, original->layer(i).attention(), hidden, &activations, /*keep=*/true);
-    if (!layer || !layer->latents() || !options.matches(i)) continue;
-    if (!report(LayerMatcher(original, i, layer, std::move(activations), options).run())) return;
+    advance(original, i, original->layer(i).attention(), hidden, &activations, /*keep=*/true, progress);
+    if (!matched(i) || !progress.goes_on()) continue;
+    const auto result =
+        LayerMatcher(original, i, converted[static_cast<size_t>(i)], std::move(activations), options, progress).run();
+    if (progress.goes_on()) progress.report(result);
   }
 }
 
 void rematch_latents(models::Decoder& student, models::Decoder& original, const std::vector<ConvertedAttention>& converted,
-                     const std::vector<at::Tensor>& sequences, const ExtendOptions& options,
-                     const std::function<bool(const MatchResult&)>& report) {
+                     const std::vector<at::Tensor>& sequences, const ExtendOptions& options, const MatchWatch& watch) {
   torch::manual_seed(static_cast<uint64_t>(options.seed));
-  int64_t last = -1;  // what follows it has nothing to read
+  const auto matched = [&](int64_t i) { return is_matched(converted, i, options); };
+  int64_t layers = 0, count = 0;  // what follows the last one has nothing to read
   for (int64_t i = 0; i < student->config().num_layers; ++i) {
-    if (options.matches(i)) last = i;
+    if (!matched(i)) continue;
+    layers = i + 1;
+    ++count;
   }
   auto hidden = embedded(student, sequences);
-  for (int64_t i = 0; i <= last; ++i) {
-    const ConvertedAttention& layer = converted[static_cast<size_t>(i)];
-    if (layer && layer->latents() && options.matches(i)) {
+  Progress progress(watch, (layers + count) * static_cast<int64_t>(sequences.size()) + count * options.match_steps);
+  for (int64_t i = 0; i < layers && progress.goes_on(); ++i) {
+    if (matched(i)) {
       std::vector<Activations> activations;
-      advance(student, i, original->layer(i).attention(), hidden, &activations, /*keep=*/false);
-      if (!report(LayerMatcher(student, i, layer, std::move(activations), options).run())) return;
+      advance(student, i, original->layer(i).attention(), hidden, &activations, /*keep=*/false, progress);
+      if (!progress.goes_on()) return;
+      const auto result =
+          LayerMatcher(student, i, converted[static_cast<size_t>(i)], std::move(activations), options, progress).run();
+      if (progress.goes_on()) progress.report(result);
     }
-    advance(student, i, student->layer(i).attention(), hidden, nullptr, /*keep=*/true);
+    advance(student, i, student->layer(i).attention(), hidden, nullptr, /*keep=*/true, progress);
   }
 }
 

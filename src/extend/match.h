@@ -22,19 +22,22 @@ struct MatchResult {
   double error = 0.0;         // the same with the latents
 };
 
+struct MatchWatch {
+  std::function<bool(const MatchResult&)> layer = [](const MatchResult&) { return true; };
+  std::function<bool(int64_t done, int64_t total)> progress = [](int64_t, int64_t) { return true; };
+};
+
 // The latents of options.match_layers (all, where that is empty) start afresh and are fitted. `converted[i]` are the student's
-// layers, empty where a layer isn't converted. `sequences` int64 [T] each. After each layer `report` is called; where it returns
-// false the rest stays as it is.
+// layers, empty where a layer isn't converted. `sequences` int64 [T] each. After each layer `watch.layer` is called, and after
+// each sequence read and each step `watch.progress`; where one returns false the rest stays as it is.
 //
 // match_latents(): activations are those of `original`, whose attention is the pretrained one and whose weights are the
 // student's. rematch_latents(): those of `student`, each layer fitted before the next one reads; what softmax attention
 // (`original`'s) would make of the student's own weights is the aim. For a model that was trained since, or whose layers lack
 // something.
 void match_latents(models::Decoder& original, const std::vector<ConvertedAttention>& converted,
-                   const std::vector<at::Tensor>& sequences, const ExtendOptions& options,
-                   const std::function<bool(const MatchResult&)>& report);
+                   const std::vector<at::Tensor>& sequences, const ExtendOptions& options, const MatchWatch& watch);
 void rematch_latents(models::Decoder& student, models::Decoder& original, const std::vector<ConvertedAttention>& converted,
-                     const std::vector<at::Tensor>& sequences, const ExtendOptions& options,
-                     const std::function<bool(const MatchResult&)>& report);
+                     const std::vector<at::Tensor>& sequences, const ExtendOptions& options, const MatchWatch& watch);
 
 }  // namespace latte::extend

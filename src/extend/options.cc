@@ -29,6 +29,7 @@ void for_each_field(Options& options, const Visit& visit) {
   visit("layer_latents", options.layer_latents);
   visit("far_limit", options.far_limit);
   visit("forget", options.forget);
+  visit("floor", options.floor);
   visit("evicted", options.evicted);
   visit("train", options.train);
   visit("lora_rank", options.lora_rank);
@@ -163,6 +164,7 @@ void ExtendOptions::validate() const {
   check_range("latents", latents, 1, 65536);
   layers_with_latents(*this);
   check_range("far_limit", far_limit, 1, kLargestSize);
+  if (floor && !evicted) fail("floor", "true", "latents that read what left the window");
   check_choice("train", train, {"latents", "attention", "lora", "all"});
   check_range("lora_rank", lora_rank, 1, 65536);
   if (train == "latents" && attention != "macchiato") fail("train", "latents", "attention: " + attention + " has no latents");

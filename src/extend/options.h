@@ -28,7 +28,10 @@ struct ExtendOptions {
   std::string layer_latents;
   int64_t far_limit = 8192;  // formats/adapter.h
   bool forget = true;        // latents have a decay each
-  bool evicted = true;       // latents read what left the window; else everything, sinks and window included
+  // A latent must rise above a trained weight, or leaves its share to the window; such latents forget nothing
+  // (formats/adapter.h). With `from` in the layers of match_layers, elsewhere as there.
+  bool floor = false;
+  bool evicted = true;  // latents read what left the window; else everything, sinks and window included
 
   // latents | attention: those and the attention's own weights | lora: those and low-rank changes of the attention's weights
   // (Hu et al. 2021, arXiv 2106.09685) | all: those and every weight of the blocks

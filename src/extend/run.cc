@@ -121,12 +121,21 @@ class Run {
       note("held-out KL " + shown(record_.window_sinks->kl) + " with window and sinks alone");
     }
     const auto start = Clock::now();
-    trainer_.match([&](const MatchResult& result) {
+    std::optional<train::ProgressLine> line;
+    MatchWatch watch;
+    watch.progress = [&](int64_t done, int64_t total) {
+      if (!line) line.emplace(0, total, run_.quiet);
+      line->update(done, "matching");
+      return !interrupted();
+    };
+    watch.layer = [&](const MatchResult& result) {
+      if (line) line->finish();
       report_.layers.push_back(result);
       note("layer " + std::to_string(result.layer) + ": " + shown(100 * result.far_share) +
            "% of attention beyond window and sinks; error " + shown(result.window_error) + " -> " + shown(result.error));
       return !interrupted();
-    });
+    };
+    trainer_.match(watch);
     record_.match_seconds = record_.seconds = seconds_since(start);
     // Stopped half-way, matching begins again: layers are cheap, and half a start is none.
     record_.matched = !interrupted();
@@ -237,8 +246,8 @@ class Run {
 
 void require_same_model(const ExtendOptions& asked, const ExtendOptions& found) {
   const json ours = asked.to_json(), theirs = found.to_json();
-  for (const char* field :
-       {"attention", "window", "sinks", "latents", "layer_latents", "far_limit", "forget", "evicted", "train", "lora_rank"}) {
+  for (const char* field : {"attention", "window", "sinks", "latents", "layer_latents", "far_limit", "forget", "floor", "evicted",
+                            "train", "lora_rank"}) {
     if (ours.at(field) != theirs.at(field)) {
       throw OptionError(std::string(field) + " is " + ours.at(field).dump() + ", but the checkpoint's is " +
                         theirs.at(field).dump());

@@ -121,7 +121,8 @@ Variant load_variant(AttentionKind kind, const VariantSources& sources) {
     case AttentionKind::kWindowSinks: {
       variant.model.model = models::load_decoder(sources.model, plain);
       variant.model.spec = window_spec(sources, variant.model.model->config(), kind == AttentionKind::kWindowSinks);
-      variant.model.converted = convert(variant.model.model, variant.model.spec, false);
+      variant.model.converted =
+          convert(variant.model.model, variant.model.spec, std::vector<LatentForm>(variant.model.spec.latents.size()));
       break;
     }
     case AttentionKind::kFullUptrained:

@@ -72,8 +72,12 @@ void check_tensors(const AdapterSpec& spec, const BaseShape& shape, const GgufFi
   const auto found = by_name(tensors);
   std::set<std::string, std::less<>> expected;
   for (int64_t block = 0; block < shape.blocks; ++block) {
-    const bool decay = found.contains(block_prefix(block) + "decay");
-    for (const GgufTensorSpec& wanted : adapter_tensors(spec, shape, block, decay)) {
+    const LatentForm form = {.decay = found.contains(block_prefix(block) + "decay"),
+                             .floor = found.contains(block_prefix(block) + "floor")};
+    if (form.floor && (form.decay || !spec.evicted)) {
+      problems.add(block_prefix(block) + "floor goes with latte.evicted and without latte_decay");
+    }
+    for (const GgufTensorSpec& wanted : adapter_tensors(spec, shape, block, form)) {
       expected.insert(wanted.name);
       const auto tensor = found.find(wanted.name);
       if (tensor == found.end()) {
@@ -152,7 +156,7 @@ BaseShape BaseShape::from(const GgufMetadata& metadata) {
   return shape;
 }
 
-std::vector<GgufTensorSpec> adapter_tensors(const AdapterSpec& spec, const BaseShape& base, int64_t block, bool decay) {
+std::vector<GgufTensorSpec> adapter_tensors(const AdapterSpec& spec, const BaseShape& base, int64_t block, LatentForm form) {
   const int64_t latents = spec.latents.at(static_cast<size_t>(block));
   if (latents <= 0) return {};
   const std::string prefix = block_prefix(block);
@@ -168,7 +172,8 @@ std::vector<GgufTensorSpec> adapter_tensors(const AdapterSpec& spec, const BaseS
       tensor("gate.bias", {base.num_heads}),
       tensor("gate.slope", {base.num_heads}),
   };
-  if (decay) tensors.push_back(tensor("decay", {base.num_kv_heads, latents}));
+  if (form.decay) tensors.push_back(tensor("decay", {base.num_kv_heads, latents}));
+  if (form.floor) tensors.push_back(tensor("floor", {base.num_kv_heads, latents}));
   return tensors;
 }
 

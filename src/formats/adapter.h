@@ -22,6 +22,7 @@
 //   blk.N.latte_key.weight   [Hkv, L, Dk]   blk.N.latte_key.bias   [Hkv, L]
 //   blk.N.latte_gate.weight  [H, E]         blk.N.latte_gate.bias  [H]      blk.N.latte_gate.slope [H]
 //   blk.N.latte_decay        [Hkv, L]       optional: without it nothing is forgotten
+//   blk.N.latte_floor        [Hkv, L]       optional, with latte.evicted and without latte_decay (below)
 //
 // Every other tensor is one of the base's, under its name and with its shape, that takes the base's place. With x the input of
 // the block's attention (normalised), q[t,h] and k[t,g] its query and key heads before rotation, in the order of the base file's
@@ -36,6 +37,14 @@
 // with the values as they are, or, where latte.evicted, with key logits and values of token t - W in token t's place, key logits
 // -inf where that is a sink or before the text: window, sinks and latents then share nothing; and sink_query the query rotated as
 // if at position min(t, W + S - 1).
+//
+// With a floor, latent l's average has read, before all tokens, a value of zeros with the key logit floor[g, l]; so of p(l|t),
+// the softmax of the query logits, it gives the share
+//
+//   kept[t, h, l] = p(l|t) z / (z + exp(floor[g, l])),   z = Σ exp(key_logits[s, g, l]) over the tokens that it has read
+//
+// to what it has read, and the window has 1 - Σ_l kept[t, h, l]: a latent that holds nothing like its query reads nothing, as
+// softmax attention then rests on sinks.
 #pragma once
 
 #include <cstdint>
@@ -85,8 +94,14 @@ struct BaseShape {
   static BaseShape from(const GgufMetadata& metadata);
 };
 
-// The tensors that block `block` must have, with type F32; none where it has no latents. `decay` among them or not.
-std::vector<GgufTensorSpec> adapter_tensors(const AdapterSpec& spec, const BaseShape& base, int64_t block, bool decay);
+// Which of the tensors that may be absent a block with latents has.
+struct LatentForm {
+  bool decay = true;
+  bool floor = false;
+};
+
+// The tensors that block `block` must have, with type F32; none where it has no latents.
+std::vector<GgufTensorSpec> adapter_tensors(const AdapterSpec& spec, const BaseShape& base, int64_t block, LatentForm form);
 
 // An adapter file, read and checked as a whole.
 class AdapterFile {

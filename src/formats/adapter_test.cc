@@ -40,7 +40,7 @@ class AdapterTest : public ::testing::Test {
   }
   void add_block() {
     const GgufFile base(folder_ / "base.gguf");
-    for (const GgufTensorSpec& spec : adapter_tensors(spec_, BaseShape::from(base.metadata()), 0, true)) {
+    for (const GgufTensorSpec& spec : adapter_tensors(spec_, BaseShape::from(base.metadata()), 0, {})) {
       add(spec.name, spec.shape);
     }
   }
@@ -89,6 +89,18 @@ TEST_F(AdapterTest, TheErrorListsAllThatIsWrong) {
   EXPECT_CONTAINS(text, "unknown tensor \"blk.7.attn_q.weight\"");
   EXPECT_CONTAINS(text, "\"blk.1.attn_q.weight\" is [2, 4], the base's is [4, 4]");
   EXPECT_EQ(folder_.names().count("a.gguf"), 0U);
+}
+
+TEST_F(AdapterTest, AFloorTakesTheDecaysPlace) {
+  spec_.evicted = true;
+  add_block();
+  add("blk.0.latte_floor", {1, 3});
+  EXPECT_CONTAINS(error_text<FormatError>([&] { write("a.gguf"); }), "without latte_decay");
+  std::erase_if(tensors_, [](const GgufTensor& tensor) { return tensor.name == "blk.0.latte_decay"; });
+  write("a.gguf");
+  AdapterFile(folder_ / "a.gguf").check_fits(GgufFile(folder_ / "base.gguf"));
+  spec_.evicted = false;
+  EXPECT_CONTAINS(error_text<FormatError>([&] { write("b.gguf"); }), "goes with latte.evicted");
 }
 
 TEST_F(AdapterTest, AnotherBaseIsRefused) {

@@ -54,8 +54,8 @@ constexpr double kFloat32 = 1e-5;  // of sums over some hundreds of terms in a f
 constexpr double kFloat16 = 5e-3;  // keys and values rounded to 11 bits (5e-4 each), in three layers with sharp scores
 
 TEST_F(EngineTest, EqualsTheDefinitionHoweverItIsSplit) {
-  TinyModel reads_all({.evicted = false});
-  const std::pair<TinyModel*, bool> cases[] = {{&tiny_, false}, {&tiny_, true}, {&reads_all, true}};
+  TinyModel reads_all({.evicted = false}), with_floor({.floor = true});
+  const std::pair<TinyModel*, bool> cases[] = {{&tiny_, false}, {&tiny_, true}, {&reads_all, true}, {&with_floor, true}};
   for (const auto& [tiny, converted] : cases) {
     const auto model = open(*tiny, converted);
     const std::vector<int32_t> tokens = tiny->tokens(60);
@@ -63,8 +63,8 @@ TEST_F(EngineTest, EqualsTheDefinitionHoweverItIsSplit) {
     for (const int threads : {1, 2, 3}) {
       Engine engine(model, {threads, {}, 16});
       for (const std::vector<int64_t>& pieces : std::vector<std::vector<int64_t>>{{60}, {1}, {2}, {13, 1, 1, 5}, {3, 31}}) {
-        SCOPED_TRACE(::testing::Message() << "converted " << converted << " evicted " << tiny->shape().evicted << " threads "
-                                          << threads << " pieces of " << pieces[0]);
+        SCOPED_TRACE(::testing::Message() << "converted " << converted << " evicted " << tiny->shape().evicted << " floor "
+                                          << tiny->shape().floor << " threads " << threads << " pieces of " << pieces[0]);
         Session session(model, exact());
         size_t piece = 0;
         for (size_t read = 0; read < tokens.size();) {

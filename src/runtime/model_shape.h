@@ -33,6 +33,7 @@ struct LayerShape {
   int64_t rotary = 0;    // index in ModelShape::rotary
   bool tokens = true;    // reads tokens, all or a window's
   bool evicted = false;  // the latents read a token when it leaves the window, sinks never (formats/adapter.h)
+  bool floor = false;    // latents have one (formats/adapter.h); their values have a channel more, of ones
   Linear linear = Linear::kNone;
 
   bool has_sums() const { return latents > 0 || linear != Linear::kNone; }  // whose state sums up the past
@@ -79,7 +80,8 @@ struct ModelShape {
   int64_t learned_positions = 0;  // so many are added to the embeddings, and a session ends there; 0: none
 
   int64_t group() const { return num_heads / num_kv_heads; }
-  bool constant_state() const;  // no layer reads every token
+  int64_t latent_dim(const LayerShape& layer) const { return head_dim + (layer.floor ? 1 : 0); }  // channels that latents average
+  bool constant_state() const;                                                                    // no layer reads every token
   // Whether a layer's queries and keys come from its mixed input, and its tokens' values are rotated: what else has the latents.
   bool mixes_heads(const LayerShape& layer) const { return mixer != Mixer::kNone && layer.latents == 0; }
   bool turns_tokens(const LayerShape& layer) const { return vapor >= 0 && layer.latents == 0; }

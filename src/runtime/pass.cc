@@ -36,11 +36,13 @@ Engine::Pass::Pass(const Model& model, const EngineOptions& options)
   attention.add(model_.head().forms());
   columns &= s.hidden_dim % kernels::kQuantBlock == 0;
   int64_t sinks = 0;
+  int64_t latent_dim = s.head_dim;
   bool sums = false, decay = false, gated_output = false;
   for (size_t i = 0; i < s.layers.size(); ++i) {
     most_latents_ = std::max(most_latents_, s.layers[i].latents);
     sinks = std::max(sinks, s.layers[i].sinks);
     sums |= s.layers[i].has_sums();
+    latent_dim = std::max(latent_dim, s.latent_dim(s.layers[i]));
     decay |= static_cast<bool>(model_.layers()[i].sums.decay);
     gated_output |= static_cast<bool>(model_.layers()[i].sums.out_gate);
   }
@@ -57,9 +59,9 @@ Engine::Pass::Pass(const Model& model, const EngineOptions& options)
   if (most_latents_ > 0) {
     query_logits_ = arena_.take_array<float>(n * s.num_heads * (most_latents_ + 1));
     key_logits_ = arena_.take_array<float>(n * s.num_kv_heads * most_latents_);
-    final_latents_ = arena_.take_array<float>(s.num_kv_heads * most_latents_ * (s.head_dim + 3));
+    final_latents_ = arena_.take_array<float>(s.num_kv_heads * most_latents_ * (latent_dim + kernels::kStateExtra));
   }
-  if (sums) sums_out_ = arena_.take_array<float>(n * s.num_heads * s.head_dim);
+  if (sums) sums_out_ = arena_.take_array<float>(n * s.num_heads * latent_dim);
   if (decay) decay_ = arena_.take_array<float>(n * s.num_kv_heads * std::max(most_latents_, s.head_dim));
   if (gated_output) out_gate_ = arena_.take_array<float>(n * s.num_heads * s.head_dim);
   if (s.vapor >= 0 && sums) turned_values_ = arena_.take_array<float>(n * s.num_kv_heads * s.head_dim);
@@ -74,7 +76,7 @@ Engine::Pass::Pass(const Model& model, const EngineOptions& options)
     final_mixer_ = arena_.take_array<float>(s.embed_dim);
   }
   window_out_ = arena_.take_array<float>(n * s.num_heads * s.head_dim);
-  zeros_ = arena_.take_array<float>(s.head_dim);
+  zeros_ = arena_.take_array<float>(latent_dim);
   if (sinks > 0) {
     sink_queries_ = arena_.take_array<float>(n * s.num_heads * s.key_dim);
     sink_keys_ = arena_.take_array<float>(sinks * s.num_kv_heads * s.key_dim);
@@ -94,7 +96,7 @@ Engine::Pass::Pass(const Model& model, const EngineOptions& options)
       evicted_turns_.back().back = arena_.take_array<float>(n * pairs);
     }
     evicted_keys_ = arena_.take_array<float>(n * s.num_kv_heads * s.key_dim);
-    evicted_values_ = arena_.take_array<float>(n * s.num_kv_heads * s.head_dim);
+    evicted_values_ = arena_.take_array<float>(n * s.num_kv_heads * latent_dim);
   }
   if (s.vapor >= 0) turns_[static_cast<size_t>(s.vapor)].back = arena_.take_array<float>(n * pairs);
   for (const LayerShape& layer : s.layers) {

@@ -132,18 +132,18 @@ class Engine::Pass {  // NOLINT(clang-analyzer-optin.performance.Padding)
   float* decay_ = nullptr;             // [rows, Hkv, L], of gated linear attention [rows, Hkv, D]
   float* turned_values_ = nullptr;     // [rows, Hkv, D]
   float* evicted_keys_ = nullptr;      // [rows, Hkv, Dk]: of the token that leaves the window
-  float* evicted_values_ = nullptr;    // [rows, Hkv, D]
+  float* evicted_values_ = nullptr;    // [rows, Hkv, D], with a floor D + 1
   float* out_gate_ = nullptr;          // [rows, H, D]
   float* normed_ = nullptr;            // [rows, E]: the layer's input
   float* mixed_ = nullptr;             // [rows, E]: the same behind the mixer
   float* recurrence_ = nullptr;        // [rows, E]
   float* recurrence_input_ = nullptr;  // [rows, E]
   float* final_mixer_ = nullptr;       // [K - 1, E]
-  float* sums_out_ = nullptr;          // [rows, H, D]: what latents or linear attention return
+  float* sums_out_ = nullptr;          // [rows, H, D], with a floor D + 1: what latents or linear attention return
   float* window_out_ = nullptr;        // [Hkv, rows, group, D], of parts of several tokens
   float* sink_queries_ = nullptr;      // [rows, H, Dk]
-  float* zeros_ = nullptr;             // [D]
-  float* final_latents_ = nullptr;     // [Hkv, L, D + 3]
+  float* zeros_ = nullptr;             // [D], with a floor D + 1
+  float* final_latents_ = nullptr;     // [Hkv, L, D + 3], with a floor D + 4
   std::vector<Turns> turns_;           // of each rotary: of all rows
   std::vector<Turns> evicted_turns_;   // likewise, of the positions that leave the window; empty where no latents wait for them
   int64_t evicted_window_ = 0;         // the window that they leave

@@ -108,7 +108,11 @@ void Engine::Pass::read_heads(int64_t layer, int64_t row, float* out) const {
   const LayerShape& attention = layer_shape(layer);
   const bool sums = attention.has_sums();
   const int64_t part_size = s.head_dim + kernels::kPartExtra;
-  if (sums) std::copy_n(sums_out_ + row * s.num_heads * s.head_dim, s.num_heads * s.head_dim, out);
+  if (sums) {
+    const int64_t dim = s.latent_dim(attention);
+    const float* from = sums_out_ + row * s.num_heads * dim;
+    for (int64_t h = 0; h < s.num_heads; ++h) std::copy_n(from + h * dim, s.head_dim, out + h * s.head_dim);
+  }
   for (int64_t h = 0; h < s.num_heads && attention.tokens; ++h) {
     float* head = out + h * s.head_dim;
     const float share = sums ? query_logits_[(row * s.num_heads + h) * query_logits(attention)] : 1.0f;

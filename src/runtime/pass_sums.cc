@@ -86,7 +86,9 @@ void Engine::Pass::gather_evicted(int64_t layer, const Part& part, int64_t first
   for (int64_t t = part.first + first; t < part.first + last; ++t) {
     const int64_t position = part.position + t - part.first - attention.window;
     float* key = evicted_keys_ + (t * s.num_kv_heads + kv_head) * s.key_dim;
-    float* value = evicted_values_ + (t * s.num_kv_heads + kv_head) * s.head_dim;
+    const int64_t dim = s.latent_dim(attention);
+    float* value = evicted_values_ + (t * s.num_kv_heads + kv_head) * dim;
+    if (attention.floor) value[s.head_dim] = 1.0f;
     if (position < attention.sinks) {
       std::fill_n(key, s.key_dim, 0.0f);
       std::fill_n(value, s.head_dim, 0.0f);
@@ -229,12 +231,12 @@ kernels::LatentArgs Engine::Pass::latent_args(int64_t layer, const Part& part) c
   args.heads = s.num_heads;
   args.kv_heads = s.num_kv_heads;
   args.latents = latents;
-  args.head_dim = s.head_dim;
+  args.head_dim = s.latent_dim(attention);
   args.query_logits = {query_logits_ + part.first * s.num_heads * logits, 0, s.num_heads * logits, logits};
   args.key_logits = {key_logits_ + part.first * s.num_kv_heads * latents, 0, s.num_kv_heads * latents, latents};
   if (s.vapor >= 0 || attention.evicted) {
-    const int64_t stride = s.num_kv_heads * s.head_dim;
-    args.values = {(attention.evicted ? evicted_values_ : turned_values_) + part.first * stride, 0, stride, s.head_dim};
+    const int64_t stride = s.num_kv_heads * args.head_dim;
+    args.values = {(attention.evicted ? evicted_values_ : turned_values_) + part.first * stride, 0, stride, args.head_dim};
   } else {
     args.values = {heads_ + part.first * heads_stride_ + value_offset_, 0, heads_stride_, s.head_dim};
   }
@@ -255,8 +257,8 @@ void Engine::Pass::sum_token(const Own& own, int64_t layer, const Part& part, in
   if (!s.latents_of_input) latent_logits(own, layer, part, 0, 1, kv_head);
   const kernels::LatentArgs args = latent_args(layer, part);
   kernels::LatentOutputs outputs;
-  outputs.out = {sums_out_ + part.first * s.num_heads * s.head_dim, 0, s.num_heads * s.head_dim, s.head_dim};
-  float* state = part.session->sums(layer) + kv_head * args.latents * (s.head_dim + kernels::kStateExtra);
+  outputs.out = {sums_out_ + part.first * s.num_heads * args.head_dim, 0, s.num_heads * args.head_dim, args.head_dim};
+  float* state = part.session->sums(layer) + kv_head * args.latents * (args.head_dim + kernels::kStateExtra);
   kernels::LatentStep(args, outputs, state, kv_head);
   finish_sums(layer, part, kv_head);
 }
@@ -269,10 +271,10 @@ void Engine::Pass::sum_tokens(int64_t layer, const Part& part, int64_t kv_head) 
   kernels::LatentArgs args = latent_args(layer, part);
   args.initial_state = part.session->sums(layer);
   kernels::LatentOutputs outputs;
-  outputs.out = {sums_out_ + part.first * s.num_heads * s.head_dim, 0, s.num_heads * s.head_dim, s.head_dim};
+  outputs.out = {sums_out_ + part.first * s.num_heads * args.head_dim, 0, s.num_heads * args.head_dim, args.head_dim};
   outputs.final_state = final_latents_;
   kernels::LatentForward(args, outputs, kv_head, kv_head + 1);
-  const int64_t size = args.latents * (s.head_dim + kernels::kStateExtra);
+  const int64_t size = args.latents * (args.head_dim + kernels::kStateExtra);
   std::copy_n(final_latents_ + kv_head * size, size, part.session->sums(layer) + kv_head * size);
   finish_sums(layer, part, kv_head);
 }
@@ -320,12 +322,18 @@ void Engine::Pass::attend_linear(int64_t layer, const Part& part, int64_t kv_hea
   }
 }
 
-// Leaves the window's share in the place of its logit.
+// Leaves the window's share in the place of its logit: with a floor, what latents don't keep.
 void Engine::Pass::gates_to_shares(int64_t layer, const Part& part, int64_t kv_head) {
-  const int64_t logits = query_logits(layer_shape(layer));
+  const LayerShape& attention = layer_shape(layer);
+  const int64_t logits = query_logits(attention), dim = shape_.latent_dim(attention);
   for (int64_t t = part.first; t < part.first + part.count; ++t) {
     for (int64_t h = kv_head * shape_.group(); h < (kv_head + 1) * shape_.group(); ++h) {
-      kernels::SoftmaxRow(logits, query_logits_ + (t * shape_.num_heads + h) * logits);
+      const int64_t row = t * shape_.num_heads + h;
+      if (attention.floor) {
+        query_logits_[row * logits] = 1.0f - sums_out_[row * dim + shape_.head_dim];
+      } else {
+        kernels::SoftmaxRow(logits, query_logits_ + row * logits);
+      }
     }
   }
 }

@@ -17,7 +17,7 @@ size_t cache_bytes(const ModelShape& shape, int64_t slots, kernels::DType dtype)
 // Floats.
 int64_t sums_of_head(const ModelShape& shape, const LayerShape& layer) {
   if (layer.linear != Linear::kNone) return shape.head_dim * (shape.head_dim + 1);
-  return layer.latents * (shape.head_dim + kernels::kStateExtra);
+  return layer.latents * (shape.latent_dim(layer) + kernels::kStateExtra);
 }
 
 int64_t whole_blocks(int64_t slots) { return (slots + kernels::kCacheBlock - 1) / kernels::kCacheBlock * kernels::kCacheBlock; }
@@ -82,7 +82,6 @@ Session& Session::operator=(const Session& other) {
 
 void Session::clear_sums() {
   const ModelShape& shape = model_->shape();
-  const int64_t row = shape.head_dim + kernels::kStateExtra;
   for (size_t i = 0; i < places_.size(); ++i) {
     const Place& place = places_[i];
     std::fill_n(memory_.data() + place.mixer, place.mixer_bytes, std::byte{0});
@@ -90,7 +89,13 @@ void Session::clear_sums() {
     float* state = reinterpret_cast<float*>(memory_.data() + place.sums);
     std::fill_n(state, floats, 0.0f);
     if (shape.layers[i].linear != Linear::kNone) continue;
-    for (int64_t j = 0; j < floats; j += row) state[j + row - 2] = -std::numeric_limits<float>::infinity();
+    const int64_t row = shape.latent_dim(shape.layers[i]) + kernels::kStateExtra;
+    const float* floor = model_->layers()[i].latent.floor;
+    for (int64_t j = 0; j < floats / row; ++j) {
+      float* sum = state + j * row + row - kernels::kStateExtra;  // z, m, G
+      sum[0] = floor == nullptr ? 0.0f : 1.0f;
+      sum[1] = floor == nullptr ? -std::numeric_limits<float>::infinity() : floor[j];
+    }
   }
 }
 

@@ -36,14 +36,18 @@ ProgressLine::ProgressLine(int64_t first_step, int64_t steps, bool quiet)
     : first_step_(first_step), steps_(steps), quiet_(quiet), terminal_(isatty(STDERR_FILENO) != 0) {}
 
 std::string ProgressLine::line_of(const StepMetrics& metrics) const {
-  const double elapsed = std::chrono::duration<double>(Clock::now() - start_).count();
-  const double left = elapsed / static_cast<double>(metrics.step - first_step_) * static_cast<double>(steps_ - metrics.step);
   std::string line =
       format("step %lld/%lld  loss %.4f", static_cast<long long>(metrics.step), static_cast<long long>(steps_), loss_);
   if (val_loss_ > 0) line += format("  val %.4f", val_loss_);
   if (val_accuracy_) line += format(" (%.1f%% right)", 100 * *val_accuracy_);
   line += format("  lr %.2e  %.0f tokens/s  ", metrics.lr, rate_);
-  return line + (metrics.step < steps_ ? format_seconds(left) + " left" : "took " + format_seconds(elapsed));
+  return line + time_of(metrics.step);
+}
+
+std::string ProgressLine::time_of(int64_t step) const {
+  const double elapsed = std::chrono::duration<double>(Clock::now() - start_).count();
+  const double left = elapsed / static_cast<double>(step - first_step_) * static_cast<double>(steps_ - step);
+  return step < steps_ ? format_seconds(left) + " left" : "took " + format_seconds(elapsed);
 }
 
 void ProgressLine::update(const StepMetrics& metrics) {
@@ -51,12 +55,21 @@ void ProgressLine::update(const StepMetrics& metrics) {
   if (metrics.val_accuracy) val_accuracy_ = metrics.val_accuracy;
   loss_ = smoothed(loss_, metrics.loss);
   rate_ = smoothed(rate_, metrics.tokens_per_second);
+  show(metrics.val_loss.has_value() || metrics.step == steps_, [&] { return line_of(metrics); });
+}
+
+void ProgressLine::update(int64_t step, const std::string& what) {
+  show(step == steps_, [&] {
+    return what + format(" %lld/%lld  ", static_cast<long long>(step), static_cast<long long>(steps_)) + time_of(step);
+  });
+}
+
+void ProgressLine::show(bool keep, const std::function<std::string()>& line_now) {
   if (quiet_) return;
   const auto now = Clock::now();
-  const bool keep = metrics.val_loss.has_value() || metrics.step == steps_;
   if (!keep && now - shown_ < (terminal_ ? kTerminalPeriod : Clock::duration(kPlainPeriod))) return;
   shown_ = now;
-  const std::string line = line_of(metrics);
+  const std::string line = line_now();
   if (!terminal_) {
     std::fprintf(stderr, "%s\n", line.c_str());
     return;

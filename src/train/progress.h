@@ -3,6 +3,7 @@
 
 #include <chrono>
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <string>
 
@@ -20,6 +21,8 @@ class ProgressLine {
 
   // After each step. One with a validation keeps its line.
   void update(const StepMetrics& metrics);
+  // After each step of work that has no metrics; `what` names it.
+  void update(int64_t step, const std::string& what);
   // A line of text above the progress line.
   void note(const std::string& text);
   // Ends the line that is being rewritten.
@@ -27,6 +30,8 @@ class ProgressLine {
 
  private:
   std::string line_of(const StepMetrics& metrics) const;
+  std::string time_of(int64_t step) const;  // left, or taken at the end
+  void show(bool keep, const std::function<std::string()>& line);
 
   using Clock = std::chrono::steady_clock;
   int64_t first_step_;
