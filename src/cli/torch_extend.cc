@@ -70,7 +70,8 @@ void AddFields(CLI::App& command, json& fields) {
   command
       .add_flag_callback(
           "--floor", [&fields] { fields["floor"] = true; },
-          "A latent must rise above a trained weight, or leaves its share to the window; latents keep all they read")
+          "A latent must rise above a trained weight, or leaves its share to the window; such latents keep all they read. With "
+          "--from in the layers of --match-layers")
       ->group(kAttention);
   command
       .add_flag_callback(
@@ -95,9 +96,10 @@ void AddFields(CLI::App& command, json& fields) {
                       "How far a token's weight follows the share that the head reads far: 0 all count alike, near 1 those that "
                       "find something there, and gates open for them",
                       kMatching);
-  options.add<double>(
-      "--match-open", "match_open",
-      "Then lower each head's gate until, of the tokens that read mostly far, this share reads mostly latents; 0: no", kMatching);
+  options.add<double>("--match-open", "match_open",
+                      "Then lower each head's gate until, of the tokens that read mostly far, this share reads as much of "
+                      "latents as of the window; 0: no",
+                      kMatching);
 
   constexpr const char* kTraining = "Second stage: the model as a whole";
   options.choice("--train", "train",
@@ -116,7 +118,7 @@ void AddFields(CLI::App& command, json& fields) {
                        kTraining);
   options.add<double>("--lr", "lr", "Learning rate of pretrained weights", kTraining);
   options.add<double>("--latent-lr", "latent_lr", "Of the latents' matrices", kTraining);
-  options.add<double>("--vector-lr", "vector_lr", "Of their biases and decays", kTraining);
+  options.add<double>("--vector-lr", "vector_lr", "Of their biases, decays and floors", kTraining);
   options.add<double>("--gate-lr", "gate_lr", "Of the gates' biases; 0: as of other biases", kTraining);
   options.add<double>("--final-lr", "final_lr", "Share of each that is left at the end of the cosine", kTraining);
   options.add<int64_t>("--warmup", "warmup", "Steps of linear warm-up", kTraining);
@@ -173,6 +175,10 @@ json ReportJson(const extend::Report& report) {
 }
 
 void PrintReport(const extend::Report& report) {
+  if (report.interrupted && report.adapter_bytes == 0) {
+    std::fprintf(stderr, "interrupted in matching: nothing was saved, the same command starts again\n");
+    return;
+  }
   const auto line = [](const char* what, const std::optional<extend::Validation>& loss) {
     if (loss) std::fprintf(stderr, "  %-34s %8.4f %12.2f\n", what, loss->kl, std::exp(loss->next_token));
   };
@@ -256,7 +262,8 @@ void AddExtend(CLI::App& app, int& exit_code) {
   command->add_flag("--quiet", options->run.quiet, "No progress")->group("Run");
   command->get_option("--resume")->excludes("--overwrite");
   command->footer(
-      "Ctrl-C saves and ends with exit code 130; --resume then goes on. The control that a conversion has to beat is the same\n"
+      "Ctrl-C saves and ends with exit code 130; --resume then goes on (after matching, which starts again). The control that a "
+      "conversion has to beat is the same\n"
       "command with --attention window-sinks.\n\n"
       "Examples:\n"
       "  latte extend smollm2.gguf --text book.txt --out smollm2-w128.gguf\n"

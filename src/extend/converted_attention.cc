@@ -12,7 +12,8 @@ namespace latte::extend {
 namespace {
 
 constexpr double kNegativeInfinity = -std::numeric_limits<double>::infinity();
-// In DecoderAttentionState::more: of the window's tokens, which the latents haven't read yet; [B, W, Hkv, L] and [B, W, Hkv, D].
+// In DecoderAttentionState::more: of the window's tokens, which the latents haven't read yet; [B, W, Hkv, L] and [B, W, Hkv, D],
+// with a floor D + 1.
 constexpr const char* kWaitingLogits = "waiting_logits";
 constexpr const char* kWaitingValues = "waiting_values";
 
@@ -26,7 +27,7 @@ struct Delayed {
   at::Tensor given, waiting;
 };
 
-// The state of latents that have read one value of zeros with these key logits [Hkv, L], [B, Hkv, L, D + 3].
+// The state of latents that have read one value of zeros with these key logits [Hkv, L]: [B, Hkv, L, head_dim + 3].
 at::Tensor floor_state(const at::Tensor& floor, int64_t batch, int64_t head_dim) {
   const auto level = floor.detach();
   auto state = at::constant_pad_nd((floor - level).exp().unsqueeze(-1), {head_dim, 0});  // z = 1, with floor's gradient
@@ -166,14 +167,18 @@ std::vector<ConvertedAttention> convert(models::Decoder& model, const formats::A
   const auto& config = model->config();
   TORCH_CHECK_VALUE(static_cast<int64_t>(spec.latents.size()) == config.num_layers, "convert: ", spec.latents.size(),
                     " blocks, expected ", config.num_layers);
+  TORCH_CHECK_VALUE(forms.size() == spec.latents.size(), "convert: ", forms.size(), " forms for ", spec.latents.size(),
+                    " blocks");
   std::vector<ConvertedAttention> converted(spec.latents.size());
   for (size_t i = 0; i < spec.latents.size(); ++i) {
     if (spec.latents[i] < 0) continue;
     const auto block = static_cast<int64_t>(i);
     LatentLogits latents(nullptr);
     if (spec.latents[i] > 0) {
+      TORCH_CHECK_VALUE(!forms[i].floor || (spec.evicted && !forms[i].decay),
+                        "convert: latents with a floor read what left the window and forget nothing");
       latents = LatentLogits(
-          LatentSizes{config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim, spec.latents[i], forms.at(i)});
+          LatentSizes{config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim, spec.latents[i], forms[i]});
       if (model->dtype() == torch::kFloat64) latents->to(torch::kFloat64);  // of tests
     }
     converted[i] = std::make_shared<ConvertedAttentionImpl>(config, model->rope(block), far_options(spec), std::move(latents));

@@ -1,5 +1,6 @@
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <filesystem>
 #include <map>
@@ -275,9 +276,29 @@ TEST_F(ExtendTest, LayersMadeAnewMayHaveAFloor) {
   options_.floor = false;  // of what isn't made anew the adapter tells
   ExtendTrainer again(options_, text);
   EXPECT_TRUE(again.student().converted[1]->latents()->floor.equal(latents_of(1)->floor));
-  options_.evicted = false;
   options_.floor = true;
-  EXPECT_CONTAINS(error_text<OptionError>([&] { options_.validate(); }), "floor");
+  EXPECT_CONTAINS(error_text<OptionError>([&] { options_.validate(); }), "match_layers");
+  options_.match_layers = "1";
+  options_.match_sequences = 0;
+  EXPECT_CONTAINS(error_text<OptionError>([&] { options_.validate(); }), "match_sequences");
+  options_.match_sequences = 2;
+  options_.validate();
+  options_.evicted = false;
+  EXPECT_CONTAINS(error_text<OptionError>([&] { options_.validate(); }), "what left the window");
+}
+
+TEST_F(ExtendTest, MatchingStopsWhereItIsToldTo) {
+  const TokenText text = this->text();
+  for (const int64_t last : {1, 5}) {  // while it reads, while it fits
+    ExtendTrainer trainer(options_, text);
+    int64_t calls = 0, layers = 0;
+    trainer.match({.layer = [&](const MatchResult&) { return ++layers, true; },
+                   .progress = [&](int64_t done, int64_t) { return ++calls, done < last; }});
+    EXPECT_EQ(calls, last);
+    EXPECT_EQ(layers, 0);
+    EXPECT_EQ(trainer.student().converted[0]->far().window, options_.window);
+    trainer.step();
+  }
 }
 
 // Weighed by what they find far, tokens open the gates.

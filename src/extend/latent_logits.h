@@ -25,7 +25,7 @@ struct LatentSizes {
   LatentForm form;
 };
 
-// Inputs of macchiato_attention, float32 (or float64 where the weights are).
+// Inputs of macchiato_attention and the floor, float32 (or float64 where the weights are).
 struct LatentInputs {
   at::Tensor query_logits;   // [B, T, H, L + 1]
   at::Tensor key_logits;     // [B, T, Hkv, L]

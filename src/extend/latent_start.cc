@@ -12,7 +12,7 @@ namespace {
 
 constexpr double kNearest = 128.0, kFarthest = 4096.0;  // distances that scores are averaged over, evenly in their logarithm
 constexpr int64_t kDistances = 128;
-constexpr double kFloorTokens = 32.0;  // of the mean weight that floors stand for at the start
+constexpr double kFloorTokens = 32.0;  // a floor starts as heavy as so many tokens of mean weight
 constexpr double kLeastWeight = 1e-4;  // of a query that doesn't look far
 constexpr double kRidge = 0.02;        // of the gate's regression, relative to the inputs' variance
 

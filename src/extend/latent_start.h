@@ -21,7 +21,7 @@ struct LayerSamples {
   at::Tensor query;      // [N, H, Dk], not rotated
   at::Tensor far_share;  // [N, H], the original's probability beyond window and sinks
   at::Tensor far_count;  // [N], how many tokens are there
-  at::Tensor key;        // [M, Hkv, Dk], not rotated
+  at::Tensor key;        // [M, Hkv, Dk], not rotated, of tokens that latents read
 };
 
 // The share of softmax attention that tokens at `positions` [N] give to what lies beyond window and sinks: [N, H]. query

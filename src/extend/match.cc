@@ -93,6 +93,7 @@ class LayerMatcher {
     result.window_error = error();
     converted_->set_latents_off(false);
     fit();
+    if (!progress_.goes_on()) return result;
     if (options_.match_open > 0) open_gates();
     result.error = error();
     return result;
@@ -120,7 +121,7 @@ class LayerMatcher {
     const auto& rope = *model_->rope(layer_);
     for (size_t i = 0; i < sequences_.size(); ++i) {
       const auto positions = torch::arange(sequences_[i].x.size(1), torch::kLong);
-      const int64_t group = heads_[i].query.size(2) / heads_[i].key.size(2);
+      const int64_t group = group_of(i);
       const auto per_head = [&](const at::Tensor& x, int64_t times) { return x.transpose(1, 2).repeat_interleave(times, 1); };
       const auto out = at::scaled_dot_product_attention(
           per_head(rope.rotate(heads_[i].query, positions), 1), per_head(rope.rotate(heads_[i].key, positions), group),
@@ -135,11 +136,13 @@ class LayerMatcher {
   void open_gates() {
     const torch::NoGradGuard no_grad;
     auto& latents = *converted_->latents();
-    std::vector<at::Tensor> shares, leads;  // of the gate over all latents, in nats
+    std::vector<at::Tensor> shares, leads;  // of the gate over what latents give, in nats
     for (size_t i = 0; i < sequences_.size(); ++i) {
       const auto inputs = latents.forward(sequences_[i].x, heads_[i].query, heads_[i].key, 0, far());
       const auto logits = inputs.query_logits[0].slice(0, first_far(i));  // [T - first, H, 1 + L]
-      leads.push_back(logits.select(-1, 0) - logits.slice(-1, 1).logsumexp(-1));
+      at::Tensor given = logits.slice(-1, 1);
+      if (inputs.floor) given = given + log_kept(inputs).slice(0, first_far(i)).repeat_interleave(group_of(i), 1);
+      leads.push_back(logits.select(-1, 0) - given.logsumexp(-1));
       shares.push_back(shares_of(i));
     }
     const auto share = at::cat(shares), lead = at::cat(leads);
@@ -151,6 +154,18 @@ class LayerMatcher {
               .item<double>();
       if (std::isfinite(excess) && excess > 0) latents.gate_bias[h] -= excess;
     }
+  }
+
+  int64_t group_of(size_t i) const { return heads_[i].query.size(2) / heads_[i].key.size(2); }
+
+  // ln of what latents keep of their shares, ln(z / (z + exp floor)): [T, Hkv, L].
+  at::Tensor log_kept(const LatentInputs& inputs) const {
+    const auto& logits = inputs.key_logits[0];
+    const int64_t read = std::max<int64_t>(0, logits.size(0) - far().window);
+    const int64_t sinks = std::min(far().sinks, read);
+    const auto unread = at::full_like(logits.slice(0, 0, logits.size(0) - read + sinks), -INFINITY);
+    const auto z = at::logcumsumexp(at::cat({unread, logits.slice(0, sinks, read)}), 0);
+    return z - at::logaddexp(z, *inputs.floor);
   }
 
   int64_t first_far(size_t i) const { return std::min(sequences_[i].x.size(1) - 1, far().window + far().sinks); }
@@ -183,7 +198,8 @@ class LayerMatcher {
       x.push_back(sequences_[i].x[0].index_select(0, chosen));
       query.push_back(heads_[i].query[0].index_select(0, chosen));
       count.push_back((chosen + 1 - far().window - far().sinks).clamp(0, far().far_limit));
-      key.push_back(heads_[i].key[0].slice(0, 0, time, kKeyStride));
+      const int64_t first_read = far().evicted ? std::min(far().sinks, time - 1) : 0;
+      key.push_back(heads_[i].key[0].slice(0, first_read, time, kKeyStride));
     }
     const LayerSamples samples{at::cat(x), at::cat(query), at::cat(share), at::cat(count), at::cat(key)};
     result.far_share = samples.far_share.mean().item<double>();

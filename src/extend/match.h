@@ -29,7 +29,8 @@ struct MatchWatch {
 
 // The latents of options.match_layers (all, where that is empty) start afresh and are fitted. `converted[i]` are the student's
 // layers, empty where a layer isn't converted. `sequences` int64 [T] each. After each layer `watch.layer` is called, and after
-// each sequence read and each step `watch.progress`; where one returns false the rest stays as it is.
+// each sequence read and each step `watch.progress`; where one returns false no more is done, and a layer at work stays
+// half fitted.
 //
 // match_latents(): activations are those of `original`, whose attention is the pretrained one and whose weights are the
 // student's. rematch_latents(): those of `student`, each layer fitted before the next one reads; what softmax attention

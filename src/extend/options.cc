@@ -164,7 +164,12 @@ void ExtendOptions::validate() const {
   check_range("latents", latents, 1, 65536);
   layers_with_latents(*this);
   check_range("far_limit", far_limit, 1, kLargestSize);
+  if (floor && attention != "macchiato") fail("floor", "true", "attention: " + attention + " has no latents");
   if (floor && !evicted) fail("floor", "true", "latents that read what left the window");
+  if (floor && !from.empty() && match_layers.empty()) fail("floor", "true", "match_layers, the layers of `from` to make anew");
+  if (!from.empty() && !match_layers.empty() && match_sequences == 0) {
+    fail("match_sequences", "0", "1 or more, with match_layers: the layers are made anew");
+  }
   check_choice("train", train, {"latents", "attention", "lora", "all"});
   check_range("lora_rank", lora_rank, 1, 65536);
   if (train == "latents" && attention != "macchiato") fail("train", "latents", "attention: " + attention + " has no latents");

@@ -27,7 +27,7 @@ struct ExtendOptions {
   // Blocks with another number of latents, as "15-24:256" or "3:16,20-24:512": where the original looks sharply, more help.
   std::string layer_latents;
   int64_t far_limit = 8192;  // formats/adapter.h
-  bool forget = true;        // latents have a decay each
+  bool forget = true;        // latents have a decay each; with `from` those that are made anew, the others as there
   // A latent must rise above a trained weight, or leaves its share to the window; such latents forget nothing
   // (formats/adapter.h). With `from` in the layers of match_layers, elsewhere as there.
   bool floor = false;
@@ -52,7 +52,7 @@ struct ExtendOptions {
   // retrieval).
   double match_share = 0.0;
   // After matching, a head's gate is lowered until of the tokens for which softmax attention reads mostly beyond window and sinks
-  // this share reads mostly latents. 0: gates stay as they were fitted.
+  // this share reads as much of latents as the gate leaves to the window. 0: gates stay as they were fitted.
   double match_open = 0.0;
 
   // Second stage, through the whole model.

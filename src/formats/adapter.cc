@@ -1,6 +1,7 @@
 #include "formats/adapter.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <map>
 #include <set>
@@ -55,6 +56,11 @@ class Problems {
   std::string text_;
 };
 
+bool is_finite(const GgufTensor& tensor) {
+  const std::vector<float> numbers = tensor.floats();
+  return std::all_of(numbers.begin(), numbers.end(), [](float number) { return std::isfinite(number); });
+}
+
 template <typename Tensor>
 std::map<std::string, const Tensor*, std::less<>> by_name(std::span<const Tensor> tensors) {
   std::map<std::string, const Tensor*, std::less<>> named;
@@ -86,6 +92,8 @@ void check_tensors(const AdapterSpec& spec, const BaseShape& shape, const GgufFi
         problems.add(wanted.name + " is " + shape_text(tensor->second->shape) + ", expected " + shape_text(wanted.shape));
       } else if (!can_dequantize(tensor->second->type)) {
         problems.add(wanted.name + " has a type that can't be read");
+      } else if (wanted.name.ends_with("latte_floor") && !is_finite(*tensor->second)) {
+        problems.add(wanted.name + " holds a number that isn't finite");
       }
     }
   }

@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <limits>
+
 #include "formats/error.h"
 #include "formats/hash.h"
 #include "formats/test_files.h"
@@ -101,6 +103,14 @@ TEST_F(AdapterTest, AFloorTakesTheDecaysPlace) {
   AdapterFile(folder_ / "a.gguf").check_fits(GgufFile(folder_ / "base.gguf"));
   spec_.evicted = false;
   EXPECT_CONTAINS(error_text<FormatError>([&] { write("b.gguf"); }), "goes with latte.evicted");
+  spec_.evicted = true;
+  values_[1] = std::numeric_limits<float>::infinity();
+  EXPECT_CONTAINS(error_text<FormatError>([&] { write("b.gguf"); }), "latte_floor holds a number that isn't finite");
+  values_[1] = 0.5F;
+  tensors_.back().shape = {1, 2};
+  EXPECT_CONTAINS(error_text<FormatError>([&] { write("b.gguf"); }), "latte_floor is [1, 2], expected [1, 3]");
+  add("blk.1.latte_floor", {1, 3});
+  EXPECT_CONTAINS(error_text<FormatError>([&] { write("b.gguf"); }), "unknown tensor \"blk.1.latte_floor\"");
 }
 
 TEST_F(AdapterTest, AnotherBaseIsRefused) {

@@ -54,7 +54,7 @@ constexpr double kFloat32 = 1e-5;  // of sums over some hundreds of terms in a f
 constexpr double kFloat16 = 5e-3;  // keys and values rounded to 11 bits (5e-4 each), in three layers with sharp scores
 
 TEST_F(EngineTest, EqualsTheDefinitionHoweverItIsSplit) {
-  TinyModel reads_all({.evicted = false}), with_floor({.floor = true});
+  TinyModel reads_all({.evicted = false}), with_floor({.layers = 4, .floor = true});
   const std::pair<TinyModel*, bool> cases[] = {{&tiny_, false}, {&tiny_, true}, {&reads_all, true}, {&with_floor, true}};
   for (const auto& [tiny, converted] : cases) {
     const auto model = open(*tiny, converted);
@@ -108,8 +108,11 @@ TEST_F(EngineTest, HalfPrecisionStatesAreClose) {
 
 // Sessions that take turns, alone and together, on two engines, copied, saved, loaded and dropped, against the definition.
 TEST_F(EngineTest, RandomSchedulesEqualEachSessionAlone) {
-  for (const bool converted : {false, true}) {
-    const auto model = open(converted);
+  TinyModel with_floor({.layers = 4, .floor = true});
+  const std::pair<TinyModel*, bool> cases[] = {{&tiny_, false}, {&tiny_, true}, {&with_floor, true}};
+  for (const auto& [chosen, converted] : cases) {
+    TinyModel& tiny = *chosen;
+    const auto model = open(tiny, converted);
     Engine one(model, {1, {}, 12}), two(model, {2, {}, 12});
     std::mt19937 random(7);
     struct Running {
@@ -118,8 +121,8 @@ TEST_F(EngineTest, RandomSchedulesEqualEachSessionAlone) {
     };
     std::vector<Running> running(4);
     for (Running& r : running) r.session.emplace(model, exact());
-    const auto expect = [&](const Running& r, std::span<const float> logits) {
-      ASSERT_LT(distance(logits, tiny_.logits(r.tokens, converted).back()), kFloat32);
+    const auto expect = [&, converted = converted](const Running& r, std::span<const float> logits) {
+      ASSERT_LT(distance(logits, tiny.logits(r.tokens, converted).back()), kFloat32);
     };
     for (int round = 0; round < 60; ++round) {
       Engine& engine = random() % 2 == 0 ? one : two;
@@ -128,7 +131,7 @@ TEST_F(EngineTest, RandomSchedulesEqualEachSessionAlone) {
       switch (random() % 7) {
         case 0:  // alone
         case 1: {
-          const std::vector<int32_t> tokens = tiny_.tokens(1 + static_cast<int64_t>(random() % 14));
+          const std::vector<int32_t> tokens = tiny.tokens(1 + static_cast<int64_t>(random() % 14));
           const auto logits = engine.prefill(*some.session, tokens);
           some.tokens.insert(some.tokens.end(), tokens.begin(), tokens.end());
           expect(some, logits);
@@ -138,12 +141,12 @@ TEST_F(EngineTest, RandomSchedulesEqualEachSessionAlone) {
           std::vector<std::vector<int32_t>> tokens;
           std::vector<StepPart> parts;
           for (Running& r : running) {
-            tokens.push_back(tiny_.tokens(1 + static_cast<int64_t>(random() % 3)));
+            tokens.push_back(tiny.tokens(1 + static_cast<int64_t>(random() % 3)));
             r.tokens.insert(r.tokens.end(), tokens.back().begin(), tokens.back().end());
           }
           for (size_t i = 0; i < running.size(); ++i) parts.push_back({&*running[i].session, tokens[i]});
           const auto logits = engine.step(parts);
-          const auto vocabulary = static_cast<size_t>(tiny_.shape().vocabulary);
+          const auto vocabulary = static_cast<size_t>(tiny.shape().vocabulary);
           for (size_t i = 0; i < running.size(); ++i) expect(running[i], logits.subspan(i * vocabulary, vocabulary));
           break;
         }
@@ -151,8 +154,8 @@ TEST_F(EngineTest, RandomSchedulesEqualEachSessionAlone) {
           other = some;
           break;
         case 4:
-          some.session->save(tiny_ / "state");
-          other.session.emplace(Session::load(tiny_ / "state", model));
+          some.session->save(tiny / "state");
+          other.session.emplace(Session::load(tiny / "state", model));
           other.tokens = some.tokens;
           break;
         case 5: {
@@ -185,13 +188,16 @@ TEST_F(EngineTest, GoesBackWhereNothingWasLost) {
   shorter.push_back(5);
   EXPECT_LT(distance(engine.decode(session, 5), tiny_.logits(shorter, false).back()), kFloat32);
 
-  Engine other(converted, {2, {}, 16});
-  Session latents(converted, exact());
-  other.prefill(latents, tokens);
-  EXPECT_FALSE(latents.can_truncate(11));
-  EXPECT_CONTAINS(error_text<SessionError>([&] { latents.truncate(11); }), "can't go back from token 30 to 11");
-  latents.truncate(0);
-  EXPECT_LT(distance(other.prefill(latents, tokens), tiny_.logits(tokens, true).back()), kFloat32);
+  TinyModel with_floor({.layers = 4, .floor = true});
+  for (const auto& [tiny, model] : {std::pair(&tiny_, converted), std::pair(&with_floor, open(with_floor, true))}) {
+    Engine other(model, {2, {}, 16});
+    Session latents(model, exact());
+    other.prefill(latents, tokens);
+    EXPECT_FALSE(latents.can_truncate(11));
+    EXPECT_CONTAINS(error_text<SessionError>([&] { latents.truncate(11); }), "can't go back from token 30 to 11");
+    latents.truncate(0);
+    EXPECT_LT(distance(other.prefill(latents, tokens), tiny->logits(tokens, true).back()), kFloat32);
+  }
 }
 
 TEST_F(EngineTest, MemoryIsKnownBeforehandAndConstant) {

@@ -63,7 +63,7 @@ void Model::convert(const formats::AdapterSpec& spec) {
     shape_.layers[i].sinks = spec.sinks;
     shape_.layers[i].latents = spec.latents[i];
     shape_.layers[i].evicted = spec.evicted && spec.latents[i] > 0;
-    shape_.layers[i].floor = find("blk." + std::to_string(i) + ".latte_floor") != nullptr;
+    shape_.layers[i].floor = shape_.layers[i].evicted && find("blk." + std::to_string(i) + ".latte_floor") != nullptr;
   }
   shape_.far_limit = spec.far_limit;
 }
@@ -209,7 +209,7 @@ void Model::load_latents(int64_t index, ThreadPool& pool) {
   weights.key_bias = floats(block + "key.bias", {s.num_kv_heads, latents});
   weights.gate_bias = floats(block + "gate.bias", {s.num_heads});
   weights.gate_slope = floats(block + "gate.slope", {s.num_heads});
-  if (find(block + "floor") != nullptr) weights.floor = floats(block + "floor", {s.num_kv_heads, latents});
+  if (s.layers[static_cast<size_t>(index)].floor) weights.floor = floats(block + "floor", {s.num_kv_heads, latents});
   if (find(block + "decay") == nullptr) return;
   const float* decay = floats(block + "decay", {s.num_kv_heads, latents});
   float* log_decay = arena_.take_array<float>(s.num_kv_heads * latents);
@@ -250,7 +250,8 @@ void Model::make_latents(int64_t index, ThreadPool& pool) {
 
 const formats::GgufTensor* Model::find(const std::string& name) const {
   if (adapter_) {
-    if (const formats::GgufTensor* found = adapter_->file().find(name)) return found;
+    const formats::GgufTensor* found = adapter_->file().find(name);
+    if (found != nullptr || formats::is_added_tensor(name)) return found;  // latents are all the adapter's
   }
   return file_->find(name);
 }

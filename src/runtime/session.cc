@@ -90,7 +90,7 @@ void Session::clear_sums() {
     std::fill_n(state, floats, 0.0f);
     if (shape.layers[i].linear != Linear::kNone) continue;
     const int64_t row = shape.latent_dim(shape.layers[i]) + kernels::kStateExtra;
-    const float* floor = model_->layers()[i].latent.floor;
+    const float* floor = shape.layers[i].floor ? model_->layers()[i].latent.floor : nullptr;
     for (int64_t j = 0; j < floats / row; ++j) {
       float* sum = state + j * row + row - kernels::kStateExtra;  // z, m, G
       sum[0] = floor == nullptr ? 0.0f : 1.0f;

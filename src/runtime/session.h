@@ -58,7 +58,7 @@ class Session {
   // For the engine: the parts of one layer and key-value head.
   kernels::KeyValueCache ring(int64_t layer, int64_t kv_head) const;
   kernels::KeyValueCache sinks(int64_t layer, int64_t kv_head) const;  // slots 0: there are none
-  // Latents [Hkv, L, D + 3]; linear attention [Hkv, D, D + 1], its normaliser behind each row.
+  // Latents [Hkv, L, D + 3], with a floor D + 4; linear attention [Hkv, D, D + 1], its normaliser behind each row.
   float* sums(int64_t layer) const;
   float* mixer(int64_t layer) const;                                                          // conv [K - 1, E], RG-LRU [E]
   int64_t window(int64_t layer) const { return places_[static_cast<size_t>(layer)].window; }  // W, of a ring

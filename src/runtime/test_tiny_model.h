@@ -21,7 +21,9 @@ struct TinyShape {
   // Of the converted model: layer 0 keeps its attention, layer 1 has no latents.
   int64_t window = 7, sinks = 3, latents = 5, far_limit = 20;
   bool evicted = true;
-  bool floor = false;
+  bool floor = false;  // of the last layer's latents; the others' decay
+
+  bool has_floor(int64_t layer) const { return floor && layer == layers - 1; }
 };
 
 class TinyModel {
@@ -71,7 +73,7 @@ class TinyModel {
     const formats::GgufFile base(path());
     for (int64_t i = 2; i < shape.layers; ++i) {
       for (const auto& tensor : formats::adapter_tensors(spec, formats::BaseShape::from(base.metadata()), i,
-                                                         {.decay = !shape.floor, .floor = shape.floor})) {
+                                                         {.decay = !shape.has_floor(i), .floor = shape.has_floor(i)})) {
         add(tensor.name, tensor.shape, 0.5f);
       }
     }
@@ -227,12 +229,12 @@ inline std::vector<std::vector<double>> TinyModel::logits(const std::vector<int3
               const Row key_logits =
                   times(block + "latte_key.weight", head(keys[static_cast<size_t>(r)], g), static_cast<size_t>(g) * rows, rows);
               const double forgotten =
-                  s.floor ? 0.0 : static_cast<double>(t - delay - r) * std::exp(number("decay", g * s.latents + l));
+                  s.has_floor(layer) ? 0.0 : static_cast<double>(t - delay - r) * std::exp(number("decay", g * s.latents + l));
               weights.push_back(key_logits[static_cast<size_t>(l)] + number("key.bias", g * s.latents + l) - forgotten);
               all.push_back(head(values[static_cast<size_t>(r)], g));
             }
             sources.push_back(mean(weights, all, dim));
-            if (s.floor) {  // what it doesn't keep is the window's
+            if (s.has_floor(layer)) {  // what it doesn't keep is the window's
               double z = 0.0;
               for (const double weight : weights) z += std::exp(weight);
               const double kept = z / (z + std::exp(number("floor", g * s.latents + l)));
