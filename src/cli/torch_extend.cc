@@ -89,7 +89,7 @@ void AddFields(CLI::App& command, json& fields) {
   options.add<std::string>(
       "--match-layers", "match_layers",
       "Blocks to match, as 17-18,23; by default all, and with --from none. Latents of these blocks of --from "
-      "are made anew, and matched to softmax attention with its weights",
+      "are made anew, and matched to softmax attention with its weights; 18:2 is a key-value head of one",
       kMatching);
 
   options.add<double>("--match-share", "match_share",

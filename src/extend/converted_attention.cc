@@ -175,8 +175,7 @@ std::vector<ConvertedAttention> convert(models::Decoder& model, const formats::A
     const auto block = static_cast<int64_t>(i);
     LatentLogits latents(nullptr);
     if (spec.latents[i] > 0) {
-      TORCH_CHECK_VALUE(!forms[i].floor || (spec.evicted && !forms[i].decay),
-                        "convert: latents with a floor read what left the window and forget nothing");
+      TORCH_CHECK_VALUE(!forms[i].floor || spec.evicted, "convert: latents with a floor read what left the window");
       latents = LatentLogits(
           LatentSizes{config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim, spec.latents[i], forms[i]});
       if (model->dtype() == torch::kFloat64) latents->to(torch::kFloat64);  // of tests

@@ -245,7 +245,7 @@ TEST_F(ExtendTest, MatchesSomeLayersOfAnAdapterAnew) {
 
   options_.match_layers = "1-2";
   EXPECT_CONTAINS(error_text<OptionError>([&] { ExtendTrainer(options_, text); }), "blocks in 0 … 1");
-  options_.match_layers = "0:4";
+  options_.match_layers = "0:x";
   EXPECT_CONTAINS(error_text<OptionError>([&] { options_.validate(); }), "FIRST-LAST or BLOCK");
 }
 
@@ -285,6 +285,48 @@ TEST_F(ExtendTest, LayersMadeAnewMayHaveAFloor) {
   options_.validate();
   options_.evicted = false;
   EXPECT_CONTAINS(error_text<OptionError>([&] { options_.validate(); }), "what left the window");
+}
+
+TEST_F(ExtendTest, SomeHeadsOfALayerMayBeMadeAnew) {
+  run_extend(options_, run());
+  const TokenText text = this->text();
+  options_.match_layers = "1:0";
+  EXPECT_CONTAINS(error_text<OptionError>([&] { options_.validate(); }), "go with `from`");
+  options_.from = run().out;
+  options_.floor = true;
+  ExtendTrainer trainer(options_, text);
+  const auto tensors = [&] { return trainer.student().converted[1]->latents()->named_tensors(); };
+  std::map<std::string, at::Tensor> before;
+  for (const auto& [name, tensor] : tensors()) before[name] = tensor.detach().clone();
+  std::vector<MatchResult> layers;
+  trainer.match({.layer = [&](const MatchResult& result) { return layers.push_back(result), true; }});
+  ASSERT_EQ(layers.size(), 1U);
+  EXPECT_LT(layers[0].error, layers[0].window_error);
+  for (const auto& [name, tensor] : tensors()) {
+    const auto now = tensor.chunk(2), then = before[name].chunk(2);  // two key-value heads, with their queries
+    EXPECT_FALSE(now[0].equal(then[0])) << name;
+    EXPECT_TRUE(now[1].equal(then[1])) << name;
+  }
+  const auto& latents = trainer.student().converted[1]->latents();
+  EXPECT_TRUE(latents->decay[0].eq(-1e4).all().item<bool>());  // a floor, and no forgetting
+  EXPECT_TRUE(latents->floor[0].gt(-100).all().item<bool>());
+  EXPECT_TRUE(latents->floor[1].eq(-1e4).all().item<bool>());
+  EXPECT_TRUE(latents->decay[1].gt(-100).all().item<bool>());
+
+  const std::string path = folder_ / "floor.gguf";
+  formats::write_adapter(path, trainer.spec(), formats::GgufFile(options_.model), trainer.adapter_tensors().tensors());
+  auto loaded = load_converted(options_.model, path, torch::kFloat32);
+  const auto tokens = torch::tensor(some_tokens(60)).unsqueeze(0);
+  {
+    const torch::NoGradGuard no_grad;
+    EXPECT_TRUE(close(loaded.model->forward(tokens).logits, trainer.student().model->forward(tokens).logits, 1e-6));
+  }
+  trainer.step();  // what is none stays none
+  EXPECT_TRUE(latents->decay[0].eq(-1e4).all().item<bool>());
+  EXPECT_TRUE(latents->floor[1].eq(-1e4).all().item<bool>());
+
+  options_.match_layers = "1:2";
+  EXPECT_CONTAINS(error_text<OptionError>([&] { ExtendTrainer(options_, text); }), "key-value heads in 0 … 1");
 }
 
 TEST_F(ExtendTest, MatchingStopsWhereItIsToldTo) {

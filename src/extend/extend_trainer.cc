@@ -44,7 +44,11 @@ std::vector<LatentForm> forms_of(const ExtendOptions& options, const formats::Ad
   const formats::AdapterFile from(options.from);
   const auto there = forms_in(from.file(), from.spec());
   for (size_t block = 0; block < std::min(forms.size(), there.size()); ++block) {
-    if (!options.matches(static_cast<int64_t>(block))) forms[block] = there[block];
+    const auto index = static_cast<int64_t>(block);
+    if (!options.matches(index)) forms[block] = there[block];
+    if (!options.matched_heads(index).empty()) {  // beside others of the file's form
+      forms[block] = {.decay = there[block].decay, .floor = there[block].floor || options.floor};
+    }
   }
   return forms;
 }
@@ -52,7 +56,7 @@ std::vector<LatentForm> forms_of(const ExtendOptions& options, const formats::Ad
 }  // namespace
 
 formats::AdapterSpec spec_of(const ExtendOptions& options, const formats::DecoderConfig& config) {
-  options.check_blocks(config.num_layers);
+  options.check_blocks(config.num_layers, config.num_kv_heads);
   formats::AdapterSpec spec;
   spec.window = options.window;
   spec.sinks = options.sinks;

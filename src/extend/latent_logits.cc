@@ -8,6 +8,7 @@
 namespace latte::extend {
 namespace {
 
+constexpr double kNone = -1e4;    // of a floor or of a decay: exp of it is 0
 constexpr double kClosed = 30.0;  // e^-30 is less than float32 can add to 1, for any number of latents below 10^5
 // Latents start with half-lives from here to there, in tokens, so that some are recent and some are long.
 constexpr double kShortestHalfLife = 512.0, kLongestHalfLife = 16384.0;
@@ -34,7 +35,7 @@ LatentLogitsImpl::LatentLogitsImpl(const LatentSizes& sizes) : sizes_(sizes) {
     const auto half_lives = torch::linspace(std::log(kShortestHalfLife), std::log(kLongestHalfLife), latents).exp();
     decay = register_parameter("decay", (std::log(2.0) / half_lives).log().expand({kv_heads, latents}).clone());
   }
-  if (form.floor) floor = register_parameter("floor", torch::zeros({kv_heads, latents}));
+  if (form.floor) floor = register_parameter("floor", torch::full({kv_heads, latents}, kNone));
 }
 
 LatentInputs LatentLogitsImpl::forward(const at::Tensor& x, const at::Tensor& query, const at::Tensor& key, int64_t position,

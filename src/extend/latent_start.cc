@@ -13,6 +13,7 @@ namespace {
 constexpr double kNearest = 128.0, kFarthest = 4096.0;  // distances that scores are averaged over, evenly in their logarithm
 constexpr int64_t kDistances = 128;
 constexpr double kFloorTokens = 32.0;  // a floor starts as heavy as so many tokens of mean weight
+constexpr double kNoDecay = -1e4;      // formats/adapter.h
 constexpr double kLeastWeight = 1e-4;  // of a query that doesn't look far
 constexpr double kRidge = 0.02;        // of the gate's regression, relative to the inputs' variance
 
@@ -94,6 +95,7 @@ void start_latents(LatentLogits& latents, const LayerSamples& samples, const mod
     latents->key_weight[g].copy_(at::matmul(typical, rotation));
     latents->key_bias[g].zero_();
     if (form.floor) {
+      if (form.decay) latents->decay[g].fill_(kNoDecay);
       const auto logits = at::matmul(key, latents->key_weight[g].t());  // [M, L]
       latents->floor[g].copy_(logits.logsumexp(0) - std::log(static_cast<double>(key.size(0)) / kFloorTokens));
     }

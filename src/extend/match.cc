@@ -63,6 +63,33 @@ class Progress {
   bool goes_on_ = true;
 };
 
+// The key-value heads of a layer that are not matched, with their queries.
+class OtherHeads {
+ public:
+  OtherHeads(LatentLogits& latents, std::vector<int64_t> matched) : latents_(latents), matched_(std::move(matched)) {
+    for (const auto& [name, tensor] : latents->named_tensors()) before_.push_back(tensor.detach().clone());
+  }
+  void put_back() const {
+    if (matched_.empty()) return;
+    const torch::NoGradGuard no_grad;
+    const int64_t kv_heads = latents_->sizes().num_kv_heads;
+    const auto tensors = latents_->named_tensors();
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      const int64_t rows = tensors[i].second.size(0) / kv_heads;  // of a key-value head
+      for (int64_t g = 0; g < kv_heads; ++g) {
+        if (std::find(matched_.begin(), matched_.end(), g) != matched_.end()) continue;
+        const auto head = [&](const at::Tensor& all) { return all.slice(0, g * rows, (g + 1) * rows); };
+        head(tensors[i].second).copy_(head(before_[i]));
+      }
+    }
+  }
+
+ private:
+  LatentLogits& latents_;
+  std::vector<int64_t> matched_;
+  std::vector<at::Tensor> before_;
+};
+
 class LayerMatcher {
  public:
   LayerMatcher(models::Decoder& model, int64_t layer, const ConvertedAttention& converted, std::vector<Activations> sequences,
@@ -88,13 +115,18 @@ class LayerMatcher {
   MatchResult run() {
     MatchResult result;
     result.layer = layer_;
+    const OtherHeads others(converted_->latents(), options_.matched_heads(layer_));
     start(result);
     converted_->set_latents_off(true);
     result.window_error = error();
     converted_->set_latents_off(false);
     fit();
-    if (!progress_.goes_on()) return result;
+    if (!progress_.goes_on()) {
+      others.put_back();
+      return result;
+    }
     if (options_.match_open > 0) open_gates();
+    others.put_back();
     result.error = error();
     return result;
   }
@@ -233,7 +265,7 @@ class LayerMatcher {
                                           {"key_bias", latents.key_bias},
                                           {"gate_bias", latents.gate_bias},
                                           {"gate_slope", latents.gate_slope}};
-    if (latents.decay.defined()) vectors.emplace_back("decay", latents.decay);
+    if (latents.decay.defined() && !latents.floor.defined()) vectors.emplace_back("decay", latents.decay);
     if (latents.floor.defined()) vectors.emplace_back("floor", latents.floor);
     const train::AdamWOptions plain{.beta1 = 0.9, .beta2 = 0.95, .weight_decay = 0.0};
     train::AdamW matrix_optimizer(matrices, plain), vector_optimizer(vectors, plain);

@@ -70,10 +70,10 @@ void check_choice(std::string_view field, const std::string& value, std::initial
 
 struct LayerRange {
   int64_t first, last;
-  int64_t latents;  // where the field has them
+  int64_t number;  // of latents, or of a key-value head; -1: none
 };
 
-// "15-24:256,3:16", or without the latents "15-24,3", -> ranges of blocks.
+// "15-24:256,3:16" -> ranges of blocks with their latents; or "15-24,3:1" with key-value heads, which may be left out.
 std::vector<LayerRange> parse_layers(std::string_view field, const std::string& text, bool with_latents) {
   std::vector<LayerRange> ranges;
   const auto number = [&](std::string_view digits) {
@@ -81,19 +81,21 @@ std::vector<LayerRange> parse_layers(std::string_view field, const std::string& 
     const auto [end, error] = std::from_chars(digits.data(), digits.data() + digits.size(), value);
     if (error != std::errc() || end != digits.data() + digits.size() || value < 0 || value > kLargestSize) {
       fail(field, formats::quote(text),
-           std::string(with_latents ? "FIRST-LAST:LATENTS or BLOCK:LATENTS" : "FIRST-LAST or BLOCK") + ", separated by commas");
+           std::string(with_latents ? "FIRST-LAST:LATENTS or BLOCK:LATENTS"
+                                    : "FIRST-LAST or BLOCK, or with a key-value head BLOCK:HEAD") +
+               ", separated by commas");
     }
     return value;
   };
   for (size_t begin = 0; begin < text.size();) {
     const size_t end = std::min(text.find(',', begin), text.size());
     const std::string_view part = std::string_view(text).substr(begin, end - begin);
-    const size_t colon = with_latents ? std::min(part.find(':'), part.size()) : part.size();
+    const size_t colon = std::min(part.find(':'), part.size());
     const size_t dash = std::min(part.find('-'), colon);
-    LayerRange range{number(part.substr(0, dash)), 0, 0};
+    LayerRange range{number(part.substr(0, dash)), 0, -1};
     range.last = dash < colon ? number(part.substr(dash + 1, colon - dash - 1)) : range.first;
-    if (with_latents) range.latents = number(colon < part.size() ? part.substr(colon + 1) : "");
-    if (range.last < range.first || range.latents > 65536) {
+    if (with_latents || colon < part.size()) range.number = number(colon < part.size() ? part.substr(colon + 1) : "");
+    if (range.last < range.first || range.number > 65536) {
       fail(field, formats::quote(text),
            std::string("blocks in rising order") + (with_latents ? " with at most 65536 latents each" : ""));
     }
@@ -116,7 +118,7 @@ std::vector<LayerRange> layers_to_match(const ExtendOptions& options) {
 int64_t ExtendOptions::latents_of(int64_t block) const {
   int64_t count = latents;
   for (const LayerRange& range : layers_with_latents(*this)) {
-    if (block >= range.first && block <= range.last) count = range.latents;
+    if (block >= range.first && block <= range.last) count = range.number;
   }
   return count;
 }
@@ -128,13 +130,28 @@ bool ExtendOptions::matches(int64_t block) const {
                      [&](const LayerRange& range) { return block >= range.first && block <= range.last; });
 }
 
-void ExtendOptions::check_blocks(int64_t blocks) const {
+std::vector<int64_t> ExtendOptions::matched_heads(int64_t block) const {
+  std::vector<int64_t> heads;
+  for (const LayerRange& range : layers_to_match(*this)) {
+    if (block < range.first || block > range.last) continue;
+    if (range.number < 0) return {};
+    heads.push_back(range.number);
+  }
+  return heads;
+}
+
+void ExtendOptions::check_blocks(int64_t blocks, int64_t kv_heads) const {
   const auto check = [&](const char* field, const std::string& text, const std::vector<LayerRange>& ranges) {
     for (const LayerRange& range : ranges) {
       if (range.last >= blocks)
         fail(field, formats::quote(text), "blocks in 0 … " + std::to_string(blocks - 1) + ", the model's");
     }
   };
+  for (const LayerRange& range : layers_to_match(*this)) {
+    if (range.number >= kv_heads) {
+      fail("match_layers", formats::quote(match_layers), "key-value heads in 0 … " + std::to_string(kv_heads - 1));
+    }
+  }
   check("layer_latents", layer_latents, layers_with_latents(*this));
   check("match_layers", match_layers, layers_to_match(*this));
 }
@@ -177,7 +194,11 @@ void ExtendOptions::validate() const {
   check_that(text_share >= 0 && text_share <= 1, "text_share", text_share, "a number in [0, 1]");
   check_range("match_sequences", match_sequences, 0, 1024);
   check_range("match_steps", match_steps, 0, kLargestCount);
-  layers_to_match(*this);
+  for (const LayerRange& range : layers_to_match(*this)) {
+    if (range.number >= 0 && from.empty()) {
+      fail("match_layers", formats::quote(match_layers), "whole blocks: key-value heads of blocks go with `from`");
+    }
+  }
   check_that(match_share >= 0 && match_share <= 1, "match_share", match_share, "a number in [0, 1]");
   check_that(match_open >= 0 && match_open <= 1, "match_open", match_open, "a number in [0, 1]");
   check_range("tokens", tokens, 0, kLargestCount);

@@ -44,7 +44,8 @@ struct ExtendOptions {
   int64_t match_sequences = 16;  // of `context` tokens; 0: latents start closed
   int64_t match_steps = 96;      // a layer
   // Blocks to match, as "17-18,23"; "": all, and with `from` none. Those of `from` are made anew and matched to what softmax
-  // attention makes of the weights that `from` has.
+  // attention makes of the weights that `from` has. With `from` also key-value heads of blocks, as "17:1,18:2": the others of
+  // these blocks stay as they are.
   std::string match_layers;
   // Weight of a head's output at a token, in matching: 1 - match_share + match_share · (softmax attention's probability beyond
   // window and sinks there). 0: all count alike. Near 1: those count that find something far, so that gates open for it. Where
@@ -82,9 +83,10 @@ struct ExtendOptions {
   std::string teacher_cache;     // a folder for what the original says of each stretch, which other runs on them read; "": none
 
   int64_t latents_of(int64_t block) const;
-  bool matches(int64_t block) const;  // whether its latents are matched
+  bool matches(int64_t block) const;                        // whether its latents are matched
+  std::vector<int64_t> matched_heads(int64_t block) const;  // the key-value heads named of a block that is; empty: all
   // Throws OptionError where layer_latents or match_layers name a block that a model of so many hasn't.
-  void check_blocks(int64_t blocks) const;
+  void check_blocks(int64_t blocks, int64_t kv_heads) const;
   int64_t steps() const { return (tokens + context * batch - 1) / (context * batch); }
   std::vector<int64_t> training_windows() const;  // rising
   int64_t context_of(int64_t step) const;         // tokens a sequence, at the step that follows `step` finished ones

@@ -80,9 +80,7 @@ void check_tensors(const AdapterSpec& spec, const BaseShape& shape, const GgufFi
   for (int64_t block = 0; block < shape.blocks; ++block) {
     const LatentForm form = {.decay = found.contains(block_prefix(block) + "decay"),
                              .floor = found.contains(block_prefix(block) + "floor")};
-    if (form.floor && (form.decay || !spec.evicted)) {
-      problems.add(block_prefix(block) + "floor goes with latte.evicted and without latte_decay");
-    }
+    if (form.floor && !spec.evicted) problems.add(block_prefix(block) + "floor goes with latte.evicted");
     for (const GgufTensorSpec& wanted : adapter_tensors(spec, shape, block, form)) {
       expected.insert(wanted.name);
       const auto tensor = found.find(wanted.name);

@@ -22,7 +22,7 @@
 //   blk.N.latte_key.weight   [Hkv, L, Dk]   blk.N.latte_key.bias   [Hkv, L]
 //   blk.N.latte_gate.weight  [H, E]         blk.N.latte_gate.bias  [H]      blk.N.latte_gate.slope [H]
 //   blk.N.latte_decay        [Hkv, L]       optional: without it nothing is forgotten
-//   blk.N.latte_floor        [Hkv, L]       optional, finite, with latte.evicted and without latte_decay (below)
+//   blk.N.latte_floor        [Hkv, L]       optional, finite, with latte.evicted (below)
 //
 // Every other tensor is one of the base's, under its name and with its shape, that takes the base's place. With x the input of
 // the block's attention (normalised), q[t,h] and k[t,g] its query and key heads before rotation, in the order of the base file's
@@ -44,7 +44,9 @@
 //   kept[t, h, l] = p(l|t) z / (z + exp(floor[g, l])),   z = Σ exp(key_logits[s, g, l]) over the tokens that it has read
 //
 // to what it has read, and the window has 1 - Σ_l kept[t, h, l]: a latent that holds nothing like its key reads nothing, as
-// softmax attention then rests on sinks. (Readers from before there were floors refuse the tensor by its name.)
+// softmax attention then rests on sinks. Forgetting wears the floor off: of a block that has both, latents with a floor have a
+// decay of -1e4, which is none, and latents without one a floor of -1e4. (Readers from before there were floors refuse the tensor
+// by its name.)
 #pragma once
 
 #include <cstdint>
