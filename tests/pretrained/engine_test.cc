@@ -33,7 +33,7 @@ constexpr double kQuantised = 1e-2;  // nats a token: what rounding activations 
 class Converted {
  public:
   Converted(const std::string& base, std::string adapter, int64_t window, int64_t sinks, int64_t latents, double key_scale,
-            bool evicted = true)
+            bool evicted = true, formats::LatentForm form = {.decay = true, .floor = false})
       : base_(base), adapter_(std::move(adapter)) {
     const formats::GgufFile file(base);
     std::vector<formats::GgufTensorSpec> specs(file.tensors().begin(), file.tensors().end());
@@ -47,11 +47,13 @@ class Converted {
       spec_.latents.push_back(config.is_local(block) || block == 1 ? -1 : block == 2 ? 0 : static_cast<int32_t>(latents));
     }
     torch::manual_seed(5);
-    tensors_ = extend::latent_tensors(extend::make_converted(base, spec_, true, torch::kFloat32).converted);
+    const std::vector<formats::LatentForm> forms(spec_.latents.size(), form);
+    tensors_ = extend::latent_tensors(extend::make_converted(base, spec_, forms, torch::kFloat32).converted);
     for (auto& [name, tensor] : tensors_) {
       const torch::NoGradGuard no_grad;
       tensor.normal_(0.0, name.ends_with("query.weight") || name.ends_with("key.weight") ? key_scale : 0.3);
       if (name.ends_with("decay")) tensor.sub_(4.0);
+      if (name.ends_with("floor")) tensor.add_(2.0);  // about half of a short text's weights
       // Latents take about a third of the mixture. If they took nearly all, random as they are, some token of SmolLM2 would be so
       // far off that weights perturbed by 6e-8 move its logits by 2e-3 in float64.
       if (name.ends_with("gate.bias")) tensor.add_(std::log(2.0 * static_cast<double>(latents)));
@@ -106,6 +108,9 @@ TEST(EngineAgainstLibtorch, SmallModelsOfEveryArchitecture) {
     expect_the_same_on_every_way(reads_all.open(), tokens, reads_all.reference(tokens), {150, 37, 1});
     const Converted converted(folder / "base.gguf", folder / "adapter.gguf", 13, 3, 5, 0.3);
     expect_the_same_on_every_way(converted.open(), tokens, converted.reference(tokens), {150, 37, 1});
+    const formats::LatentForm form = {.decay = false, .floor = true};
+    const Converted floored(folder / "base.gguf", folder / "floor.gguf", 13, 3, 5, 0.3, /*evicted=*/true, form);
+    expect_the_same_on_every_way(floored.open(), tokens, floored.reference(tokens), {150, 37, 1});
     const auto plain = converted.plain_reference(tokens);
     const auto model = converted.open(false);
     Engine engine(model, {2, {}, 256});
