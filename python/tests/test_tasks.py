@@ -88,6 +88,7 @@ def test_a_generated_tasks_file_is_kept(tmp_path, config):
         ("task", {"train": "x"}, ['config.json: line 4: train is "x", expected an integer']),
         ("model", {"num_heads": 3}, ["config.json: line 13: model config: num_heads is 3, expected a divisor of embed_dim"]),
         ("model", {"colour": 1}, ["config.json: line 15: model config: unknown field", "colour"]),
+        ("model", {"train": 1}, ["config.json: line 15: model config: unknown field", "train"]),  # a field of task's name
         ("model", {"position": "learned", "max_positions": 5}, ["max_positions is 5, expected at least"]),
         ("model", {"pooling": "max"}, ["pooling is"]),
         ("model", {"attention": "macchiato", "sinks": 2}, ["sinks is 2, expected 0 unless causal"]),

@@ -73,6 +73,10 @@ void AddFields(CLI::App& command, json& fields) {
           "A latent must rise above a trained weight, or leaves its share to the window; such latents keep all they read. With "
           "--from in the layers of --match-layers")
       ->group(kAttention);
+  options.choice("--position", "position",
+                 "What latents know of order beside what keys say: nothing more, or a convolution over the last keys, so that a "
+                 "latent can look for several tokens in a row. With --from in the layers of --match-layers",
+                 kAttention, {"none", "conv"});
   command
       .add_flag_callback(
           "--no-forget", [&fields] { fields["forget"] = false; }, "Latents keep all they read")

@@ -4,6 +4,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <utility>
 
 #include "cli/torch_train.h"
 #include "formats/error.h"
@@ -85,11 +86,25 @@ bool Shows(const std::string& value, const json& found) {
   return number.is_number() && number.get<double>() == found.get<double>();
 }
 
-// The first place where `field` has that value: a configuration may name it for its small and its published size, and a value
-// that stands nowhere comes from the command line.
-std::optional<size_t> PlaceOf(std::string_view text, const std::string& field, const std::string& value) {
+// Where the section begins that refuses a field of another one's name.
+size_t BeginOfSection(const std::string& message, std::string_view text) {
+  constexpr std::pair<const char*, const char*> kSections[] = {{"unknown training option", "training"},
+                                                               {"unknown option of task", "task"},
+                                                               {"unknown comparison's field", "compare"},
+                                                               {"model config: unknown field", "model"}};
+  for (const auto& [refusal, section] : kSections) {
+    if (message.find(refusal) == std::string::npos) continue;
+    const size_t at = FindKey(text, section, 0);
+    return at == std::string_view::npos ? 0 : at;
+  }
+  return 0;
+}
+
+// The first place behind `from` where `field` has that value: a configuration may name it for its small and its published size,
+// and a value that stands nowhere comes from the command line.
+std::optional<size_t> PlaceOf(std::string_view text, size_t from, const std::string& field, const std::string& value) {
   if (field.empty()) return {};
-  for (size_t at = FindKey(text, field, 0); at != std::string_view::npos; at = FindKey(text, field, at + 1)) {
+  for (size_t at = FindKey(text, field, from); at != std::string_view::npos; at = FindKey(text, field, at + 1)) {
     const json found = ValueAt(text, at);
     const bool compares = !value.empty() && !found.is_null() && !found.is_discarded();
     if (!compares || Shows(value, found) || value.ends_with("…")) return at;  // cut short
@@ -156,7 +171,7 @@ std::string LocatedMessage(const std::string& path, const std::string& message) 
   try {
     const formats::MappedFile file(path);
     const auto [field, value] = SubjectOf(message, file.text());
-    const auto at = PlaceOf(file.text(), field, value);
+    const auto at = PlaceOf(file.text(), BeginOfSection(message, file.text()), field, value);
     return at ? "line " + std::to_string(LineOf(file.text(), *at)) + ": " + message : message;
   } catch (const formats::FileError&) {  // gone meanwhile: the message is enough
     return message;

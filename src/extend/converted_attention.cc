@@ -16,6 +16,7 @@ constexpr double kNegativeInfinity = -std::numeric_limits<double>::infinity();
 // with a floor D + 1.
 constexpr const char* kWaitingLogits = "waiting_logits";
 constexpr const char* kWaitingValues = "waiting_values";
+constexpr const char* kRecentKeys = "recent_keys";  // LatentInputs::recent_keys, where the latents have a convolution
 
 // The rows of T tokens, of which the last `waiting` are kept back and the ones in front of them, kept back before, are given.
 struct Delayed {
@@ -70,7 +71,9 @@ at::Tensor ConvertedAttentionImpl::mix(const at::Tensor& x, const models::Attent
   at::Tensor out;
   std::optional<MacchiatoState> after;
   if (mixed) {
-    LatentInputs inputs = latents_->forward(x, query, key, options.position(), far_);
+    OptionalTensor recent_keys;
+    if (options.state && latents_->conv_weight.defined()) recent_keys = options.state->more.at(kRecentKeys);
+    LatentInputs inputs = latents_->forward(x, query, key, options.position(), far_, recent_keys);
     if (recording_ && !inputs.floor) record(1.0 - inputs.query_logits.softmax(-1).select(-1, 0), options.position());
     if (far_.evicted) {
       std::tie(out, after) = window_attention(rotated_query, rotated_key, value, attention);
@@ -125,6 +128,7 @@ at::Tensor ConvertedAttentionImpl::read_evicted(const at::Tensor& value, LatentI
   if (next) {
     after->latents = latents;
     next->more = {{kWaitingLogits, key_logits.waiting}, {kWaitingValues, values.waiting}};
+    if (inputs.recent_keys) next->more.emplace(kRecentKeys, *inputs.recent_keys);
   }
   if (!inputs.floor) return out;
   const auto kept = out.select(-1, value.size(3));  // [B, T, H]
@@ -175,7 +179,8 @@ std::vector<ConvertedAttention> convert(models::Decoder& model, const formats::A
     const auto block = static_cast<int64_t>(i);
     LatentLogits latents(nullptr);
     if (spec.latents[i] > 0) {
-      TORCH_CHECK_VALUE(!forms[i].floor || spec.evicted, "convert: latents with a floor read what left the window");
+      TORCH_CHECK_VALUE((!forms[i].floor && !forms[i].conv) || spec.evicted,
+                        "convert: latents with a floor or a convolution read what left the window");
       latents = LatentLogits(
           LatentSizes{config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim, spec.latents[i], forms[i]});
       if (model->dtype() == torch::kFloat64) latents->to(torch::kFloat64);  // of tests

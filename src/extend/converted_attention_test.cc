@@ -87,23 +87,25 @@ TEST(ConvertedAttention, LatentsOffEqualWindowAndSinks) {
   EXPECT_TRUE(close(macchiato->forward(tokens).logits, expected, 1e-9));
 }
 
-// What latents read: every token as it comes, or what left the window, without and with a floor.
+// What latents read: every token as it comes, or what left the window, without and with a floor, one by one or several in a row.
 struct Read {
   const char* name;
   bool evicted;
   bool floor;
+  bool conv;
 };
 class LatentsOfConvertedAttention : public ::testing::TestWithParam<Read> {
  protected:
   std::vector<ConvertedAttention> converted(models::Decoder& model) const {
-    const LatentForm form = {.decay = !GetParam().floor, .floor = GetParam().floor};
+    const LatentForm form = {.decay = !GetParam().floor, .floor = GetParam().floor, .conv = GetParam().conv};
     auto attentions = convert(model, spec_of(3, 8, 2, GetParam().evicted), {form, form});
     open_latents(attentions);
     return attentions;
   }
 };
 INSTANTIATE_TEST_SUITE_P(, LatentsOfConvertedAttention,
-                         ::testing::Values(Read{"All", false, false}, Read{"Evicted", true, false}, Read{"Floor", true, true}),
+                         ::testing::Values(Read{"All", false, false, false}, Read{"Evicted", true, false, false},
+                                           Read{"Floor", true, true, false}, Read{"Conv", true, false, true}),
                          [](const auto& read) { return read.param.name; });
 
 TEST_P(LatentsOfConvertedAttention, AreTheMixtureOfTheirDefinition) {
@@ -138,9 +140,18 @@ TEST_P(LatentsOfConvertedAttention, AreTheMixtureOfTheirDefinition) {
     for (int64_t g = 0; g < 2; ++g) {
       for (int64_t l = 0; l < 3; ++l) {
         const int64_t from = GetParam().evicted ? t - 8 : t;
-        key_logits[0][t][g][l] = GetParam().evicted && from < 2
-                                     ? torch::full({}, -INFINITY, torch::kFloat64)
-                                     : latents->key_weight[g][l].dot(heads.key[0][from][g]) + latents->key_bias[g][l];
+        if (GetParam().evicted && from < 2) {
+          key_logits[0][t][g][l] = -INFINITY;
+          continue;
+        }
+        at::Tensor key = heads.key[0][from][g];
+        if (GetParam().conv) {
+          key = torch::zeros_like(key);
+          for (int64_t s = std::max<int64_t>(2, from - 3); s <= from; ++s) {
+            key = key + latents->conv_weight[g].select(-1, 3 - from + s) * heads.key[0][s][g];
+          }
+        }
+        key_logits[0][t][g][l] = latents->key_weight[g][l].dot(key) + latents->key_bias[g][l];
       }
     }
   }
@@ -165,27 +176,49 @@ TEST_P(LatentsOfConvertedAttention, AreTheMixtureOfTheirDefinition) {
   EXPECT_TRUE(close(converted[0]->mean_shares(), (1.0 - window_share).slice(1, 10).mean(1)[0], 1e-9));
 }
 
-TEST(ConvertedAttention, FloorsTrain) {
+TEST(ConvertedAttention, FloorsAndConvolutionsTrain) {
   auto model = tiny_model();
-  const LatentForm form = {.decay = false, .floor = true};
+  const LatentForm form = {.decay = false, .floor = true, .conv = true};
   const auto converted = convert(model, spec_of(3, 8, 2, true), {form, form});
   open_latents(converted);
-  at::Tensor& floor = converted[0]->latents()->floor;
+  const auto& latents = converted[0]->latents();
   const auto tokens = some_tokens();
   const auto loss = [&] { return model->forward(tokens).logits.square().mean(); };
-  const auto gradient = torch::autograd::grad({loss()}, {floor})[0];
+  const auto gradients = torch::autograd::grad({loss()}, {latents->floor, latents->conv_weight});
   const torch::NoGradGuard no_grad;
   constexpr double kStep = 1e-5;
-  for (int64_t i = 0; i < floor.numel(); ++i) {
-    auto entry = floor.view(-1)[i];
-    entry += kStep;
-    const double above = loss().item<double>();
-    entry -= 2 * kStep;
-    const double below = loss().item<double>();
-    entry += kStep;
-    EXPECT_NEAR(gradient.view(-1)[i].item<double>(), (above - below) / (2 * kStep), 1e-8);
+  for (const size_t which : {0, 1}) {
+    at::Tensor& trained = which == 0 ? latents->floor : latents->conv_weight;
+    for (int64_t i = 0; i < trained.numel(); ++i) {
+      auto entry = trained.view(-1)[i];
+      entry += kStep;
+      const double above = loss().item<double>();
+      entry -= 2 * kStep;
+      const double below = loss().item<double>();
+      entry += kStep;
+      EXPECT_NEAR(gradients[which].view(-1)[i].item<double>(), (above - below) / (2 * kStep), 1e-8);
+    }
+    EXPECT_GT(gradients[which].abs().min().item<double>(), 1e-7);
   }
-  EXPECT_GT(gradient.abs().min().item<double>(), 1e-7);
+}
+
+TEST(ConvertedAttention, AFreshConvolutionChangesNothing) {
+  auto plain = tiny_model(), convolved = tiny_model();
+  const LatentForm with_conv = {.decay = true, .floor = false, .conv = true};
+  const auto one = convert(plain, spec_of(3, 8, 2, true), kBoth);
+  const auto two = convert(convolved, spec_of(3, 8, 2, true), {with_conv, with_conv});
+  open_latents(one);
+  const torch::NoGradGuard no_grad;
+  for (size_t block = 0; block < 2; ++block) {
+    const auto from = one[block]->latents()->named_tensors(), to = two[block]->latents()->named_tensors();
+    for (size_t i = 0; i < from.size(); ++i) {
+      ASSERT_EQ(from[i].first, to[i].first);
+      to[i].second.copy_(from[i].second);
+    }
+    two[block]->latents()->to(torch::kFloat64);
+  }
+  const auto tokens = some_tokens();
+  EXPECT_TRUE(close(convolved->forward(tokens).logits, plain->forward(tokens).logits, 1e-9));
 }
 
 TEST_P(LatentsOfConvertedAttention, ReadPiecesAsTheyReadTheWhole) {

@@ -48,7 +48,7 @@ std::vector<LatentForm> forms_in(const formats::GgufFile& file, const formats::A
   std::vector<LatentForm> forms;
   for (size_t block = 0; block < spec.latents.size(); ++block) {
     const auto has = [&](const char* name) { return file.find(latent_name(block, name)) != nullptr; };
-    forms.push_back({.decay = has("decay"), .floor = has("floor")});
+    forms.push_back({.decay = has("decay"), .floor = has("floor"), .conv = has("conv.weight")});
   }
   return forms;
 }

@@ -287,6 +287,34 @@ TEST_F(ExtendTest, LayersMadeAnewMayHaveAFloor) {
   EXPECT_CONTAINS(error_text<OptionError>([&] { options_.validate(); }), "what left the window");
 }
 
+TEST_F(ExtendTest, LatentsMayLookForSeveralTokensInARow) {
+  options_.position = "conv";
+  const TokenText text = this->text();
+  ExtendTrainer trainer(options_, text);
+  const auto& weight = trainer.student().converted[1]->latents()->conv_weight;
+  ASSERT_TRUE(weight.defined());
+  trainer.match({});
+  const auto matched = weight.detach().clone();
+  EXPECT_FALSE(matched.select(-1, 0).eq(0).any().item<bool>());  // began as nothing but the key itself
+  trainer.step();
+  EXPECT_FALSE(weight.equal(matched));
+
+  const std::string path = folder_ / "conv.gguf";
+  formats::write_adapter(path, trainer.spec(), formats::GgufFile(options_.model), trainer.adapter_tensors().tensors());
+  auto loaded = load_converted(options_.model, path, torch::kFloat32);
+  const auto tokens = torch::tensor(some_tokens(60)).unsqueeze(0);
+  const torch::NoGradGuard no_grad;
+  EXPECT_TRUE(close(loaded.model->forward(tokens).logits, trainer.student().model->forward(tokens).logits, 1e-6));
+  options_.evicted = false;
+  EXPECT_CONTAINS(error_text<OptionError>([&] { options_.validate(); }), "what left the window");
+  options_.evicted = true;
+  options_.from = path;
+  EXPECT_CONTAINS(error_text<OptionError>([&] { options_.validate(); }), "match_layers");
+  options_.from.clear();
+  options_.position = "vapor";
+  EXPECT_CONTAINS(error_text<OptionError>([&] { options_.validate(); }), "one of none, conv");
+}
+
 TEST_F(ExtendTest, SomeHeadsOfALayerMayBeMadeAnew) {
   run_extend(options_, run());
   const TokenText text = this->text();

@@ -39,7 +39,9 @@ bool trains(const ExtendOptions& options, const std::string& name) {
 
 // As in options.from, but for what is made anew.
 std::vector<LatentForm> forms_of(const ExtendOptions& options, const formats::AdapterSpec& spec) {
-  std::vector<LatentForm> forms(spec.latents.size(), {.decay = options.forget && !options.floor, .floor = options.floor});
+  const LatentForm anew = {
+      .decay = options.forget && !options.floor, .floor = options.floor, .conv = options.position == "conv"};
+  std::vector<LatentForm> forms(spec.latents.size(), anew);
   if (options.from.empty()) return forms;
   const formats::AdapterFile from(options.from);
   const auto there = forms_in(from.file(), from.spec());
@@ -47,7 +49,8 @@ std::vector<LatentForm> forms_of(const ExtendOptions& options, const formats::Ad
     const auto index = static_cast<int64_t>(block);
     if (!options.matches(index)) forms[block] = there[block];
     if (!options.matched_heads(index).empty()) {  // beside others of the file's form
-      forms[block] = {.decay = there[block].decay, .floor = there[block].floor || options.floor};
+      forms[block] = {
+          .decay = there[block].decay, .floor = there[block].floor || anew.floor, .conv = there[block].conv || anew.conv};
     }
   }
   return forms;
@@ -110,7 +113,7 @@ void ExtendTrainer::collect_parameters() {
   }
   train::AdamW::NamedTensors matrices, gates, gate_biases, vectors;
   for (auto& [name, parameter] : latent_tensors(student_.converted)) {
-    const bool matrix = name.ends_with("query.weight") || name.ends_with("key.weight");
+    const bool matrix = name.ends_with("query.weight") || name.ends_with("key.weight") || name.ends_with("conv.weight");
     const bool apart = options_.gate_lr > 0 && name.ends_with("gate.bias");
     (matrix ? matrices : name.ends_with("gate.weight") ? gates : apart ? gate_biases : vectors).emplace_back(name, parameter);
   }

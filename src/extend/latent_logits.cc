@@ -1,7 +1,9 @@
 #include "extend/latent_logits.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
+#include <tuple>
 
 #include "formats/adapter.h"
 
@@ -36,10 +38,31 @@ LatentLogitsImpl::LatentLogitsImpl(const LatentSizes& sizes) : sizes_(sizes) {
     decay = register_parameter("decay", (std::log(2.0) / half_lives).log().expand({kv_heads, latents}).clone());
   }
   if (form.floor) floor = register_parameter("floor", torch::full({kv_heads, latents}, kNone));
+  if (form.conv) {
+    conv_weight = register_parameter("conv_weight", torch::empty({kv_heads, dim, formats::kKeyConvWidth}));
+    reset_conv();
+  }
+}
+
+void LatentLogitsImpl::reset_conv() {
+  const torch::NoGradGuard no_grad;
+  conv_weight.zero_();
+  conv_weight.select(-1, formats::kKeyConvWidth - 1).fill_(1.0);
+}
+
+std::pair<at::Tensor, OptionalTensor> LatentLogitsImpl::convolved(const at::Tensor& key, int64_t sinks_here,
+                                                                  const OptionalTensor& recent_keys) {
+  at::Tensor read = key.to(conv_weight.scalar_type()).flatten(2);
+  if (sinks_here > 0) read = at::constant_pad_nd(read.slice(1, sinks_here), {0, 0, sinks_here, 0});
+  CausalConv1dOptions options;
+  options.initial_state = recent_keys;
+  options.output_final_state = true;
+  auto [out, recent] = causal_conv1d(read, conv_weight.flatten(0, 1), options);
+  return {out.view_as(key), std::move(recent)};
 }
 
 LatentInputs LatentLogitsImpl::forward(const at::Tensor& x, const at::Tensor& query, const at::Tensor& key, int64_t position,
-                                       const FarOptions& far) {
+                                       const FarOptions& far, const OptionalTensor& recent_keys) {
   const auto dtype = query_weight.scalar_type();
   const int64_t first = position + 1 - far.window - far.sinks;
   const auto count = torch::arange(first, first + x.size(1), torch::kLong).clamp(0, far.far_limit);
@@ -52,7 +75,12 @@ LatentInputs LatentLogitsImpl::forward(const at::Tensor& x, const at::Tensor& qu
     query_logits = query_logits.masked_fill((count == 0).view({1, -1, 1, 1}), -std::numeric_limits<double>::infinity());
   }
   inputs.query_logits = at::cat({gate.unsqueeze(-1), query_logits}, -1);
-  inputs.key_logits = per_head(key, key_weight, key_bias);
+  at::Tensor read = key;
+  if (conv_weight.defined()) {
+    const int64_t sinks_here = std::clamp<int64_t>(far.sinks - position, 0, key.size(1));
+    std::tie(read, inputs.recent_keys) = convolved(key, sinks_here, recent_keys);
+  }
+  inputs.key_logits = per_head(read, key_weight, key_bias);
   if (decay.defined()) {
     inputs.log_decay = decay.exp().neg().expand({x.size(0), x.size(1), sizes_.num_kv_heads, sizes_.latents});
   }
@@ -66,6 +94,7 @@ std::vector<std::pair<std::string, at::Tensor>> LatentLogitsImpl::named_tensors(
       {"gate.weight", gate_weight},   {"gate.bias", gate_bias},   {"gate.slope", gate_slope}};
   if (decay.defined()) tensors.emplace_back("decay", decay);
   if (floor.defined()) tensors.emplace_back("floor", floor);
+  if (conv_weight.defined()) tensors.emplace_back("conv.weight", conv_weight);
   return tensors;
 }
 

@@ -31,6 +31,8 @@ struct LatentInputs {
   at::Tensor key_logits;     // [B, T, Hkv, L]
   OptionalTensor log_decay;  // [B, T, Hkv, L], expanded
   OptionalTensor floor;      // [Hkv, L]
+  // With a convolution: the last keys that it has read, [B, kKeyConvWidth - 1, Hkv Dk], for the tokens that come next.
+  OptionalTensor recent_keys;
 };
 
 // What a token's far[t] depends on, and whether latents read what left the window (formats/adapter.h).
@@ -47,9 +49,9 @@ class LatentLogitsImpl : public torch::nn::Module {
   explicit LatentLogitsImpl(const LatentSizes& sizes);
 
   // x [B, T, E] the attention's input, query [B, T, H, Dk] and key [B, T, Hkv, Dk] before rotation; `position` of the first
-  // token.
+  // token; `recent_keys` as the tokens before left them.
   LatentInputs forward(const at::Tensor& x, const at::Tensor& query, const at::Tensor& key, int64_t position,
-                       const FarOptions& far);
+                       const FarOptions& far, const OptionalTensor& recent_keys = {});
 
   const LatentSizes& sizes() const { return sizes_; }
   // Names in an adapter behind "blk.N.latte_", with the parameters.
@@ -64,8 +66,15 @@ class LatentLogitsImpl : public torch::nn::Module {
   at::Tensor gate_slope;    // [H]
   at::Tensor decay;         // [Hkv, L]; undefined unless sizes.form.decay
   at::Tensor floor;         // [Hkv, L]; undefined unless sizes.form.floor
+  at::Tensor conv_weight;   // [Hkv, Dk, kKeyConvWidth]; undefined unless sizes.form.conv
+
+  // As if there were no convolution: every key by itself.
+  void reset_conv();
 
  private:
+  // What key logits read, [B, T, Hkv, Dk], and what LatentInputs::recent_keys is.
+  std::pair<at::Tensor, OptionalTensor> convolved(const at::Tensor& key, int64_t sinks_here, const OptionalTensor& recent_keys);
+
   LatentSizes sizes_;
 };
 TORCH_MODULE(LatentLogits);

@@ -81,6 +81,7 @@ void start_latents(LatentLogits& latents, const LayerSamples& samples, const mod
   const auto [embed, heads, kv_heads, dim, count, form] = latents->sizes();
   const int64_t group = heads / kv_heads;
   const auto rotation = mean_rotation(rope, dim) * scale;
+  if (form.conv) latents->reset_conv();
   for (int64_t g = 0; g < kv_heads; ++g) {
     const auto query = samples.query.slice(1, g * group, (g + 1) * group).to(torch::kFloat32);  // [N, R, Dk]
     const auto weights = samples.far_share.slice(1, g * group, (g + 1) * group).flatten().to(torch::kFloat32) + kLeastWeight;

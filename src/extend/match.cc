@@ -261,6 +261,7 @@ class LayerMatcher {
   void fit() {
     auto& latents = *converted_->latents();
     train::AdamW::NamedTensors matrices = {{"query", latents.query_weight}, {"key", latents.key_weight}};
+    if (latents.conv_weight.defined()) matrices.emplace_back("conv", latents.conv_weight);
     train::AdamW::NamedTensors vectors = {{"query_bias", latents.query_bias},
                                           {"key_bias", latents.key_bias},
                                           {"gate_bias", latents.gate_bias},

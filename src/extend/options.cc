@@ -30,6 +30,7 @@ void for_each_field(Options& options, const Visit& visit) {
   visit("far_limit", options.far_limit);
   visit("forget", options.forget);
   visit("floor", options.floor);
+  visit("position", options.position);
   visit("evicted", options.evicted);
   visit("train", options.train);
   visit("lora_rank", options.lora_rank);
@@ -183,6 +184,12 @@ void ExtendOptions::validate() const {
   check_range("far_limit", far_limit, 1, kLargestSize);
   if (floor && attention != "macchiato") fail("floor", "true", "attention: " + attention + " has no latents");
   if (floor && !evicted) fail("floor", "true", "latents that read what left the window");
+  check_choice("position", position, {"none", "conv"});
+  if (position != "none" && attention != "macchiato") fail("position", position, "none: attention " + attention + " has no latents");
+  if (position != "none" && !evicted) fail("position", position, "none, or latents that read what left the window");
+  if (position != "none" && !from.empty() && match_layers.empty()) {
+    fail("position", position, "none, or match_layers, the layers of `from` to make anew");
+  }
   if (floor && !from.empty() && match_layers.empty()) fail("floor", "true", "match_layers, the layers of `from` to make anew");
   if (!from.empty() && !match_layers.empty() && match_sequences == 0) {
     fail("match_sequences", "0", "1 or more, with match_layers: the layers are made anew");

@@ -31,6 +31,9 @@ struct ExtendOptions {
   // A latent must rise above a trained weight, or leaves its share to the window; such latents forget nothing
   // (formats/adapter.h). With `from` in the layers of match_layers, elsewhere as there.
   bool floor = false;
+  // What the latents know of order beside the keys' own content: none | conv, a causal convolution of keys, so that a latent may
+  // look for several tokens in a row (formats/adapter.h). With `from` in the layers of match_layers, elsewhere as there.
+  std::string position = "none";
   bool evicted = true;  // latents read what left the window; else everything, sinks and window included
 
   // latents | attention: those and the attention's own weights | lora: those and low-rank changes of the attention's weights

@@ -79,8 +79,10 @@ void check_tensors(const AdapterSpec& spec, const BaseShape& shape, const GgufFi
   std::set<std::string, std::less<>> expected;
   for (int64_t block = 0; block < shape.blocks; ++block) {
     const LatentForm form = {.decay = found.contains(block_prefix(block) + "decay"),
-                             .floor = found.contains(block_prefix(block) + "floor")};
+                             .floor = found.contains(block_prefix(block) + "floor"),
+                             .conv = found.contains(block_prefix(block) + "conv.weight")};
     if (form.floor && !spec.evicted) problems.add(block_prefix(block) + "floor goes with latte.evicted");
+    if (form.conv && !spec.evicted) problems.add(block_prefix(block) + "conv.weight goes with latte.evicted");
     for (const GgufTensorSpec& wanted : adapter_tensors(spec, shape, block, form)) {
       expected.insert(wanted.name);
       const auto tensor = found.find(wanted.name);
@@ -180,6 +182,7 @@ std::vector<GgufTensorSpec> adapter_tensors(const AdapterSpec& spec, const BaseS
   };
   if (form.decay) tensors.push_back(tensor("decay", {base.num_kv_heads, latents}));
   if (form.floor) tensors.push_back(tensor("floor", {base.num_kv_heads, latents}));
+  if (form.conv) tensors.push_back(tensor("conv.weight", {base.num_kv_heads, base.head_dim, kKeyConvWidth}));
   return tensors;
 }
 

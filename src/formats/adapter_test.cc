@@ -114,6 +114,19 @@ TEST_F(AdapterTest, AFloorIsReadWithWhatLeftTheWindow) {
   EXPECT_CONTAINS(error_text<FormatError>([&] { write("b.gguf"); }), "unknown tensor \"blk.1.latte_floor\"");
 }
 
+TEST_F(AdapterTest, AConvolutionOfKeysIsReadWithWhatLeftTheWindow) {
+  spec_.evicted = true;
+  add_block();
+  add("blk.0.latte_conv.weight", {1, BaseShape::from(GgufFile(folder_ / "base.gguf").metadata()).head_dim, 4});
+  write("a.gguf");
+  AdapterFile(folder_ / "a.gguf").check_fits(GgufFile(folder_ / "base.gguf"));
+  spec_.evicted = false;
+  EXPECT_CONTAINS(error_text<FormatError>([&] { write("b.gguf"); }), "conv.weight goes with latte.evicted");
+  spec_.evicted = true;
+  tensors_.back().shape.back() = 3;
+  EXPECT_CONTAINS(error_text<FormatError>([&] { write("b.gguf"); }), "3], expected [1, ");
+}
+
 TEST_F(AdapterTest, AnotherBaseIsRefused) {
   add_block();
   write("a.gguf");

@@ -54,8 +54,9 @@ constexpr double kFloat32 = 1e-5;  // of sums over some hundreds of terms in a f
 constexpr double kFloat16 = 5e-3;  // keys and values rounded to 11 bits (5e-4 each), in three layers with sharp scores
 
 TEST_F(EngineTest, EqualsTheDefinitionHoweverItIsSplit) {
-  TinyModel reads_all({.evicted = false}), with_floor({.layers = 4, .floor = true});
-  const std::pair<TinyModel*, bool> cases[] = {{&tiny_, false}, {&tiny_, true}, {&reads_all, true}, {&with_floor, true}};
+  TinyModel reads_all({.evicted = false}), with_floor({.layers = 4, .floor = true}), with_conv({.layers = 4, .conv = true});
+  const std::pair<TinyModel*, bool> cases[] = {
+      {&tiny_, false}, {&tiny_, true}, {&reads_all, true}, {&with_floor, true}, {&with_conv, true}};
   for (const auto& [tiny, converted] : cases) {
     const auto model = open(*tiny, converted);
     const std::vector<int32_t> tokens = tiny->tokens(60);
@@ -64,7 +65,7 @@ TEST_F(EngineTest, EqualsTheDefinitionHoweverItIsSplit) {
       Engine engine(model, {threads, {}, 16});
       for (const std::vector<int64_t>& pieces : std::vector<std::vector<int64_t>>{{60}, {1}, {2}, {13, 1, 1, 5}, {3, 31}}) {
         SCOPED_TRACE(::testing::Message() << "converted " << converted << " evicted " << tiny->shape().evicted << " floor "
-                                          << tiny->shape().floor << " threads " << threads << " pieces of " << pieces[0]);
+                                          << tiny->shape().floor << " conv " << tiny->shape().conv << " threads " << threads << " pieces of " << pieces[0]);
         Session session(model, exact());
         size_t piece = 0;
         for (size_t read = 0; read < tokens.size();) {
@@ -108,8 +109,8 @@ TEST_F(EngineTest, HalfPrecisionStatesAreClose) {
 
 // Sessions that take turns, alone and together, on two engines, copied, saved, loaded and dropped, against the definition.
 TEST_F(EngineTest, RandomSchedulesEqualEachSessionAlone) {
-  TinyModel with_floor({.layers = 4, .floor = true});
-  const std::pair<TinyModel*, bool> cases[] = {{&tiny_, false}, {&tiny_, true}, {&with_floor, true}};
+  TinyModel with_both({.layers = 4, .floor = true, .conv = true});
+  const std::pair<TinyModel*, bool> cases[] = {{&tiny_, false}, {&tiny_, true}, {&with_both, true}};
   for (const auto& [chosen, converted] : cases) {
     TinyModel& tiny = *chosen;
     const auto model = open(tiny, converted);
@@ -188,8 +189,8 @@ TEST_F(EngineTest, GoesBackWhereNothingWasLost) {
   shorter.push_back(5);
   EXPECT_LT(distance(engine.decode(session, 5), tiny_.logits(shorter, false).back()), kFloat32);
 
-  TinyModel with_floor({.layers = 4, .floor = true});
-  for (const auto& [tiny, model] : {std::pair(&tiny_, converted), std::pair(&with_floor, open(with_floor, true))}) {
+  TinyModel with_both({.layers = 4, .floor = true, .conv = true});
+  for (const auto& [tiny, model] : {std::pair(&tiny_, converted), std::pair(&with_both, open(with_both, true))}) {
     Engine other(model, {2, {}, 16});
     Session latents(model, exact());
     other.prefill(latents, tokens);

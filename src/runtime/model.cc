@@ -63,7 +63,9 @@ void Model::convert(const formats::AdapterSpec& spec) {
     shape_.layers[i].sinks = spec.sinks;
     shape_.layers[i].latents = spec.latents[i];
     shape_.layers[i].evicted = spec.evicted && spec.latents[i] > 0;
-    shape_.layers[i].floor = shape_.layers[i].evicted && find("blk." + std::to_string(i) + ".latte_floor") != nullptr;
+    const std::string block = "blk." + std::to_string(i) + ".latte_";
+    shape_.layers[i].floor = shape_.layers[i].evicted && find(block + "floor") != nullptr;
+    shape_.layers[i].key_conv = shape_.layers[i].evicted && find(block + "conv.weight") != nullptr;
   }
   shape_.far_limit = spec.far_limit;
 }
@@ -210,6 +212,9 @@ void Model::load_latents(int64_t index, ThreadPool& pool) {
   weights.gate_bias = floats(block + "gate.bias", {s.num_heads});
   weights.gate_slope = floats(block + "gate.slope", {s.num_heads});
   if (s.layers[static_cast<size_t>(index)].floor) weights.floor = floats(block + "floor", {s.num_kv_heads, latents});
+  if (s.layers[static_cast<size_t>(index)].key_conv) {
+    weights.key_conv = floats(block + "conv.weight", {s.num_kv_heads, s.key_dim, formats::kKeyConvWidth});
+  }
   if (find(block + "decay") == nullptr) return;
   const float* decay = floats(block + "decay", {s.num_kv_heads, latents});
   float* log_decay = arena_.take_array<float>(s.num_kv_heads * latents);

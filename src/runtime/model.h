@@ -35,6 +35,7 @@ struct LatentWeights {
   const float* gate_slope = nullptr;  // [H]
   const float* log_decay = nullptr;   // [Hkv, L] <= 0, or null
   const float* floor = nullptr;       // [Hkv, L], or null
+  const float* key_conv = nullptr;    // [Hkv, Dk, kKeyConvWidth], or null
 };
 
 // The weights of a layer of latte train whose attention sums up the past (nn/attention.h and nn/linear_attention.h have the

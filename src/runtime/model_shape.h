@@ -34,6 +34,7 @@ struct LayerShape {
   bool tokens = true;    // reads tokens, all or a window's
   bool evicted = false;  // the latents read a token when it leaves the window, sinks never (formats/adapter.h)
   bool floor = false;    // latents have one (formats/adapter.h); their values have a channel more, of ones
+  bool key_conv = false;  // latents' keys go through a convolution (formats/adapter.h)
   Linear linear = Linear::kNone;
 
   bool has_sums() const { return latents > 0 || linear != Linear::kNone; }  // whose state sums up the past

@@ -37,11 +37,12 @@ Engine::Pass::Pass(const Model& model, const EngineOptions& options)
   columns &= s.hidden_dim % kernels::kQuantBlock == 0;
   int64_t sinks = 0;
   int64_t latent_dim = s.head_dim;
-  bool sums = false, decay = false, gated_output = false;
+  bool sums = false, decay = false, gated_output = false, key_conv = false;
   for (size_t i = 0; i < s.layers.size(); ++i) {
     most_latents_ = std::max(most_latents_, s.layers[i].latents);
     sinks = std::max(sinks, s.layers[i].sinks);
     sums |= s.layers[i].has_sums();
+    key_conv |= s.layers[i].key_conv;
     latent_dim = std::max(latent_dim, s.latent_dim(s.layers[i]));
     decay |= static_cast<bool>(model_.layers()[i].sums.decay);
     gated_output |= static_cast<bool>(model_.layers()[i].sums.out_gate);
@@ -116,7 +117,8 @@ Engine::Pass::Pass(const Model& model, const EngineOptions& options)
     own.query = arena_.take_array<float>(s.num_heads * s.key_dim);
     own.sink_query = arena_.take_array<float>(s.num_heads * s.key_dim);
     own.key = arena_.take_array<float>(s.key_dim);
-    own.value = arena_.take_array<float>(s.head_dim);
+    own.value = arena_.take_array<float>(latent_dim);
+    if (key_conv) own.keys = arena_.take_array<float>((std::min(n, kBlockTokens) + formats::kKeyConvWidth - 1) * s.key_dim);
     own.gate = arena_.take_array<float>(std::min(n, kBlockTokens) * whole_groups(s.hidden_dim));
     own.up = arena_.take_array<float>(std::min(n, kBlockTokens) * whole_groups(s.hidden_dim));
     own.inputs = Inputs(1, s.embed_dim, attention, arena_);

@@ -44,7 +44,8 @@ class Engine::Pass {  // NOLINT(clang-analyzer-optin.performance.Padding)
     float* query = nullptr;       // [H, Dk], rotated, with the scores' scale
     float* sink_query = nullptr;  // [H, Dk]
     float* key = nullptr;         // [Dk]
-    float* value = nullptr;       // [D]
+    float* value = nullptr;       // [D], with a floor D + 1
+    float* keys = nullptr;        // [kBlockTokens + kKeyConvWidth - 1, Dk], where latents have a convolution
     float* gate = nullptr;        // [kBlockTokens, F]
     float* up = nullptr;          // [kBlockTokens, F]
     Inputs inputs, output_inputs, down_inputs, query_inputs, key_inputs;
@@ -85,6 +86,10 @@ class Engine::Pass {  // NOLINT(clang-analyzer-optin.performance.Padding)
   void prepare_sums(int64_t layer, const Part& part, int64_t kv_head);
   void finish_sums(int64_t layer, const Part& part, int64_t kv_head);
   void attend_linear(int64_t layer, const Part& part, int64_t kv_head);
+  void read_evicted(int64_t layer, const Part& part, int64_t t, int64_t kv_head, float* key, float* value) const;
+  void rotate_evicted_back(int64_t layer, const Part& part, int64_t t, float* key) const;
+  void convolve_keys(const Own& own, int64_t layer, const Part& part, int64_t first, int64_t last, int64_t kv_head);
+  void keep_recent_keys(int64_t layer, const Part& part, int64_t kv_head);
   void gather_evicted(int64_t layer, const Part& part, int64_t first, int64_t last, int64_t kv_head);
   void gather_evicted_of_steps(int thread, int64_t layer);
   void latent_logits(const Own& own, int64_t layer, const Part& part, int64_t first, int64_t last, int64_t kv_head);

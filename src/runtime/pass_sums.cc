@@ -75,36 +75,95 @@ void Engine::Pass::mix(int thread, int64_t layer) {
   }
 }
 
-// Keys and values that leave the window as a part's tokens [first, last) come, as the cache holds them, whether they have been
-// there or came in the same piece.
-void Engine::Pass::gather_evicted(int64_t layer, const Part& part, int64_t first, int64_t last, int64_t kv_head) {
+// Key and value that leave the window as a part's token t comes, as the cache holds them, whether they have been there or came in
+// the same piece. Of sinks and before the text zeros.
+void Engine::Pass::read_evicted(int64_t layer, const Part& part, int64_t t, int64_t kv_head, float* key, float* value) const {
   const ModelShape& s = shape_;
   const LayerShape& attention = layer_shape(layer);
-  const int64_t pairs = s.rotary_dims / 2;
-  const Turns& turns = turns_[static_cast<size_t>(attention.rotary)];
+  const int64_t position = part.position + t - attention.window;
+  if (attention.floor) value[s.head_dim] = 1.0f;
+  if (position < attention.sinks) {
+    std::fill_n(key, s.key_dim, 0.0f);
+    std::fill_n(value, s.head_dim, 0.0f);
+    return;
+  }
   const kernels::KeyValueCache ring = part.session->ring(layer, kv_head);
-  for (int64_t t = part.first + first; t < part.first + last; ++t) {
-    const int64_t position = part.position + t - part.first - attention.window;
-    float* key = evicted_keys_ + (t * s.num_kv_heads + kv_head) * s.key_dim;
-    const int64_t dim = s.latent_dim(attention);
-    float* value = evicted_values_ + (t * s.num_kv_heads + kv_head) * dim;
-    if (attention.floor) value[s.head_dim] = 1.0f;
-    if (position < attention.sinks) {
-      std::fill_n(key, s.key_dim, 0.0f);
-      std::fill_n(value, s.head_dim, 0.0f);
+  if (position < part.position) {
+    const int64_t slot = position % attention.window;
+    kernels::LoadSlots(ring, slot, slot + 1, key, s.key_dim, value, s.head_dim);
+    return;
+  }
+  const int64_t pairs = s.rotary_dims / 2, row = part.first + t - attention.window;
+  const Turns& turns = turns_[static_cast<size_t>(attention.rotary)];
+  const float* heads = heads_ + row * heads_stride_;
+  copy_head(heads + key_offset_ + kv_head * s.key_dim, model_.layers()[static_cast<size_t>(layer)].key_norm, key);
+  kernels::RotateRow(s.pairs, pairs, turns.cos + row * pairs, turns.sin + row * pairs, key);
+  kernels::RoundRow(ring.dtype, s.key_dim, key);
+  std::copy_n(heads + value_offset_ + kv_head * s.head_dim, s.head_dim, value);
+  kernels::RoundRow(ring.dtype, s.head_dim, value);
+}
+
+// Of a part's tokens [first, last).
+void Engine::Pass::gather_evicted(int64_t layer, const Part& part, int64_t first, int64_t last, int64_t kv_head) {
+  const int64_t dim = shape_.latent_dim(layer_shape(layer));
+  for (int64_t t = first; t < last; ++t) {
+    const int64_t row = (part.first + t) * shape_.num_kv_heads + kv_head;
+    read_evicted(layer, part, t, kv_head, evicted_keys_ + row * shape_.key_dim, evicted_values_ + row * dim);
+  }
+}
+
+// Rotates the key back that read_evicted() gave for token t.
+void Engine::Pass::rotate_evicted_back(int64_t layer, const Part& part, int64_t t, float* key) const {
+  const LayerShape& attention = layer_shape(layer);
+  if (part.position + t - attention.window < attention.sinks) return;
+  const int64_t pairs = shape_.rotary_dims / 2, row = part.first + t;
+  const Turns& turns = evicted_turns_[static_cast<size_t>(attention.rotary)];
+  kernels::RotateRow(shape_.pairs, pairs, turns.cos + row * pairs, turns.back + row * pairs, key);
+}
+
+// What key logits of a part's tokens [first, last) read, in own.keys [last - first, Dk]: a convolution over the keys that leave the
+// window, of which those before the part are the session's.
+void Engine::Pass::convolve_keys(const Own& own, int64_t layer, const Part& part, int64_t first, int64_t last, int64_t kv_head) {
+  constexpr int64_t kBefore = formats::kKeyConvWidth - 1;
+  const int64_t dim = shape_.key_dim;
+  const float* weight =
+      model_.layers()[static_cast<size_t>(layer)].latent.key_conv + kv_head * dim * formats::kKeyConvWidth;
+  const float* recent = part.session->mixer(layer) + kv_head * kBefore * dim;
+  for (int64_t t = first - kBefore; t < last; ++t) {
+    float* key = own.keys + (t - first + kBefore) * dim;
+    if (t < 0) {
+      std::copy_n(recent + (kBefore + t) * dim, dim, key);
       continue;
     }
-    if (position < part.position) {
-      const int64_t slot = position % attention.window;
-      kernels::LoadSlots(ring, slot, slot + 1, key, s.key_dim, value, s.head_dim);
+    if (t < first) {  // another thread may be at it
+      read_evicted(layer, part, t, kv_head, key, own.value);
     } else {
-      const int64_t row = t - attention.window;
-      const float* heads = heads_ + row * heads_stride_;
-      copy_head(heads + key_offset_ + kv_head * s.key_dim, model_.layers()[static_cast<size_t>(layer)].key_norm, key);
-      kernels::RotateRow(s.pairs, pairs, turns.cos + row * pairs, turns.sin + row * pairs, key);
-      kernels::RoundRow(ring.dtype, s.key_dim, key);
-      std::copy_n(heads + value_offset_ + kv_head * s.head_dim, s.head_dim, value);
-      kernels::RoundRow(ring.dtype, s.head_dim, value);
+      std::copy_n(evicted_keys_ + ((part.first + t) * shape_.num_kv_heads + kv_head) * dim, dim, key);
+    }
+    rotate_evicted_back(layer, part, t, key);
+  }
+  for (int64_t t = 0; t < last - first; ++t) {
+    float* keys = own.keys + t * dim;  // the oldest that token t reads, whose place it takes
+    for (int64_t i = 0; i < dim; ++i) {
+      float sum = 0.0f;
+      for (int64_t j = 0; j <= kBefore; ++j) sum += weight[i * formats::kKeyConvWidth + j] * keys[j * dim + i];
+      keys[i] = sum;
+    }
+  }
+}
+
+// The last keys that left the window, for the next part's convolution.
+void Engine::Pass::keep_recent_keys(int64_t layer, const Part& part, int64_t kv_head) {
+  constexpr int64_t kBefore = formats::kKeyConvWidth - 1;
+  const int64_t dim = shape_.key_dim;
+  float* recent = part.session->mixer(layer) + kv_head * kBefore * dim;
+  for (int64_t i = 0; i < kBefore; ++i) {
+    const int64_t t = part.count - kBefore + i;
+    if (t < 0) {
+      std::copy_n(recent + (i + part.count) * dim, dim, recent + i * dim);
+    } else {
+      std::copy_n(evicted_keys_ + ((part.first + t) * shape_.num_kv_heads + kv_head) * dim, dim, recent + i * dim);
+      rotate_evicted_back(layer, part, t, recent + i * dim);
     }
   }
 }
@@ -129,17 +188,18 @@ void Engine::Pass::latent_logits(const Own& own, int64_t layer, const Part& part
   const int64_t latents = attention.latents;
   const int64_t row = part.first + first;
   const int64_t count = last - first;
-  const int64_t pairs = s.rotary_dims / 2;
   const auto has_key = [&](int64_t t) {
     return !attention.evicted || part.position + first + t - attention.window >= attention.sinks;
   };
 
   const Matrix& key = latent.key[static_cast<size_t>(kv_head)];
+  if (attention.key_conv) convolve_keys(own, layer, part, first, last, kv_head);
   for (int64_t t = 0; t < count; ++t) {
-    if (attention.evicted) {
+    if (attention.key_conv) {
+      std::copy_n(own.keys + t * s.key_dim, s.key_dim, own.key);
+    } else if (attention.evicted) {
       std::copy_n(evicted_keys_ + ((row + t) * s.num_kv_heads + kv_head) * s.key_dim, s.key_dim, own.key);
-      const Turns& turns = evicted_turns_[static_cast<size_t>(attention.rotary)];
-      if (has_key(t)) kernels::RotateRow(s.pairs, pairs, turns.cos + (row + t) * pairs, turns.back + (row + t) * pairs, own.key);
+      rotate_evicted_back(layer, part, first + t, own.key);
     } else {
       copy_head(heads_ + (row + t) * heads_stride_ + key_offset_ + kv_head * s.key_dim, weights.key_norm, own.key);
     }
@@ -255,6 +315,7 @@ void Engine::Pass::sum_token(const Own& own, int64_t layer, const Part& part, in
   prepare_sums(layer, part, kv_head);
   if (layer_shape(layer).linear != Linear::kNone) return attend_linear(layer, part, kv_head);
   if (!s.latents_of_input) latent_logits(own, layer, part, 0, 1, kv_head);
+  if (layer_shape(layer).key_conv) keep_recent_keys(layer, part, kv_head);
   const kernels::LatentArgs args = latent_args(layer, part);
   kernels::LatentOutputs outputs;
   outputs.out = {sums_out_ + part.first * s.num_heads * args.head_dim, 0, s.num_heads * args.head_dim, args.head_dim};
@@ -268,6 +329,7 @@ void Engine::Pass::sum_tokens(int64_t layer, const Part& part, int64_t kv_head) 
   const ModelShape& s = shape_;
   prepare_sums(layer, part, kv_head);
   if (layer_shape(layer).linear != Linear::kNone) return attend_linear(layer, part, kv_head);
+  if (layer_shape(layer).key_conv) keep_recent_keys(layer, part, kv_head);
   kernels::LatentArgs args = latent_args(layer, part);
   args.initial_state = part.session->sums(layer);
   kernels::LatentOutputs outputs;

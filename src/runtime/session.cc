@@ -49,7 +49,8 @@ std::vector<Session::Place> Session::lay_out(const ModelShape& shape, const Sess
     place.sum_bytes = static_cast<size_t>(shape.num_kv_heads * sums_of_head(shape, layer)) * sizeof(float);
     place.sums = take(place.sum_bytes);
     const int64_t remembered = shape.mixer == Mixer::kConv ? shape.conv_width - 1 : shape.mixer == Mixer::kRgLru ? 1 : 0;
-    place.mixer_bytes = static_cast<size_t>(remembered * shape.embed_dim) * sizeof(float);
+    const int64_t keys = layer.key_conv ? (formats::kKeyConvWidth - 1) * shape.num_kv_heads * shape.key_dim : 0;
+    place.mixer_bytes = static_cast<size_t>(remembered * shape.embed_dim + keys) * sizeof(float);
     place.mixer = take(place.mixer_bytes);
   }
   total = end;

@@ -60,7 +60,8 @@ class Session {
   kernels::KeyValueCache sinks(int64_t layer, int64_t kv_head) const;  // slots 0: there are none
   // Latents [Hkv, L, D + 3], with a floor D + 4; linear attention [Hkv, D, D + 1], its normaliser behind each row.
   float* sums(int64_t layer) const;
-  float* mixer(int64_t layer) const;                                                          // conv [K - 1, E], RG-LRU [E]
+  // Conv [K - 1, E], RG-LRU [E]; of latents' keys the last that left the window, not rotated, [Hkv, kKeyConvWidth - 1, Dk].
+  float* mixer(int64_t layer) const;
   int64_t window(int64_t layer) const { return places_[static_cast<size_t>(layer)].window; }  // W, of a ring
   void advance(int64_t tokens) { position_ += tokens; }
 

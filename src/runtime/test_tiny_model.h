@@ -22,6 +22,7 @@ struct TinyShape {
   int64_t window = 7, sinks = 3, latents = 5, far_limit = 20;
   bool evicted = true;
   bool floor = false;  // of the last layer's latents; the others' decay
+  bool conv = false;   // in front of the latents' key logits
 
   bool has_floor(int64_t layer) const { return floor && layer == layers - 1; }
 };
@@ -73,7 +74,7 @@ class TinyModel {
     const formats::GgufFile base(path());
     for (int64_t i = 2; i < shape.layers; ++i) {
       for (const auto& tensor : formats::adapter_tensors(spec, formats::BaseShape::from(base.metadata()), i,
-                                                         {.decay = !shape.has_floor(i), .floor = shape.has_floor(i)})) {
+                                                         {!shape.has_floor(i), shape.has_floor(i), shape.conv})) {
         add(tensor.name, tensor.shape, 0.5f);
       }
     }
@@ -193,6 +194,19 @@ inline std::vector<std::vector<double>> TinyModel::logits(const std::vector<int3
       keys.push_back(times(block + "attn_k.weight", inputs.back()));
       values.push_back(times(block + "attn_v.weight", inputs.back()));
     }
+    std::vector<Row> latent_keys = keys;
+    if (latents && s.conv) {
+      const auto& weight = values_.at(block + "latte_conv.weight");
+      for (int64_t t = 0; t < count; ++t) {
+        Row& row = latent_keys[static_cast<size_t>(t)];
+        for (size_t i = 0; i < row.size(); ++i) {
+          row[i] = 0.0;
+          for (int64_t j = std::max(s.sinks, t - 3); j <= t; ++j) {
+            row[i] += static_cast<double>(weight[i * 4 + static_cast<size_t>(3 - t + j)]) * keys[static_cast<size_t>(j)][i];
+          }
+        }
+      }
+    }
     for (int64_t t = 0; t < count; ++t) {
       const auto now = static_cast<size_t>(t);
       Row out;
@@ -227,7 +241,7 @@ inline std::vector<std::vector<double>> TinyModel::logits(const std::vector<int3
             const int64_t read_first = s.evicted ? s.sinks : 0, delay = s.evicted ? s.window : 0;
             for (int64_t r = read_first; r <= t - delay; ++r) {
               const Row key_logits =
-                  times(block + "latte_key.weight", head(keys[static_cast<size_t>(r)], g), static_cast<size_t>(g) * rows, rows);
+                  times(block + "latte_key.weight", head(latent_keys[static_cast<size_t>(r)], g), static_cast<size_t>(g) * rows, rows);
               const double forgotten =
                   s.has_floor(layer) ? 0.0 : static_cast<double>(t - delay - r) * std::exp(number("decay", g * s.latents + l));
               weights.push_back(key_logits[static_cast<size_t>(l)] + number("key.bias", g * s.latents + l) - forgotten);

@@ -33,7 +33,7 @@ constexpr double kQuantised = 1e-2;  // nats a token: what rounding activations 
 class Converted {
  public:
   Converted(const std::string& base, std::string adapter, int64_t window, int64_t sinks, int64_t latents, double key_scale,
-            bool evicted = true, formats::LatentForm form = {.decay = true, .floor = false})
+            bool evicted = true, formats::LatentForm form = {})
       : base_(base), adapter_(std::move(adapter)) {
     const formats::GgufFile file(base);
     std::vector<formats::GgufTensorSpec> specs(file.tensors().begin(), file.tensors().end());
@@ -108,7 +108,7 @@ TEST(EngineAgainstLibtorch, SmallModelsOfEveryArchitecture) {
     expect_the_same_on_every_way(reads_all.open(), tokens, reads_all.reference(tokens), {150, 37, 1});
     const Converted converted(folder / "base.gguf", folder / "adapter.gguf", 13, 3, 5, 0.3);
     expect_the_same_on_every_way(converted.open(), tokens, converted.reference(tokens), {150, 37, 1});
-    const formats::LatentForm form = {.decay = false, .floor = true};
+    const formats::LatentForm form = {.decay = false, .floor = true, .conv = true};
     const Converted floored(folder / "base.gguf", folder / "floor.gguf", 13, 3, 5, 0.3, /*evicted=*/true, form);
     expect_the_same_on_every_way(floored.open(), tokens, floored.reference(tokens), {150, 37, 1});
     const auto plain = converted.plain_reference(tokens);
