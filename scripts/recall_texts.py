@@ -4,12 +4,14 @@
 Texts to train an extended model on, mixed with ordinary ones (`latte extend --text`): what was read far back is the only thing
 that tells how a repeated passage goes on, so latents must carry it. A document has 1 to 16 items of its own, paragraphs of the
 texts given and made-up records (log lines, addresses, invoices, measurements, hexadecimal numbers, made-up words), in random
-order and mixed with other paragraphs; none comes again within 700 characters of its beginning. Documents differ in how many
-items they have, in the share of records among them and of other paragraphs around them: one number in pages of prose is told
-apart by being a number, one of a hundred only by what stands before it. Nothing in them asks a question or names a key.
+order and mixed with other paragraphs; none comes again within 700 characters of its beginning (`--least-distance`). Documents
+differ in how many items they have, in the share of records among them and of other paragraphs around them: one number in pages
+of prose is told apart by being a number, one of a hundred only by what stands before it. Nothing in them asks a question or
+names a key.
 
-Example:
+Examples:
     scripts/recall_texts.py --text texts/*.txt --megabytes 14 --out recall.txt
+    scripts/recall_texts.py --text texts/*.txt --most-items 3 --records 1 --out few.txt    # a number or three in pages of prose
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import sys
 from pathlib import Path
 
 CONSONANTS, VOWELS = "bcdfghklmnprstvwz", "aeiou"
-LEAST_DISTANCE = 700  # characters from beginning to beginning, more than a window of 128 tokens
+LEAST_DISTANCE = 700  # characters from beginning to beginning, more than a window of 128 tokens; the default
 
 
 def paragraphs(path: Path) -> list[str]:
@@ -69,18 +71,18 @@ def made_up_words(rng: random.Random) -> str:
 RECORDS = (log_line, address, measurement, hexadecimal, invoice, made_up_words)
 
 
-def document(rng: random.Random, pool: list[str]) -> str:
+def document(rng: random.Random, pool: list[str], options: argparse.Namespace) -> str:
     size = rng.randint(3000, 14000)  # characters
-    count = round(16 ** rng.random())  # as often 1 to 4 as 4 to 16
-    share_of_records = rng.random()
+    count = round(options.most_items ** rng.random())  # of 16 as often 1 to 4 as 4 to 16
+    share_of_records = rng.random() if options.records is None else options.records
     items = [rng.choice(RECORDS)(rng) if rng.random() < share_of_records else rng.choice(pool) for _ in range(count)]
-    last = [-LEAST_DISTANCE] * len(items)
+    last = [-options.least_distance] * len(items)
     share_of_others = 0.8 * rng.random()
     lines: list[str] = []
     written = 0
     while written < size:
         item = rng.randrange(len(items))
-        if rng.random() < share_of_others or written - last[item] < LEAST_DISTANCE:
+        if rng.random() < share_of_others or written - last[item] < options.least_distance:
             line = rng.choice(pool)
         else:
             line = items[item]
@@ -94,11 +96,25 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="files whose paragraphs are repeated, a line each")
     parser.add_argument("--megabytes", type=float, default=14, help="of text to write (default: %(default)s)")
+    parser.add_argument("--most-items", type=int, default=16, help="a document has of its own (default: %(default)s)")
+    parser.add_argument("--records", type=float, help="share of records among them, 0 to 1 (default: another in each document)")
+    parser.add_argument(
+        "--least-distance",
+        type=int,
+        default=LEAST_DISTANCE,
+        help="characters from an item's beginning to where it may come again (default: %(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     if options.megabytes <= 0:
         parser.error(f"--megabytes {options.megabytes}: must be positive")
+    if not 1 <= options.most_items <= 1000:
+        parser.error(f"--most-items {options.most_items}: must be in 1 to 1000")
+    if options.least_distance < 0:
+        parser.error(f"--least-distance {options.least_distance}: must not be negative")
+    if options.records is not None and not 0 <= options.records <= 1:
+        parser.error(f"--records {options.records}: must be in 0 to 1")
     return options
 
 
@@ -114,7 +130,7 @@ def main() -> int:
         try:
             with unfinished.open("w", encoding="utf-8") as file:
                 while file.tell() < options.megabytes * 1e6:
-                    file.write(document(rng, pool) + "\n\n")
+                    file.write(document(rng, pool, options) + "\n\n")
             unfinished.replace(options.out)
         finally:
             unfinished.unlink(missing_ok=True)

@@ -72,3 +72,15 @@ def test_what_cannot_be_done_is_said(tmp_path):
         assert result.stderr.count("\n") == 1
     assert run("--text", short, "--megabytes", 0, "--out", out).returncode == 2
     assert not out.exists()
+
+
+def test_few_records_and_nothing_else_comes_again(tmp_path):
+    out = tmp_path / "few.txt"
+    few = ("--most-items", 3, "--records", 1, "--megabytes", 0.2)
+    result = run("--text", write_paragraphs(tmp_path / "text.txt"), *few, "--out", out)
+    assert result.returncode == 0, result.stderr
+    for document in out.read_text(encoding="utf-8").rstrip("\n").split("\n\n"):
+        records = {line for line in document.split("\n") if not line.startswith("Paragraph")}
+        assert 1 <= len(records) <= 3
+    assert "--records 2" in run("--text", out, "--records", 2, "--out", out).stderr
+    assert "--most-items 0" in run("--text", out, "--most-items", 0, "--out", out).stderr

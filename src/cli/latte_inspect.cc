@@ -190,6 +190,13 @@ json vocabulary_json(const GgufMetadata& metadata) {
   return out;
 }
 
+// Blocks whose latents have a tensor of this name behind "blk.N.latte_".
+int64_t blocks_with(const Report& report, const std::string& name) {
+  return std::count_if(report.tensors.begin(), report.tensors.end(), [&](const GgufTensorSpec& spec) {
+    return formats::is_added_tensor(spec.name) && spec.name.ends_with("latte_" + name);
+  });
+}
+
 void print_json(const Report& report) {
   json out = {{"path", report.path},
               {"format", report.format},
@@ -203,6 +210,9 @@ void print_json(const Report& report) {
                       {"sinks", report.adapter->sinks},         {"evicted", report.adapter->evicted},
                       {"latents", report.adapter->latents},     {"base_hash", report.adapter->base_hash},
                       {"base_name", report.adapter->base_name}};
+    out["adapter"]["blocks"] = {{"decay", blocks_with(report, "decay")},
+                                {"floor", blocks_with(report, "floor")},
+                                {"conv", blocks_with(report, "conv.weight")}};
   }
   json& metadata = out["metadata"] = json::object();
   for (const auto& [key, value] : report.metadata.entries()) metadata[key] = formats::describe(value);
@@ -242,6 +252,8 @@ void print_adapter(const Report& report) {
   std::printf("%s  window %" PRId64 ", sinks %" PRId64 ", %" PRId64 " of %zu blocks with latents%s, %" PRId64 " converted\n",
               is_adapter(report.metadata) ? "adapter     " : "merged      ", adapter.window, adapter.sinks, with_latents,
               adapter.latents.size(), adapter.evicted ? " (of what left the window)" : "", adapter.converted_blocks());
+  std::printf("latents       %" PRId64 " blocks forget, %" PRId64 " have floors, %" PRId64 " a convolution of keys\n",
+              blocks_with(report, "decay"), blocks_with(report, "floor"), blocks_with(report, "conv.weight"));
   std::printf("base          %s, hash %s\n", formats::quote(adapter.base_name).c_str(),
               formats::quote(adapter.base_hash).c_str());
 }

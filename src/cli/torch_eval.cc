@@ -104,9 +104,10 @@ json ToJson(const extend::TextRow& row) {
 json ToJson(const extend::RetrievalRow& row) {
   json object = {{"attention", extend::name_of(row.attention)},
                  {"length", row.length},
-                 {"asked", row.asked},
-                 {"right", row.right},
-                 {"accuracy", static_cast<double>(row.right) / static_cast<double>(std::max<int64_t>(1, row.asked))}};
+                 {"asked", row.score.asked},
+                 {"right", row.score.right},
+                 {"right_tokens", row.score.right_tokens},
+                 {"accuracy", static_cast<double>(row.score.right) / static_cast<double>(std::max<int64_t>(1, row.score.asked))}};
   if (row.task == "passkey") object["depth"] = row.depth;
   if (row.task == "recall") object["pairs"] = row.pairs;
   return object;
@@ -206,11 +207,10 @@ class Evaluation {
   void passkey(extend::Variant& variant) {
     for (int64_t length : options_.task_lengths) {
       for (double depth : options_.depths) {
-        extend::RetrievalRow row{variant.kind, "passkey", length, depth, 0, 0, 0};
+        extend::RetrievalRow row{variant.kind, "passkey", length, depth, 0, {}};
         for (int64_t trial = 0; trial < options_.trials && !interrupted(); ++trial) {
           const auto retrieval = extend::passkey_case(tokenizer_, length, depth, static_cast<uint64_t>(trial));
-          row.right += extend::right_answers(variant.model.model, retrieval);
-          row.asked += static_cast<int64_t>(retrieval.answers.size());
+          row.score += extend::score_answers(variant.model.model, retrieval);
         }
         keep(row, "passkey at depth " + Format("%.2f", depth));
       }
@@ -219,11 +219,10 @@ class Evaluation {
 
   void recall(extend::Variant& variant) {
     for (int64_t length : options_.task_lengths) {
-      extend::RetrievalRow row{variant.kind, "recall", length, 0.0, options_.pairs, 0, 0};
+      extend::RetrievalRow row{variant.kind, "recall", length, 0.0, options_.pairs, {}};
       for (int64_t trial = 0; trial < options_.trials && !interrupted(); ++trial) {
         const auto retrieval = extend::recall_case(tokenizer_, length, options_.pairs, static_cast<uint64_t>(trial));
-        row.right += extend::right_answers(variant.model.model, retrieval);
-        row.asked += static_cast<int64_t>(retrieval.answers.size());
+        row.score += extend::score_answers(variant.model.model, retrieval);
       }
       keep(row, "recall of " + std::to_string(options_.pairs));
     }
@@ -233,8 +232,8 @@ class Evaluation {
     retrieval_.push_back(row);
     if (options_.json_output) return;
     std::printf("%-22s %7lld  %-24s %3lld of %lld\n", std::string(extend::name_of(row.attention)).c_str(),
-                static_cast<long long>(row.length), what.c_str(), static_cast<long long>(row.right),
-                static_cast<long long>(row.asked));
+                static_cast<long long>(row.length), what.c_str(), static_cast<long long>(row.score.right),
+                static_cast<long long>(row.score.asked));
     std::fflush(stdout);
   }
 

@@ -73,13 +73,15 @@ void AddFields(CLI::App& command, json& fields) {
           "A latent must rise above a trained weight, or leaves its share to the window; such latents keep all they read. With "
           "--from in the layers of --match-layers")
       ->group(kAttention);
-  options.choice("--position", "position",
-                 "What latents know of order beside what keys say: nothing more, or a convolution over the last keys, so that a "
-                 "latent can look for several tokens in a row. With --from in the layers of --match-layers",
-                 kAttention, {"none", "conv"});
+  options.choice(
+      "--position", "position",
+      "In front of the latents' key logits: nothing, or a convolution over the last four keys, so that a latent can look "
+      "for several tokens in a row. With --from in the layers of --match-layers",
+      kAttention, {"none", "conv"});
   command
       .add_flag_callback(
-          "--no-forget", [&fields] { fields["forget"] = false; }, "Latents keep all they read")
+          "--no-forget", [&fields] { fields["forget"] = false; },
+          "Latents keep all they read. With --from those of --match-layers, the others as there")
       ->group(kAttention);
   command
       .add_flag_callback(
@@ -102,7 +104,7 @@ void AddFields(CLI::App& command, json& fields) {
                       kMatching);
   options.add<double>("--match-open", "match_open",
                       "Then lower each head's gate until, of the tokens that read mostly far, this share reads as much of "
-                      "latents as of the window; 0: no",
+                      "latents as the gate leaves to the window; 0: no",
                       kMatching);
 
   constexpr const char* kTraining = "Second stage: the model as a whole";

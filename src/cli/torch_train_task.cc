@@ -28,7 +28,8 @@ bool IsNameCharacter(char c) { return std::isalnum(static_cast<unsigned char>(c)
 
 // Where the key `field` stands in a JSON text, the first at or behind `from`; npos: nowhere.
 size_t FindKey(std::string_view text, std::string_view field, size_t from) {
-  const std::string key = "\"" + std::string(field) + "\"";
+  std::string key = "\"";
+  key.append(field).push_back('"');
   for (size_t at = text.find(key, from); at != std::string_view::npos; at = text.find(key, at + 1)) {
     const size_t colon = text.find_first_not_of(" \t\r\n", at + key.size());
     if (colon != std::string_view::npos && text[colon] == ':') return at;
@@ -86,25 +87,50 @@ bool Shows(const std::string& value, const json& found) {
   return number.is_number() && number.get<double>() == found.get<double>();
 }
 
-// Where the section begins that refuses a field of another one's name.
-size_t BeginOfSection(const std::string& message, std::string_view text) {
+// The section that refuses an unknown field, whose name another section may have; empty where the message is of something else.
+std::string_view RefusingSection(const std::string& message) {
   constexpr std::pair<const char*, const char*> kSections[] = {{"unknown training option", "training"},
                                                                {"unknown option of task", "task"},
                                                                {"unknown comparison's field", "compare"},
                                                                {"model config: unknown field", "model"}};
   for (const auto& [refusal, section] : kSections) {
-    if (message.find(refusal) == std::string::npos) continue;
-    const size_t at = FindKey(text, section, 0);
-    return at == std::string_view::npos ? 0 : at;
+    if (message.find(refusal) != std::string::npos) return section;
   }
-  return 0;
+  return {};
 }
 
-// The first place behind `from` where `field` has that value: a configuration may name it for its small and its published size,
-// and a value that stands nowhere comes from the command line.
-std::optional<size_t> PlaceOf(std::string_view text, size_t from, const std::string& field, const std::string& value) {
+// One past the object that is the value of the key at `at`.
+size_t EndOfObject(std::string_view text, size_t at) {
+  int64_t depth = 0;
+  bool quoted = false;
+  for (size_t i = text.find(':', text.find('"', at + 1)); i < text.size(); ++i) {
+    if (text[i] == '\\') {
+      ++i;
+    } else if (text[i] == '"') {
+      quoted = !quoted;
+    } else if (!quoted && text[i] == '{') {
+      ++depth;
+    } else if (!quoted && text[i] == '}' && --depth <= 0) {
+      return i + 1;
+    }
+  }
+  return text.size();
+}
+
+// The first place of `field` in a section of that name.
+std::optional<size_t> PlaceInSection(std::string_view text, std::string_view section, const std::string& field) {
+  for (size_t at = FindKey(text, section, 0); at != std::string_view::npos; at = FindKey(text, section, at + 1)) {
+    const size_t found = FindKey(text.substr(0, EndOfObject(text, at)), field, at + 1);
+    if (found != std::string_view::npos) return found;
+  }
+  return {};
+}
+
+// The first place where `field` has that value: a configuration may name it for its small and its published size, and a value
+// that stands nowhere comes from the command line.
+std::optional<size_t> PlaceOf(std::string_view text, const std::string& field, const std::string& value) {
   if (field.empty()) return {};
-  for (size_t at = FindKey(text, field, from); at != std::string_view::npos; at = FindKey(text, field, at + 1)) {
+  for (size_t at = FindKey(text, field, 0); at != std::string_view::npos; at = FindKey(text, field, at + 1)) {
     const json found = ValueAt(text, at);
     const bool compares = !value.empty() && !found.is_null() && !found.is_discarded();
     if (!compares || Shows(value, found) || value.ends_with("…")) return at;  // cut short
@@ -171,7 +197,8 @@ std::string LocatedMessage(const std::string& path, const std::string& message) 
   try {
     const formats::MappedFile file(path);
     const auto [field, value] = SubjectOf(message, file.text());
-    const auto at = PlaceOf(file.text(), BeginOfSection(message, file.text()), field, value);
+    const auto section = RefusingSection(message);
+    const auto at = section.empty() ? PlaceOf(file.text(), field, value) : PlaceInSection(file.text(), section, field);
     return at ? "line " + std::to_string(LineOf(file.text(), *at)) + ": " + message : message;
   } catch (const formats::FileError&) {  // gone meanwhile: the message is enough
     return message;

@@ -103,8 +103,8 @@ void StoredTensors::add(const std::string& name, const at::Tensor& tensor, Stora
   formats::GgufTensor stored;
   stored.name = name;
   stored.shape = values.sizes().vec();
-  // Biases, slopes and decays are few, and a rounded one shifts a whole latent. They may be [H, L]: the name tells.
-  const bool matrix = std::string_view(name).ends_with(".weight") && values.dim() >= 2;
+  // Biases, slopes, decays and convolutions are few, and a rounded one shifts a whole latent. They may be [H, L]: the name tells.
+  const bool matrix = name.ends_with(".weight") && !name.ends_with("latte_conv.weight") && values.dim() >= 2;
   const int64_t columns = values.size(-1);
   if (!matrix || storage == Storage::kFloat32) {
     stored.type = formats::TensorType::kF32;

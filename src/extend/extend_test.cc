@@ -241,7 +241,11 @@ TEST_F(ExtendTest, MatchesSomeLayersOfAnAdapterAnew) {
     const bool anew = item.key().starts_with("blk.1.") && item.key().find("latents") != std::string::npos;
     EXPECT_EQ(item.value().equal(before[item.key()]), !anew) << item.key();
   }
-  trainer.step();  // nothing of the matching is left in what trains
+  for (const auto& item : trainer.student().model->named_parameters()) {
+    if (item.key().find("latents") != std::string::npos) continue;
+    EXPECT_FALSE(item.value().grad().defined()) << item.key();  // nothing of the matching is left in what trains
+  }
+  trainer.step();
 
   options_.match_layers = "1-2";
   EXPECT_CONTAINS(error_text<OptionError>([&] { ExtendTrainer(options_, text); }), "blocks in 0 … 1");
@@ -307,8 +311,14 @@ TEST_F(ExtendTest, LatentsMayLookForSeveralTokensInARow) {
   EXPECT_TRUE(close(loaded.model->forward(tokens).logits, trainer.student().model->forward(tokens).logits, 1e-6));
   options_.evicted = false;
   EXPECT_CONTAINS(error_text<OptionError>([&] { options_.validate(); }), "what left the window");
-  options_.evicted = true;
   options_.from = path;
+  options_.position = "none";
+  EXPECT_CONTAINS(error_text<OptionError>([&] { ExtendTrainer(options_, text); }), "--latents-read-all");
+  options_.evicted = true;
+  options_.forget = false;
+  EXPECT_CONTAINS(error_text<OptionError>([&] { options_.validate(); }), "match_layers");
+  options_.forget = true;
+  options_.position = "conv";
   EXPECT_CONTAINS(error_text<OptionError>([&] { options_.validate(); }), "match_layers");
   options_.from.clear();
   options_.position = "vapor";
@@ -355,6 +365,22 @@ TEST_F(ExtendTest, SomeHeadsOfALayerMayBeMadeAnew) {
 
   options_.match_layers = "1:2";
   EXPECT_CONTAINS(error_text<OptionError>([&] { ExtendTrainer(options_, text); }), "key-value heads in 0 … 1");
+
+  // Anew without a floor: it forgets again, beside one that never had a floor.
+  options_.from = path;
+  options_.match_layers = "1:0";
+  options_.floor = false;
+  ExtendTrainer again(options_, text);
+  again.match({});
+  const auto& forgets = again.student().converted[1]->latents();
+  EXPECT_TRUE(forgets->decay[0].gt(-100).all().item<bool>());
+  EXPECT_TRUE(forgets->floor[0].eq(formats::kAbsent).all().item<bool>());
+  EXPECT_TRUE(forgets->decay[1].equal(loaded.converted[1]->latents()->decay[1]));
+  options_.match_layers = "1";
+  ExtendTrainer whole(options_, text);
+  EXPECT_FALSE(whole.student().converted[1]->latents()->floor.defined());
+  whole.match({});
+  EXPECT_TRUE(whole.student().converted[1]->latents()->decay.gt(-100).all().item<bool>());
 }
 
 TEST_F(ExtendTest, MatchingStopsWhereItIsToldTo) {
@@ -445,6 +471,8 @@ TEST_F(ExtendTest, MatchesTheLayersThatAreNamed) {
 TEST_F(ExtendTest, AMergedModelIsTheAdapterOnItsBase) {
   RunOptions both = run();
   both.merged = folder_ / "merged.gguf";
+  options_.floor = true;
+  options_.position = "conv";
   run_extend(options_, both);
   auto adapted = load_converted(options_.model, both.out, torch::kFloat32);
   auto merged = load_converted(both.merged, "", torch::kFloat32);

@@ -37,23 +37,41 @@ bool trains(const ExtendOptions& options, const std::string& name) {
   return false;
 }
 
-// As in options.from, but for what is made anew.
-std::vector<LatentForm> forms_of(const ExtendOptions& options, const formats::AdapterSpec& spec) {
-  const LatentForm anew = {
-      .decay = options.forget && !options.floor, .floor = options.floor, .conv = options.position == "conv"};
+// As in `from`, but for what is made anew.
+std::vector<LatentForm> forms_of(const ExtendOptions& options, const formats::AdapterSpec& spec,
+                                 const std::vector<LatentForm>& from) {
+  const LatentForm anew = options.form_anew();
   std::vector<LatentForm> forms(spec.latents.size(), anew);
-  if (options.from.empty()) return forms;
-  const formats::AdapterFile from(options.from);
-  const auto there = forms_in(from.file(), from.spec());
-  for (size_t block = 0; block < std::min(forms.size(), there.size()); ++block) {
+  for (size_t block = 0; block < forms.size(); ++block) {
     const auto index = static_cast<int64_t>(block);
-    if (!options.matches(index)) forms[block] = there[block];
+    if (from.empty()) {
+      if (!options.matches(index)) forms[block].floor = false;  // it would stay absent
+      if (!options.matches(index)) forms[block].decay = options.forget;
+      continue;
+    }
+    if (!options.matches(index)) forms[block] = from[block];
     if (!options.matched_heads(index).empty()) {  // beside others of the file's form
-      forms[block] = {
-          .decay = there[block].decay, .floor = there[block].floor || anew.floor, .conv = there[block].conv || anew.conv};
+      forms[block] = {.decay = from[block].decay || anew.decay,
+                      .floor = from[block].floor || anew.floor,
+                      .conv = from[block].conv || anew.conv};
     }
   }
   return forms;
+}
+
+// Of an adapter to start from, which is checked first.
+std::vector<LatentForm> forms_of_start(const ExtendOptions& options, const formats::AdapterSpec& spec) {
+  if (options.from.empty()) return {};
+  const formats::AdapterFile from(options.from);
+  from.check_fits(formats::GgufFile(options.model));
+  const auto& latents = from.spec().latents;
+  const bool any = std::any_of(latents.begin(), latents.end(), [](int32_t count) { return count > 0; });
+  if (any && options.attention == "macchiato" && from.spec().evicted != spec.evicted) {
+    throw OptionError("from " + options.from + ": its latents read " +
+                      (from.spec().evicted ? "what left the window, those asked for everything: leave --latents-read-all out"
+                                           : "everything, those asked for what left the window: --latents-read-all goes on"));
+  }
+  return forms_in(from.file(), from.spec());
 }
 
 }  // namespace
@@ -81,9 +99,10 @@ ExtendTrainer::ExtendTrainer(const ExtendOptions& options, const TokenText& text
   original_ = models::load_decoder(options.model, models::DecoderOptions{.dtype = scalar_type(dtype_)});
   formats::AdapterSpec spec = spec_of(options, original_->config());
   spec.base_name = formats::GgufFile(options.model).metadata().string_or("general.name", "");
-  student_ = make_converted(options.model, spec, forms_of(options, spec), scalar_type(dtype_));
+  const auto from = forms_of_start(options, spec);
+  student_ = make_converted(options.model, spec, forms_of(options, spec, from), scalar_type(dtype_));
   collect_parameters();
-  if (!options.from.empty()) start_from(options.from);
+  if (!options.from.empty()) start_from(options.from, from);
   if (!options.teacher_cache.empty()) teacher_cache_.emplace(options.teacher_cache, spec.base_hash, dtype_);
   held_out_ = text.held_out(options.eval_sequences);
 }
@@ -129,16 +148,8 @@ void ExtendTrainer::collect_parameters() {
   add("vectors", options_.vector_lr, vectors);
 }
 
-void ExtendTrainer::start_from(const std::string& path) {
+void ExtendTrainer::start_from(const std::string& path, const std::vector<LatentForm>& forms) {
   const formats::AdapterFile adapter(path);
-  adapter.check_fits(formats::GgufFile(options_.model));
-  const auto& latents = adapter.spec().latents;
-  const bool any = std::any_of(latents.begin(), latents.end(), [](int32_t count) { return count > 0; });
-  if (any && options_.attention == "macchiato" && adapter.spec().evicted != student_.spec.evicted) {
-    throw OptionError("from " + path + ": its latents read " +
-                      (adapter.spec().evicted ? "what left the window, those asked for everything: leave --latents-read-all out"
-                                              : "everything, those asked for what left the window: --latents-read-all goes on"));
-  }
   const torch::NoGradGuard no_grad;
   auto parameters = student_.model->named_parameters();
   for (const formats::GgufTensor& tensor : adapter.file().tensors()) {
@@ -149,6 +160,12 @@ void ExtendTrainer::start_from(const std::string& path) {
     if (!parameter->requires_grad()) kept_.emplace_back(tensor.name, *parameter);
   }
   fill_from(student_, adapter);
+  for (size_t block = 0; block < forms.size(); ++block) {  // what forgets nothing there doesn't begin to, beside others that do
+    const auto& attention = student_.converted[block];
+    if (attention && attention->latents() && attention->latents()->decay.defined() && !forms[block].decay) {
+      attention->latents()->decay.fill_(formats::kAbsent);
+    }
+  }
   for (Master& master : masters_) master.master.copy_(master.weight);
 }
 

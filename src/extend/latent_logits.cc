@@ -10,7 +10,6 @@
 namespace latte::extend {
 namespace {
 
-constexpr double kNone = -1e4;    // of a floor or of a decay: exp of it is 0
 constexpr double kClosed = 30.0;  // e^-30 is less than float32 can add to 1, for any number of latents below 10^5
 // Latents start with half-lives from here to there, in tokens, so that some are recent and some are long.
 constexpr double kShortestHalfLife = 512.0, kLongestHalfLife = 16384.0;
@@ -34,14 +33,20 @@ LatentLogitsImpl::LatentLogitsImpl(const LatentSizes& sizes) : sizes_(sizes) {
   gate_bias = register_parameter("gate_bias", torch::full({heads}, kClosed));
   gate_slope = register_parameter("gate_slope", torch::zeros({heads}));
   if (form.decay) {
-    const auto half_lives = torch::linspace(std::log(kShortestHalfLife), std::log(kLongestHalfLife), latents).exp();
-    decay = register_parameter("decay", (std::log(2.0) / half_lives).log().expand({kv_heads, latents}).clone());
+    decay = register_parameter("decay", torch::empty({kv_heads, latents}));
+    reset_decay();
   }
-  if (form.floor) floor = register_parameter("floor", torch::full({kv_heads, latents}, kNone));
+  if (form.floor) floor = register_parameter("floor", torch::full({kv_heads, latents}, formats::kAbsent));
   if (form.conv) {
     conv_weight = register_parameter("conv_weight", torch::empty({kv_heads, dim, formats::kKeyConvWidth}));
     reset_conv();
   }
+}
+
+void LatentLogitsImpl::reset_decay() {
+  const torch::NoGradGuard no_grad;
+  const auto half_lives = torch::linspace(std::log(kShortestHalfLife), std::log(kLongestHalfLife), decay.size(1)).exp();
+  decay.copy_((std::log(2.0) / half_lives).log().expand_as(decay));
 }
 
 void LatentLogitsImpl::reset_conv() {

@@ -68,7 +68,8 @@ class LatentLogitsImpl : public torch::nn::Module {
   at::Tensor floor;         // [Hkv, L]; undefined unless sizes.form.floor
   at::Tensor conv_weight;   // [Hkv, Dk, kKeyConvWidth]; undefined unless sizes.form.conv
 
-  // As if there were no convolution: every key by itself.
+  // Half-lives as a new layer has them. As if there were no convolution: every key by itself.
+  void reset_decay();
   void reset_conv();
 
  private:

@@ -13,7 +13,6 @@ namespace {
 constexpr double kNearest = 128.0, kFarthest = 4096.0;  // distances that scores are averaged over, evenly in their logarithm
 constexpr int64_t kDistances = 128;
 constexpr double kFloorTokens = 32.0;  // a floor starts as heavy as so many tokens of mean weight
-constexpr double kNoDecay = -1e4;      // formats/adapter.h
 constexpr double kLeastWeight = 1e-4;  // of a query that doesn't look far
 constexpr double kRidge = 0.02;        // of the gate's regression, relative to the inputs' variance
 
@@ -76,12 +75,15 @@ Clusters k_means(const at::Tensor& points, const at::Tensor& weights, int64_t co
   return {centers, nearest(points, centers)};
 }
 
-void start_latents(LatentLogits& latents, const LayerSamples& samples, const models::Rope& rope, double scale, uint64_t seed) {
+void start_latents(LatentLogits& latents, const LayerSamples& samples, const models::Rope& rope, double scale, uint64_t seed,
+                   const LatentForm& form) {
   const torch::NoGradGuard no_grad;
-  const auto [embed, heads, kv_heads, dim, count, form] = latents->sizes();
+  const auto [embed, heads, kv_heads, dim, count, of_layer] = latents->sizes();
   const int64_t group = heads / kv_heads;
   const auto rotation = mean_rotation(rope, dim) * scale;
-  if (form.conv) latents->reset_conv();
+  if (of_layer.conv) latents->reset_conv();
+  if (of_layer.decay) form.decay ? latents->reset_decay() : static_cast<void>(latents->decay.fill_(formats::kAbsent));
+  if (of_layer.floor) latents->floor.fill_(formats::kAbsent);
   for (int64_t g = 0; g < kv_heads; ++g) {
     const auto query = samples.query.slice(1, g * group, (g + 1) * group).to(torch::kFloat32);  // [N, R, Dk]
     const auto weights = samples.far_share.slice(1, g * group, (g + 1) * group).flatten().to(torch::kFloat32) + kLeastWeight;
@@ -96,7 +98,6 @@ void start_latents(LatentLogits& latents, const LayerSamples& samples, const mod
     latents->key_weight[g].copy_(at::matmul(typical, rotation));
     latents->key_bias[g].zero_();
     if (form.floor) {
-      if (form.decay) latents->decay[g].fill_(kNoDecay);
       const auto logits = at::matmul(key, latents->key_weight[g].t());  // [M, L]
       latents->floor[g].copy_(logits.logsumexp(0) - std::log(static_cast<double>(key.size(0)) / kFloorTokens));
     }

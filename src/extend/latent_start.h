@@ -36,7 +36,8 @@ struct Clusters {
 // K-means of points [N, D] with weights [N] > 0 by Lloyd's method from k-means++'s start. N may be less than K.
 Clusters k_means(const at::Tensor& points, const at::Tensor& weights, int64_t count, uint64_t seed);
 
-// Sets all of the latents' parameters but their decays.
-void start_latents(LatentLogits& latents, const LayerSamples& samples, const models::Rope& rope, double scale, uint64_t seed);
+// Sets all of the latents' parameters. `form`: what they shall have, of what their layer may have (for the sake of others in it).
+void start_latents(LatentLogits& latents, const LayerSamples& samples, const models::Rope& rope, double scale, uint64_t seed,
+                   const LatentForm& form);
 
 }  // namespace latte::extend

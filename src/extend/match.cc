@@ -108,7 +108,7 @@ class LayerMatcher {
       sequence.x = sequence.x.to(torch::kFloat32);
       sequence.out = sequence.out.to(torch::kFloat32);
     }
-    output_weight_ = weights.output->weight.to(torch::kFloat32);
+    output_weight_ = weights.output->weight.detach().to(torch::kFloat32);
     if (options.match_share > 0) weigh();
   }
 
@@ -117,14 +117,12 @@ class LayerMatcher {
     result.layer = layer_;
     const OtherHeads others(converted_->latents(), options_.matched_heads(layer_));
     start(result);
+    others.put_back();
     converted_->set_latents_off(true);
     result.window_error = error();
     converted_->set_latents_off(false);
-    fit();
-    if (!progress_.goes_on()) {
-      others.put_back();
-      return result;
-    }
+    fit(others);
+    if (!progress_.goes_on()) return result;
     if (options_.match_open > 0) open_gates();
     others.put_back();
     result.error = error();
@@ -235,7 +233,8 @@ class LayerMatcher {
     }
     const LayerSamples samples{at::cat(x), at::cat(query), at::cat(share), at::cat(count), at::cat(key)};
     result.far_share = samples.far_share.mean().item<double>();
-    start_latents(converted_->latents(), samples, rope, model_->config().attention_scale, static_cast<uint64_t>(options_.seed));
+    start_latents(converted_->latents(), samples, rope, model_->config().attention_scale, static_cast<uint64_t>(options_.seed),
+                  options_.form_anew());
   }
 
   // ‖student − softmax‖² and ‖softmax‖² over the tokens that have anything far.
@@ -258,16 +257,17 @@ class LayerMatcher {
     return error / std::max(whole, 1e-30);
   }
 
-  void fit() {
+  void fit(const OtherHeads& others) {
     auto& latents = *converted_->latents();
     train::AdamW::NamedTensors matrices = {{"query", latents.query_weight}, {"key", latents.key_weight}};
-    if (latents.conv_weight.defined()) matrices.emplace_back("conv", latents.conv_weight);
+    const LatentForm form = options_.form_anew();
+    if (form.conv) matrices.emplace_back("conv", latents.conv_weight);
     train::AdamW::NamedTensors vectors = {{"query_bias", latents.query_bias},
                                           {"key_bias", latents.key_bias},
                                           {"gate_bias", latents.gate_bias},
                                           {"gate_slope", latents.gate_slope}};
-    if (latents.decay.defined() && !latents.floor.defined()) vectors.emplace_back("decay", latents.decay);
-    if (latents.floor.defined()) vectors.emplace_back("floor", latents.floor);
+    if (form.decay) vectors.emplace_back("decay", latents.decay);
+    if (form.floor) vectors.emplace_back("floor", latents.floor);
     const train::AdamWOptions plain{.beta1 = 0.9, .beta2 = 0.95, .weight_decay = 0.0};
     train::AdamW matrix_optimizer(matrices, plain), vector_optimizer(vectors, plain);
     train::AdamW gate_optimizer({{"gate", latents.gate_weight}}, {.beta1 = 0.9, .beta2 = 0.95, .weight_decay = 1.0});
@@ -284,6 +284,7 @@ class LayerMatcher {
       vector_optimizer.step(kVectorRate * factor, step + 1);
       gate_optimizer.step(kGateRate * factor, step + 1);
       for (train::AdamW* optimizer : {&matrix_optimizer, &vector_optimizer, &gate_optimizer}) optimizer->zero_grad();
+      others.put_back();
       progress_.step();
     }
     converted_->set_window(used);
@@ -362,7 +363,8 @@ void rematch_latents(models::Decoder& student, models::Decoder& original, const 
     ++count;
   }
   auto hidden = embedded(student, sequences);
-  Progress progress(watch, (layers + count) * static_cast<int64_t>(sequences.size()) + count * options.match_steps);
+  Progress progress(
+      watch, (std::max<int64_t>(0, layers - 1) + count) * static_cast<int64_t>(sequences.size()) + count * options.match_steps);
   for (int64_t i = 0; i < layers && progress.goes_on(); ++i) {
     if (matched(i)) {
       std::vector<Activations> activations;
@@ -372,7 +374,7 @@ void rematch_latents(models::Decoder& student, models::Decoder& original, const 
           LayerMatcher(student, i, converted[static_cast<size_t>(i)], std::move(activations), options, progress).run();
       if (progress.goes_on()) progress.report(result);
     }
-    advance(student, i, student->layer(i).attention(), hidden, nullptr, /*keep=*/true, progress);
+    if (i + 1 < layers) advance(student, i, student->layer(i).attention(), hidden, nullptr, /*keep=*/true, progress);
   }
 }
 

@@ -96,10 +96,8 @@ std::vector<LayerRange> parse_layers(std::string_view field, const std::string& 
     LayerRange range{number(part.substr(0, dash)), 0, -1};
     range.last = dash < colon ? number(part.substr(dash + 1, colon - dash - 1)) : range.first;
     if (with_latents || colon < part.size()) range.number = number(colon < part.size() ? part.substr(colon + 1) : "");
-    if (range.last < range.first || range.number > 65536) {
-      fail(field, formats::quote(text),
-           std::string("blocks in rising order") + (with_latents ? " with at most 65536 latents each" : ""));
-    }
+    if (range.last < range.first) fail(field, formats::quote(text), "blocks in rising order");
+    if (with_latents && range.number > 65536) fail(field, formats::quote(text), "at most 65536 latents each");
     ranges.push_back(range);
     begin = end + 1;
   }
@@ -122,6 +120,10 @@ int64_t ExtendOptions::latents_of(int64_t block) const {
     if (block >= range.first && block <= range.last) count = range.number;
   }
   return count;
+}
+
+formats::LatentForm ExtendOptions::form_anew() const {
+  return {.decay = forget && !floor, .floor = floor, .conv = position == "conv"};
 }
 
 bool ExtendOptions::matches(int64_t block) const {
@@ -185,11 +187,17 @@ void ExtendOptions::validate() const {
   if (floor && attention != "macchiato") fail("floor", "true", "attention: " + attention + " has no latents");
   if (floor && !evicted) fail("floor", "true", "latents that read what left the window");
   check_choice("position", position, {"none", "conv"});
-  if (position != "none" && attention != "macchiato") fail("position", position, "none: attention " + attention + " has no latents");
+  if (position != "none" && attention != "macchiato") {
+    fail("position", position, "none: attention " + attention + " has no latents");
+  }
   if (position != "none" && !evicted) fail("position", position, "none, or latents that read what left the window");
   if (position != "none" && !from.empty() && match_layers.empty()) {
     fail("position", position, "none, or match_layers, the layers of `from` to make anew");
   }
+  if (!forget && !from.empty() && match_layers.empty()) {
+    fail("forget", "false", "match_layers, the layers of `from` to make anew");
+  }
+  if (floor && match_sequences == 0) fail("match_sequences", "0", "1 or more: a floor begins with matching");
   if (floor && !from.empty() && match_layers.empty()) fail("floor", "true", "match_layers, the layers of `from` to make anew");
   if (!from.empty() && !match_layers.empty() && match_sequences == 0) {
     fail("match_sequences", "0", "1 or more, with match_layers: the layers are made anew");

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "formats/adapter.h"
 #include "train/options.h"
 
 namespace latte::extend {
@@ -86,6 +87,7 @@ struct ExtendOptions {
   std::string teacher_cache;     // a folder for what the original says of each stretch, which other runs on them read; "": none
 
   int64_t latents_of(int64_t block) const;
+  formats::LatentForm form_anew() const;                    // of latents that aren't those of `from`
   bool matches(int64_t block) const;                        // whether its latents are matched
   std::vector<int64_t> matched_heads(int64_t block) const;  // the key-value heads named of a block that is; empty: all
   // Throws OptionError where layer_latents or match_layers name a block that a model of so many hasn't.

@@ -104,7 +104,15 @@ RetrievalCase recall_case(const formats::Tokenizer& tokenizer, int64_t length, i
   return retrieval;
 }
 
-int64_t right_answers(models::Decoder& model, const RetrievalCase& retrieval) {
+RetrievalScore& RetrievalScore::operator+=(const RetrievalScore& other) {
+  asked += other.asked;
+  right += other.right;
+  right_tokens.resize(std::max(right_tokens.size(), other.right_tokens.size()));
+  for (size_t i = 0; i < other.right_tokens.size(); ++i) right_tokens[i] += other.right_tokens[i];
+  return *this;
+}
+
+RetrievalScore score_answers(models::Decoder& model, const RetrievalCase& retrieval) {
   const torch::NoGradGuard no_grad;
   // Hidden states of the positions before each answer's tokens.
   std::vector<int64_t> asked;
@@ -120,16 +128,18 @@ int64_t right_answers(models::Decoder& model, const RetrievalCase& retrieval) {
     if (!here.empty()) hidden.push_back(piece.index_select(0, torch::tensor(here, torch::kLong)));
   });
   const auto guesses = at::linear(at::cat(hidden), head_of(model)).argmax(-1);
-  int64_t right = 0;
-  size_t at = 0;
+  RetrievalScore score;
+  int64_t at = 0;
   for (const auto& [begin, end] : retrieval.answers) {
-    bool good = true;
+    RetrievalScore one{1, 1, std::vector<int64_t>(static_cast<size_t>(end - begin))};
     for (int64_t i = begin; i < end; ++i, ++at) {
-      good = good && guesses[static_cast<int64_t>(at)].item<int64_t>() == retrieval.tokens[static_cast<size_t>(i)];
+      const bool right = guesses[at].item<int64_t>() == retrieval.tokens[static_cast<size_t>(i)];
+      one.right_tokens[static_cast<size_t>(i - begin)] = right ? 1 : 0;
+      if (!right) one.right = 0;
     }
-    right += good ? 1 : 0;
+    score += one;
   }
-  return right;
+  return score;
 }
 
 }  // namespace latte::extend

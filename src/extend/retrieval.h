@@ -27,17 +27,23 @@ RetrievalCase passkey_case(const formats::Tokenizer& tokenizer, int64_t length, 
 // About `length` tokens: `pairs` names with numbers, filler, and then the names again, each to be answered.
 RetrievalCase recall_case(const formats::Tokenizer& tokenizer, int64_t length, int64_t pairs, uint64_t seed);
 
+struct RetrievalScore {
+  int64_t asked = 0;                  // answers
+  int64_t right = 0;                  // of them, every token of which is right
+  std::vector<int64_t> right_tokens;  // right first, second … tokens of answers
+
+  RetrievalScore& operator+=(const RetrievalScore& other);
+};
+
 struct RetrievalRow {
   AttentionKind attention = AttentionKind::kFull;
   std::string task;  // passkey | recall
   int64_t length = 0;
   double depth = 0.0;  // passkey
   int64_t pairs = 0;   // recall
-  int64_t asked = 0;
-  int64_t right = 0;
+  RetrievalScore score;
 };
 
-// How many of the answers are right.
-int64_t right_answers(models::Decoder& model, const RetrievalCase& retrieval);
+RetrievalScore score_answers(models::Decoder& model, const RetrievalCase& retrieval);
 
 }  // namespace latte::extend

@@ -246,8 +246,8 @@ class Run {
 
 void require_same_model(const ExtendOptions& asked, const ExtendOptions& found) {
   const json ours = asked.to_json(), theirs = found.to_json();
-  for (const char* field : {"attention", "window", "sinks", "latents", "layer_latents", "far_limit", "forget", "floor", "position",
-                            "evicted", "train", "lora_rank", "match_layers"}) {
+  for (const char* field : {"attention", "window", "sinks", "latents", "layer_latents", "far_limit", "forget", "floor",
+                            "position", "evicted", "train", "lora_rank", "match_layers"}) {
     if (std::string_view(field) == "match_layers" && found.from.empty()) continue;  // here they tell what was made anew
     if (ours.at(field) != theirs.at(field)) {
       throw OptionError(std::string(field) + " is " + ours.at(field).dump() + ", but the checkpoint's is " +

@@ -92,7 +92,8 @@ void check_tensors(const AdapterSpec& spec, const BaseShape& shape, const GgufFi
         problems.add(wanted.name + " is " + shape_text(tensor->second->shape) + ", expected " + shape_text(wanted.shape));
       } else if (!can_dequantize(tensor->second->type)) {
         problems.add(wanted.name + " has a type that can't be read");
-      } else if (wanted.name.ends_with("latte_floor") && !is_finite(*tensor->second)) {
+      } else if ((wanted.name.ends_with("latte_floor") || wanted.name.ends_with("latte_conv.weight")) &&
+                 !is_finite(*tensor->second)) {
         problems.add(wanted.name + " holds a number that isn't finite");
       }
     }

@@ -23,7 +23,7 @@
 //   blk.N.latte_gate.weight  [H, E]         blk.N.latte_gate.bias  [H]      blk.N.latte_gate.slope [H]
 //   blk.N.latte_decay        [Hkv, L]       optional: without it nothing is forgotten
 //   blk.N.latte_floor        [Hkv, L]       optional, finite, with latte.evicted (below)
-//   blk.N.latte_conv.weight  [Hkv, Dk, 4]   optional, with latte.evicted (below)
+//   blk.N.latte_conv.weight  [Hkv, Dk, 4]   optional, finite, with latte.evicted (below)
 //
 // Every other tensor is one of the base's, under its name and with its shape, that takes the base's place. With x the input of
 // the block's attention (normalised), q[t,h] and k[t,g] its query and key heads before rotation, in the order of the base file's
@@ -46,11 +46,12 @@
 //
 // to what it has read, and the window has 1 - Σ_l kept[t, h, l]: a latent that holds nothing like its key reads nothing, as
 // softmax attention then rests on sinks. Forgetting wears the floor off: of a block that has both, latents with a floor have a
-// decay of -1e4, which is none, and latents without one a floor of -1e4. (Readers from before there were floors refuse the tensor
-// by its name.)
+// decay of -1e4, which is none, and latents without one a floor of -1e4.
 //
-// With a convolution, key logits read of each channel a weighted sum of what the last four keys have there, Σ_j conv.weight[g, :, j]
-// k[t - 3 + j, g] in place of k[t, g]; keys of sinks and before the text are zeros.
+// With a convolution, key logits read Σ_j conv.weight[g, :, j] k[t - 3 + j, g] in place of k[t, g]: of each channel a weighted
+// sum over the last four keys. Those of sinks and before the text are zeros.
+//
+// (Readers from before there were floors or convolutions refuse these tensors by their names.)
 #pragma once
 
 #include <cstdint>
@@ -67,6 +68,7 @@ namespace latte::formats {
 constexpr uint32_t kAdapterVersion = 2;  // the newest; 1 is read as well
 constexpr double kFarUnit = 1024.0;      // of far[t] in the gate
 constexpr int64_t kKeyConvWidth = 4;     // tokens that a convolution of keys reads
+constexpr float kAbsent = -1e4f;         // a latent's decay or floor where it has none: exp of it is 0
 
 struct AdapterSpec {
   int64_t window = 128;

@@ -123,6 +123,9 @@ TEST_F(AdapterTest, AConvolutionOfKeysIsReadWithWhatLeftTheWindow) {
   spec_.evicted = false;
   EXPECT_CONTAINS(error_text<FormatError>([&] { write("b.gguf"); }), "conv.weight goes with latte.evicted");
   spec_.evicted = true;
+  values_[1] = std::numeric_limits<float>::quiet_NaN();
+  EXPECT_CONTAINS(error_text<FormatError>([&] { write("b.gguf"); }), "latte_conv.weight holds a number that isn't finite");
+  values_[1] = 0.5F;
   tensors_.back().shape.back() = 3;
   EXPECT_CONTAINS(error_text<FormatError>([&] { write("b.gguf"); }), "3], expected [1, ");
 }

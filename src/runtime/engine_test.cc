@@ -55,8 +55,11 @@ constexpr double kFloat16 = 5e-3;  // keys and values rounded to 11 bits (5e-4 e
 
 TEST_F(EngineTest, EqualsTheDefinitionHoweverItIsSplit) {
   TinyModel reads_all({.evicted = false}), with_floor({.layers = 4, .floor = true}), with_conv({.layers = 4, .conv = true});
-  const std::pair<TinyModel*, bool> cases[] = {
-      {&tiny_, false}, {&tiny_, true}, {&reads_all, true}, {&with_floor, true}, {&with_conv, true}};
+  TinyModel narrow(
+      {.kv_heads = 1, .layers = 4, .window = 2, .sinks = 0, .floor = true, .conv = true});  // less than a convolution
+  TinyModel one({.layers = 4, .window = 1, .sinks = 1, .floor = true, .conv = true});
+  const std::pair<TinyModel*, bool> cases[] = {{&tiny_, false},    {&tiny_, true},  {&reads_all, true}, {&with_floor, true},
+                                               {&with_conv, true}, {&narrow, true}, {&one, true}};
   for (const auto& [tiny, converted] : cases) {
     const auto model = open(*tiny, converted);
     const std::vector<int32_t> tokens = tiny->tokens(60);
@@ -65,7 +68,8 @@ TEST_F(EngineTest, EqualsTheDefinitionHoweverItIsSplit) {
       Engine engine(model, {threads, {}, 16});
       for (const std::vector<int64_t>& pieces : std::vector<std::vector<int64_t>>{{60}, {1}, {2}, {13, 1, 1, 5}, {3, 31}}) {
         SCOPED_TRACE(::testing::Message() << "converted " << converted << " evicted " << tiny->shape().evicted << " floor "
-                                          << tiny->shape().floor << " conv " << tiny->shape().conv << " threads " << threads << " pieces of " << pieces[0]);
+                                          << tiny->shape().floor << " conv " << tiny->shape().conv << " threads " << threads
+                                          << " pieces of " << pieces[0]);
         Session session(model, exact());
         size_t piece = 0;
         for (size_t read = 0; read < tokens.size();) {
@@ -94,17 +98,20 @@ TEST_F(EngineTest, GivesEveryTokensLogits) {
 }
 
 TEST_F(EngineTest, HalfPrecisionStatesAreClose) {
-  const auto model = open(true);
-  Engine engine(model, {2, {}, 16});
-  const std::vector<int32_t> tokens = tiny_.tokens(50);
-  Session whole(model), steps(model);
-  const auto expected = tiny_.logits(tokens, true);
-  const auto read = engine.prefill(whole, tokens);
-  EXPECT_LT(distance(read, expected.back()), kFloat16);
-  const std::vector<float> kept(read.begin(), read.end());
-  for (size_t i = 0; i + 1 < tokens.size(); ++i) engine.decode(steps, tokens[i]);
-  // Rounded alike in both: what remains is the order of sums, where rounding rarely falls to the other side.
-  EXPECT_LT(distance(engine.decode(steps, tokens.back()), kept), 2e-4);
+  TinyModel with_both({.layers = 4, .floor = true, .conv = true});
+  for (TinyModel* tiny : {&tiny_, &with_both}) {
+    const auto model = open(*tiny, true);
+    Engine engine(model, {2, {}, 16});
+    const std::vector<int32_t> tokens = tiny->tokens(50);
+    Session whole(model), steps(model);
+    const auto expected = tiny->logits(tokens, true);
+    const auto read = engine.prefill(whole, tokens);
+    EXPECT_LT(distance(read, expected.back()), kFloat16);
+    const std::vector<float> kept(read.begin(), read.end());
+    for (size_t i = 0; i + 1 < tokens.size(); ++i) engine.decode(steps, tokens[i]);
+    // Rounded alike in both: what remains is the order of sums, where rounding rarely falls to the other side.
+    EXPECT_LT(distance(engine.decode(steps, tokens.back()), kept), 2e-4);
+  }
 }
 
 // Sessions that take turns, alone and together, on two engines, copied, saved, loaded and dropped, against the definition.

@@ -30,10 +30,10 @@ struct LayerShape {
   int64_t window = 0;
   int64_t sinks = 0;
   int64_t latents = 0;
-  int64_t rotary = 0;    // index in ModelShape::rotary
-  bool tokens = true;    // reads tokens, all or a window's
-  bool evicted = false;  // the latents read a token when it leaves the window, sinks never (formats/adapter.h)
-  bool floor = false;    // latents have one (formats/adapter.h); their values have a channel more, of ones
+  int64_t rotary = 0;     // index in ModelShape::rotary
+  bool tokens = true;     // reads tokens, all or a window's
+  bool evicted = false;   // the latents read a token when it leaves the window, sinks never (formats/adapter.h)
+  bool floor = false;     // latents have one (formats/adapter.h); their values have a channel more, of ones
   bool key_conv = false;  // latents' keys go through a convolution (formats/adapter.h)
   Linear linear = Linear::kNone;
 

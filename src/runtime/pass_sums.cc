@@ -121,13 +121,12 @@ void Engine::Pass::rotate_evicted_back(int64_t layer, const Part& part, int64_t 
   kernels::RotateRow(shape_.pairs, pairs, turns.cos + row * pairs, turns.back + row * pairs, key);
 }
 
-// What key logits of a part's tokens [first, last) read, in own.keys [last - first, Dk]: a convolution over the keys that leave the
-// window, of which those before the part are the session's.
+// What key logits of a part's tokens [first, last) read, in own.keys [last - first, Dk]: a convolution over the keys that leave
+// the window, of which those before the part are the session's.
 void Engine::Pass::convolve_keys(const Own& own, int64_t layer, const Part& part, int64_t first, int64_t last, int64_t kv_head) {
   constexpr int64_t kBefore = formats::kKeyConvWidth - 1;
   const int64_t dim = shape_.key_dim;
-  const float* weight =
-      model_.layers()[static_cast<size_t>(layer)].latent.key_conv + kv_head * dim * formats::kKeyConvWidth;
+  const float* weight = model_.layers()[static_cast<size_t>(layer)].latent.key_conv + kv_head * dim * formats::kKeyConvWidth;
   const float* recent = part.session->mixer(layer) + kv_head * kBefore * dim;
   for (int64_t t = first - kBefore; t < last; ++t) {
     float* key = own.keys + (t - first + kBefore) * dim;

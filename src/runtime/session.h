@@ -2,8 +2,9 @@
 // done to one session never shows in another.
 //
 // Per layer and key-value head it holds a ring of the last W keys and values (every token's where a layer reads all), the first S
-// of them (sinks), and the sums of latents or of linear attention; per layer also what a convolution or RG-LRU remembers. Its
-// memory is known beforehand and taken when it is made; of a layer that reads every token the system hands out only what is used.
+// of them (sinks), and the sums of latents or of linear attention; per layer also what a convolution (of inputs, or of latents'
+// keys) or RG-LRU remembers. Its memory is known beforehand and taken when it is made; of a layer that reads every token the
+// system hands out only what is used.
 #pragma once
 
 #include <cstdint>

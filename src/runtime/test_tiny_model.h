@@ -21,10 +21,11 @@ struct TinyShape {
   // Of the converted model: layer 0 keeps its attention, layer 1 has no latents.
   int64_t window = 7, sinks = 3, latents = 5, far_limit = 20;
   bool evicted = true;
-  bool floor = false;  // of the last layer's latents; the others' decay
+  bool floor = false;  // of the last layer's latents; the others' decay. In the layer before it of the last key-value head
   bool conv = false;   // in front of the latents' key logits
 
-  bool has_floor(int64_t layer) const { return floor && layer == layers - 1; }
+  bool has_floor(int64_t layer) const { return floor && layer >= layers - 2; }
+  bool has_decay(int64_t layer) const { return !floor || layer < layers - 1; }
 };
 
 class TinyModel {
@@ -74,8 +75,13 @@ class TinyModel {
     const formats::GgufFile base(path());
     for (int64_t i = 2; i < shape.layers; ++i) {
       for (const auto& tensor : formats::adapter_tensors(spec, formats::BaseShape::from(base.metadata()), i,
-                                                         {!shape.has_floor(i), shape.has_floor(i), shape.conv})) {
+                                                         {shape.has_decay(i), shape.has_floor(i), shape.conv})) {
         add(tensor.name, tensor.shape, 0.5f);
+      }
+      if (!shape.has_floor(i) || !shape.has_decay(i)) continue;
+      for (size_t j = 0; j < static_cast<size_t>(shape.kv_heads * shape.latents); ++j) {  // each has one of the two
+        const bool last = static_cast<int64_t>(j) >= (shape.kv_heads - 1) * shape.latents;
+        values_.at("blk." + std::to_string(i) + (last ? ".latte_decay" : ".latte_floor"))[j] = formats::kAbsent;
       }
     }
     formats::write_adapter(adapter(), spec, base, tensors());
@@ -240,10 +246,10 @@ inline std::vector<std::vector<double>> TinyModel::logits(const std::vector<int3
             std::vector<Row> all;
             const int64_t read_first = s.evicted ? s.sinks : 0, delay = s.evicted ? s.window : 0;
             for (int64_t r = read_first; r <= t - delay; ++r) {
-              const Row key_logits =
-                  times(block + "latte_key.weight", head(latent_keys[static_cast<size_t>(r)], g), static_cast<size_t>(g) * rows, rows);
+              const Row key_logits = times(block + "latte_key.weight", head(latent_keys[static_cast<size_t>(r)], g),
+                                           static_cast<size_t>(g) * rows, rows);
               const double forgotten =
-                  s.has_floor(layer) ? 0.0 : static_cast<double>(t - delay - r) * std::exp(number("decay", g * s.latents + l));
+                  s.has_decay(layer) ? static_cast<double>(t - delay - r) * std::exp(number("decay", g * s.latents + l)) : 0.0;
               weights.push_back(key_logits[static_cast<size_t>(l)] + number("key.bias", g * s.latents + l) - forgotten);
               all.push_back(head(values[static_cast<size_t>(r)], g));
             }
