@@ -1,5 +1,6 @@
 #include "extend/converted_model.h"
 
+#include <algorithm>
 #include <string_view>
 
 #include "extend/options.h"
@@ -15,7 +16,20 @@ void copy_in(const formats::GgufTensor& tensor, const at::Tensor& parameter) {
   parameter.copy_(torch::from_blob(values.data(), parameter.sizes(), torch::kFloat32));
 }
 
-// The file's tensors into a model of that spec.
+// Of latents: a model that has more of them than the file never chooses those that it adds.
+void copy_latents(const formats::GgufTensor& tensor, std::string_view name, const at::Tensor& parameter) {
+  std::vector<float> values = tensor.floats();
+  const auto from = torch::from_blob(values.data(), tensor.shape, torch::kFloat32);
+  if (from.sizes() == parameter.sizes()) {
+    parameter.copy_(from);
+    return;
+  }
+  const int64_t count = std::min(from.size(1), parameter.size(1));
+  parameter.slice(1, 0, count).copy_(from.slice(1, 0, count));
+  if (name == "query.bias") parameter.slice(1, count).fill_(formats::kAbsent);
+}
+
+// The file's tensors into a model of that spec, but for numbers of latents.
 void fill(ConvertedModel& converted, const formats::GgufFile& file) {
   const torch::NoGradGuard no_grad;
   for (size_t block = 0; block < converted.converted.size(); ++block) {
@@ -23,7 +37,7 @@ void fill(ConvertedModel& converted, const formats::GgufFile& file) {
     if (!attention || !attention->latents()) continue;
     for (auto& [name, parameter] : attention->latents()->named_tensors()) {
       const formats::GgufTensor* tensor = file.find(latent_name(block, name));
-      if (tensor != nullptr) copy_in(*tensor, parameter);  // what a layer to be made anew has more starts with it
+      if (tensor != nullptr) copy_latents(*tensor, name, parameter);  // what a layer to be made anew has more starts with it
     }
   }
   auto parameters = converted.model->named_parameters();
@@ -37,9 +51,13 @@ void fill(ConvertedModel& converted, const formats::GgufFile& file) {
 
 }  // namespace
 
-void fill_from(ConvertedModel& converted, const formats::AdapterFile& adapter) {
-  if (adapter.spec().latents != converted.spec.latents) {
-    throw formats::FormatError(adapter.file().path(), "its blocks have other latents than this conversion's");
+void fill_from(ConvertedModel& converted, const formats::AdapterFile& adapter,
+               const std::function<bool(int64_t block, int64_t theirs, int64_t ours)>& may_differ) {
+  const auto &theirs = adapter.spec().latents, &ours = converted.spec.latents;
+  for (size_t block = 0; block < ours.size(); ++block) {
+    if (theirs[block] == ours[block] || may_differ(static_cast<int64_t>(block), theirs[block], ours[block])) continue;
+    throw formats::FormatError(adapter.file().path(), "block " + std::to_string(block) + " has " + std::to_string(theirs[block]) +
+                                                          " latents, this conversion's has " + std::to_string(ours[block]));
   }
   fill(converted, adapter.file());
 }

@@ -4,6 +4,8 @@
 #include <torch/torch.h>
 
 #include <cstddef>
+#include <cstdint>
+#include <functional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -31,9 +33,11 @@ ConvertedModel make_converted(const std::string& model, const formats::AdapterSp
 // Which optional tensors each block of a spec has in a file: of an adapter, or of a merged model.
 std::vector<LatentForm> forms_in(const formats::GgufFile& file, const formats::AdapterSpec& spec);
 
-// Copies an adapter's tensors into a model of the same latents. Throws formats::FormatError where they differ, or where the file
-// changes a tensor that the model hasn't.
-void fill_from(ConvertedModel& converted, const formats::AdapterFile& adapter);
+// Copies an adapter's tensors into a model of the same base and latents. Throws formats::FormatError where a block has another
+// number of latents and may not, or where the file changes a tensor that the model hasn't. Latents that the model has more are
+// never chosen.
+void fill_from(ConvertedModel& converted, const formats::AdapterFile& adapter,
+               const std::function<bool(int64_t block, int64_t theirs, int64_t ours)>& may_differ);
 
 // Every parameter of the latents under its name in an adapter, "blk.N.latte_query.weight".
 std::vector<std::pair<std::string, at::Tensor>> latent_tensors(const std::vector<ConvertedAttention>& converted);

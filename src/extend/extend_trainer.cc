@@ -159,7 +159,10 @@ void ExtendTrainer::start_from(const std::string& path, const std::vector<Latent
     parameter->set_data(parameter->detach().clone());
     if (!parameter->requires_grad()) kept_.emplace_back(tensor.name, *parameter);
   }
-  fill_from(student_, adapter);
+  fill_from(student_, adapter, [this](int64_t block, int64_t theirs, int64_t ours) {
+    const bool latents = theirs > 0 && ours > 0;  // in both
+    return latents && options_.matches(block) && (options_.matched_heads(block).empty() || ours > theirs);
+  });
   for (size_t block = 0; block < forms.size(); ++block) {  // what forgets nothing there doesn't begin to, beside others that do
     const auto& attention = student_.converted[block];
     if (attention && attention->latents() && attention->latents()->decay.defined() && !forms[block].decay) {

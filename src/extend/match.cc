@@ -63,31 +63,45 @@ class Progress {
   bool goes_on_ = true;
 };
 
-// The key-value heads of a layer that are not matched, with their queries.
-class OtherHeads {
+// Some key-value heads of a layer with their queries, or all of them: an attention of their own, whose latents put() takes to the
+// layer's.
+class MatchedHeads {
  public:
-  OtherHeads(LatentLogits& latents, std::vector<int64_t> matched) : latents_(latents), matched_(std::move(matched)) {
-    for (const auto& [name, tensor] : latents->named_tensors()) before_.push_back(tensor.detach().clone());
+  MatchedHeads(const models::Decoder& model, int64_t layer, ConvertedAttention whole, const std::vector<int64_t>& kv_heads)
+      : whole_(std::move(whole)), attention_(whole_) {
+    if (kv_heads.empty()) return;
+    const LatentSizes& sizes = whole_->latents()->sizes();
+    const int64_t group = sizes.num_heads / sizes.num_kv_heads;
+    kv_heads_ = torch::tensor(at::ArrayRef<int64_t>(kv_heads), torch::kLong);
+    heads_ = (kv_heads_.unsqueeze(1) * group + torch::arange(group, torch::kLong)).flatten();
+    formats::DecoderConfig config = model->config();
+    LatentSizes of_these = sizes;
+    of_these.num_heads = config.num_heads = heads_.size(0);
+    of_these.num_kv_heads = config.num_kv_heads = kv_heads_.size(0);
+    attention_ = std::make_shared<ConvertedAttentionImpl>(config, model->rope(layer), whole_->far(), LatentLogits(of_these));
   }
-  void put_back() const {
-    if (matched_.empty()) return;
+
+  const ConvertedAttention& attention() const { return attention_; }
+  bool all() const { return !heads_.defined(); }
+  // Those of a tensor whose dimension `dim` is heads of queries, or of keys and values.
+  at::Tensor of_queries(const at::Tensor& x, int64_t dim) const { return all() ? x : x.index_select(dim, heads_); }
+  at::Tensor of_keys(const at::Tensor& x, int64_t dim) const { return all() ? x : x.index_select(dim, kv_heads_); }
+
+  void put() const {
+    if (all()) return;
     const torch::NoGradGuard no_grad;
-    const int64_t kv_heads = latents_->sizes().num_kv_heads;
-    const auto tensors = latents_->named_tensors();
-    for (size_t i = 0; i < tensors.size(); ++i) {
-      const int64_t rows = tensors[i].second.size(0) / kv_heads;  // of a key-value head
-      for (int64_t g = 0; g < kv_heads; ++g) {
-        if (std::find(matched_.begin(), matched_.end(), g) != matched_.end()) continue;
-        const auto head = [&](const at::Tensor& all) { return all.slice(0, g * rows, (g + 1) * rows); };
-        head(tensors[i].second).copy_(head(before_[i]));
-      }
+    const auto from = attention_->latents()->named_tensors();
+    auto to = whole_->latents()->named_tensors();
+    for (size_t i = 0; i < to.size(); ++i) {
+      const bool of_queries =
+          from[i].second.size(0) == heads_.size(0) && to[i].second.size(0) == whole_->latents()->sizes().num_heads;
+      to[i].second.index_copy_(0, of_queries ? heads_ : kv_heads_, from[i].second);
     }
   }
 
  private:
-  LatentLogits& latents_;
-  std::vector<int64_t> matched_;
-  std::vector<at::Tensor> before_;
+  ConvertedAttention whole_, attention_;
+  at::Tensor heads_, kv_heads_;  // numbers in the layer; undefined: all
 };
 
 class LayerMatcher {
@@ -96,41 +110,57 @@ class LayerMatcher {
                const ExtendOptions& options, Progress& progress)
       : model_(model),
         layer_(layer),
-        converted_(converted),
+        matched_(model, layer, converted, options.matched_heads(layer)),
+        converted_(matched_.attention()),
         sequences_(std::move(sequences)),
         options_(options),
         progress_(progress) {
     const torch::NoGradGuard no_grad;  // a student's weights train later
     const auto& weights = model->layer(layer).attention_weights();
+    const auto& config = model->config();
+    const auto whole = weights.output->weight.detach().to(torch::kFloat32).unflatten(1, {config.num_heads, config.head_dim});
+    output_weight_ = matched_.of_queries(whole, 1).flatten(1);
     for (Activations& sequence : sequences_) {
-      const auto heads = weights.project(sequence.x, model->config().head_dim);
-      heads_.push_back({heads.query.to(torch::kFloat32), heads.key.to(torch::kFloat32), heads.value.to(torch::kFloat32)});
+      const auto heads = weights.project(sequence.x, config.head_dim);
+      heads_.push_back({matched_.of_queries(heads.query, 2).to(torch::kFloat32),
+                        matched_.of_keys(heads.key, 2).to(torch::kFloat32),
+                        matched_.of_keys(heads.value, 2).to(torch::kFloat32)});
       sequence.x = sequence.x.to(torch::kFloat32);
-      sequence.out = sequence.out.to(torch::kFloat32);
+      sequence.out = matched_.all() ? sequence.out.to(torch::kFloat32)
+                                    : at::linear(softmax_attention(heads_.size() - 1).flatten(2), output_weight_);
     }
-    output_weight_ = weights.output->weight.detach().to(torch::kFloat32);
     if (options.match_share > 0) weigh();
   }
 
   MatchResult run() {
     MatchResult result;
     result.layer = layer_;
-    const OtherHeads others(converted_->latents(), options_.matched_heads(layer_));
     start(result);
-    others.put_back();
     converted_->set_latents_off(true);
     result.window_error = error();
     converted_->set_latents_off(false);
-    fit(others);
+    fit();
     if (!progress_.goes_on()) return result;
     if (options_.match_open > 0) open_gates();
-    others.put_back();
     result.error = error();
+    matched_.put();
     return result;
   }
 
  private:
   const FarOptions& far() const { return converted_->far(); }
+
+  // Softmax attention's output, [1, T, H, Dk].
+  at::Tensor softmax_attention(size_t i) {
+    const auto& rope = *model_->rope(layer_);
+    const auto positions = torch::arange(heads_[i].query.size(1), torch::kLong);
+    const auto per_head = [](const at::Tensor& x, int64_t times) { return x.transpose(1, 2).repeat_interleave(times, 1); };
+    const int64_t group = group_of(i);
+    const auto out = at::scaled_dot_product_attention(
+        per_head(rope.rotate(heads_[i].query, positions), 1), per_head(rope.rotate(heads_[i].key, positions), group),
+        per_head(heads_[i].value, group), {}, 0.0, /*is_causal=*/true, model_->config().attention_scale);
+    return out.transpose(1, 2);
+  }
 
   // What softmax attention reads far, [T - first, H], of every token that has anything there.
   at::Tensor shares_of(size_t i) {
@@ -148,16 +178,9 @@ class LayerMatcher {
 
   // Of these tokens each head's weight, and what softmax attention gives it.
   void weigh() {
-    const auto& rope = *model_->rope(layer_);
     for (size_t i = 0; i < sequences_.size(); ++i) {
-      const auto positions = torch::arange(sequences_[i].x.size(1), torch::kLong);
-      const int64_t group = group_of(i);
-      const auto per_head = [&](const at::Tensor& x, int64_t times) { return x.transpose(1, 2).repeat_interleave(times, 1); };
-      const auto out = at::scaled_dot_product_attention(
-          per_head(rope.rotate(heads_[i].query, positions), 1), per_head(rope.rotate(heads_[i].key, positions), group),
-          per_head(heads_[i].value, group), {}, 0.0, /*is_causal=*/true, model_->config().attention_scale);
       weights_.push_back(1.0 - options_.match_share + options_.match_share * shares_of(i));
-      wanted_.push_back(out.transpose(1, 2)[0].slice(0, first_far(i)).clone());  // [T - first, H, Dk]
+      wanted_.push_back(softmax_attention(i)[0].slice(0, first_far(i)).clone());  // [T - first, H, Dk]
       norms_.push_back(std::max(weighted_square(wanted_[i], i).item<double>(), 1e-30));
     }
   }
@@ -257,7 +280,7 @@ class LayerMatcher {
     return error / std::max(whole, 1e-30);
   }
 
-  void fit(const OtherHeads& others) {
+  void fit() {
     auto& latents = *converted_->latents();
     train::AdamW::NamedTensors matrices = {{"query", latents.query_weight}, {"key", latents.key_weight}};
     const LatentForm form = options_.form_anew();
@@ -284,7 +307,6 @@ class LayerMatcher {
       vector_optimizer.step(kVectorRate * factor, step + 1);
       gate_optimizer.step(kGateRate * factor, step + 1);
       for (train::AdamW* optimizer : {&matrix_optimizer, &vector_optimizer, &gate_optimizer}) optimizer->zero_grad();
-      others.put_back();
       progress_.step();
     }
     converted_->set_window(used);
@@ -292,7 +314,8 @@ class LayerMatcher {
 
   models::Decoder& model_;
   int64_t layer_;
-  ConvertedAttention converted_;
+  MatchedHeads matched_;
+  ConvertedAttention converted_;  // of the matched heads
   std::vector<Activations> sequences_;
   std::vector<models::AttentionWeights::Heads> heads_;
   at::Tensor output_weight_;

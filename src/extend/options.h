@@ -49,7 +49,8 @@ struct ExtendOptions {
   int64_t match_steps = 96;      // a layer
   // Blocks to match, as "17-18,23"; "": all, and with `from` none. Those of `from` are made anew and matched to what softmax
   // attention makes of the weights that `from` has. With `from` also key-value heads of blocks, as "17:1,18:2": the others of
-  // these blocks stay as they are.
+  // these blocks stay as they are. These blocks may have another number of latents than there, beside heads that stay a larger
+  // one.
   std::string match_layers;
   // Weight of a head's output at a token, in matching: 1 - match_share + match_share · (softmax attention's probability beyond
   // window and sinks there). 0: all count alike. Near 1: those count that find something far, so that gates open for it. Where
