@@ -71,11 +71,25 @@ def made_up_words(rng: random.Random) -> str:
 RECORDS = (log_line, address, measurement, hexadecimal, invoice, made_up_words)
 
 
+def numbered_sentence(rng: random.Random, pool: list[str]) -> str:
+    """A sentence of the texts with numbers in the place of one to three words: in any company, not in that of records alone."""
+    words = rng.choice(rng.choice(pool).split(". ")).split()
+    for place in rng.sample(range(len(words)), min(len(words), rng.randint(1, 3))):
+        words[place] = str(number(rng, 2, 6))
+    return " ".join(words)
+
+
+def record(rng: random.Random, pool: list[str], share_of_sentences: float) -> str:
+    if share_of_sentences > 0 and rng.random() < share_of_sentences:
+        return numbered_sentence(rng, pool)
+    return rng.choice(RECORDS)(rng)
+
+
 def document(rng: random.Random, pool: list[str], options: argparse.Namespace) -> str:
     size = rng.randint(3000, 14000)  # characters
     count = round(options.most_items ** rng.random())  # of 16 as often 1 to 4 as 4 to 16
     share_of_records = rng.random() if options.records is None else options.records
-    items = [rng.choice(RECORDS)(rng) if rng.random() < share_of_records else rng.choice(pool) for _ in range(count)]
+    items = [record(rng, pool, options.sentences) if rng.random() < share_of_records else rng.choice(pool) for _ in range(count)]
     last = [-options.least_distance] * len(items)
     share_of_others = 0.8 * rng.random()
     lines: list[str] = []
@@ -99,6 +113,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--most-items", type=int, default=16, help="a document has of its own (default: %(default)s)")
     parser.add_argument("--records", type=float, help="share of records among them, 0 to 1 (default: another in each document)")
     parser.add_argument(
+        "--sentences",
+        type=float,
+        default=0.0,
+        help="share of records that are sentences with numbers in them (default: %(default)s)",
+    )
+    parser.add_argument(
         "--least-distance",
         type=int,
         default=LEAST_DISTANCE,
@@ -113,6 +133,8 @@ def arguments() -> argparse.Namespace:
         parser.error(f"--most-items {options.most_items}: must be in 1 to 1000")
     if options.least_distance < 0:
         parser.error(f"--least-distance {options.least_distance}: must not be negative")
+    if not 0 <= options.sentences <= 1:
+        parser.error(f"--sentences {options.sentences}: must be in 0 to 1")
     if options.records is not None and not 0 <= options.records <= 1:
         parser.error(f"--records {options.records}: must be in 0 to 1")
     return options

@@ -82,5 +82,12 @@ def test_few_records_and_nothing_else_comes_again(tmp_path):
     for document in out.read_text(encoding="utf-8").rstrip("\n").split("\n\n"):
         records = {line for line in document.split("\n") if not line.startswith("Paragraph")}
         assert 1 <= len(records) <= 3
+    sentences = run("--text", tmp_path / "text.txt", *few, "--sentences", 1, "--out", out)
+    assert sentences.returncode == 0, sentences.stderr
+    known = set((tmp_path / "text.txt").read_text(encoding="utf-8").split("\n"))
+    changed = {line for line in out.read_text(encoding="utf-8").split("\n") if line not in known}
+    assert len(changed) > 20  # sentences, each with a number in a word's place
+    assert all(any(word.isdigit() for word in line.split()) for line in changed)
+    assert "--sentences -1" in run("--text", out, "--sentences", -1, "--out", out).stderr
     assert "--records 2" in run("--text", out, "--records", 2, "--out", out).stderr
     assert "--most-items 0" in run("--text", out, "--most-items", 0, "--out", out).stderr

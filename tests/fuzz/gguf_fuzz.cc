@@ -42,6 +42,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     const std::string bytes = formats::gguf_without_tensors(file.metadata());
     if (bytes.size() < 24) std::abort();
     refusable([&] { formats::AdapterSpec::from(file.metadata()); });
+    refusable([&] { formats::merged_spec(file); });
     refusable([&] {
       const auto model = formats::open_pretrained(path);
       for (const auto& spec : model->tensors())
