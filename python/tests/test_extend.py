@@ -145,13 +145,18 @@ def test_retrieval_tasks(model):
     assert [(row["attention"], row["depth"]) for row in report["passkey"]] == [
         (kind, depth) for kind in ("full", "window-sinks") for depth in (0.2, 0.8)
     ]
+    for row in report["passkey"]:
+        assert len(row["right_tokens"]) >= 1 and row["right"] <= min(row["right_tokens"]) <= row["asked"]
     assert all(row["asked"] == 2 for row in report["passkey"]) and all(row["asked"] == 6 for row in report["recall"])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_resumes(tmp_path, model, text, number):
+@pytest.mark.parametrize(
+    ("number", "options"), [(signal.SIGINT, ()), (signal.SIGTERM, ("--floor", "--position", "conv", "--no-forget"))]
+)
+def test_an_interrupted_run_resumes(tmp_path, model, text, number, options):
     out = tmp_path / "a.gguf"
-    command = [LATTE, "extend", model, "--text", text, "--out", out, *SHORT, "--tokens", str(64 * 10**6), "--eval-every", "0"]
+    command = [LATTE, "extend", model, "--text", text, "--out", out, *SHORT, *options]
+    command += ["--tokens", str(64 * 10**6), "--eval-every", "0"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "a.gguf.run" / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
