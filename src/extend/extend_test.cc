@@ -383,6 +383,35 @@ TEST_F(ExtendTest, SomeHeadsOfALayerMayBeMadeAnew) {
   EXPECT_TRUE(whole.student().converted[1]->latents()->decay.gt(-100).all().item<bool>());
 }
 
+TEST_F(ExtendTest, ABlockMadeAnewMayHaveMoreLatents) {
+  run_extend(options_, run());
+  const TokenText text = this->text();
+  options_.from = run().out;
+  options_.match_layers = "1:0";
+  options_.layer_latents = "1:6";  // of 4
+  ExtendTrainer trainer(options_, text);
+  auto before = load_converted(options_.model, run().out, torch::kFloat32);
+  const auto tokens = torch::tensor(some_tokens(60)).unsqueeze(0);
+  const torch::NoGradGuard no_grad;
+  EXPECT_TRUE(close(trainer.student().model->forward(tokens).logits, before.model->forward(tokens).logits, 1e-6));
+  {
+    const at::AutoGradMode with_grad(true);
+    trainer.match({});
+  }
+  const auto& latents = trainer.student().converted[1]->latents();
+  const auto biases = latents->query_bias.chunk(2);  // of the two key-value heads
+  EXPECT_TRUE(biases[0].gt(-100).all().item<bool>());
+  EXPECT_TRUE(biases[1].slice(1, 4).eq(formats::kAbsent).all().item<bool>());
+
+  options_.layer_latents = "1:3";  // the head that stays has 4
+  EXPECT_CONTAINS(error_text<FormatError>([&] { ExtendTrainer(options_, text); }), "block 1 has 4 latents");
+  options_.match_layers = "1";
+  ExtendTrainer fewer(options_, text);
+  EXPECT_EQ(fewer.student().converted[1]->latents()->sizes().latents, 3);
+  options_.layer_latents = "0:6";
+  EXPECT_CONTAINS(error_text<FormatError>([&] { ExtendTrainer(options_, text); }), "block 0 has 4 latents");
+}
+
 TEST_F(ExtendTest, MatchingStopsWhereItIsToldTo) {
   const TokenText text = this->text();
   for (const int64_t last : {1, 5}) {  // while it reads, while it fits
