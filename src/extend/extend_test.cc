@@ -363,6 +363,8 @@ TEST_F(ExtendTest, SomeHeadsOfALayerMayBeMadeAnew) {
   EXPECT_TRUE(latents->decay[0].eq(-1e4).all().item<bool>());
   EXPECT_TRUE(latents->floor[1].eq(-1e4).all().item<bool>());
 
+  options_.match_layers = "0:1,1:0,0:1";
+  EXPECT_EQ(options_.matched_heads(0), std::vector<int64_t>{1});  // once
   options_.match_layers = "1:2";
   EXPECT_CONTAINS(error_text<OptionError>([&] { ExtendTrainer(options_, text); }), "key-value heads in 0 … 1");
 

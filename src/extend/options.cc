@@ -138,7 +138,7 @@ std::vector<int64_t> ExtendOptions::matched_heads(int64_t block) const {
   for (const LayerRange& range : layers_to_match(*this)) {
     if (block < range.first || block > range.last) continue;
     if (range.number < 0) return {};
-    heads.push_back(range.number);
+    if (std::find(heads.begin(), heads.end(), range.number) == heads.end()) heads.push_back(range.number);
   }
   return heads;
 }
