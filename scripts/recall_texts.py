@@ -6,8 +6,8 @@ that tells how a repeated passage goes on, so latents must carry it. A document 
 texts given and made-up records (log lines, addresses, invoices, measurements, hexadecimal numbers, made-up words), in random
 order and mixed with other paragraphs; none comes again within 700 characters of its beginning (`--least-distance`). Documents
 differ in how many items they have, in the share of records among them and of other paragraphs around them: one number in pages
-of prose is told apart by being a number, one of a hundred only by what stands before it. Nothing in them asks a question or
-names a key.
+of prose is told apart by being a number, one of a hundred only by what stands before it. With `--sentences` records are also
+sentences of the texts with numbers in the place of words, in any company. Nothing in them asks a question or names a key.
 
 Examples:
     scripts/recall_texts.py --text texts/*.txt --megabytes 14 --out recall.txt

@@ -45,12 +45,13 @@ std::vector<LatentForm> forms_of(const ExtendOptions& options, const formats::Ad
   for (size_t block = 0; block < forms.size(); ++block) {
     const auto index = static_cast<int64_t>(block);
     if (from.empty()) {
-      if (!options.matches(index)) forms[block].floor = false;  // it would stay absent
-      if (!options.matches(index)) forms[block].decay = options.forget;
-      continue;
-    }
-    if (!options.matches(index)) forms[block] = from[block];
-    if (!options.matched_heads(index).empty()) {  // beside others of the file's form
+      if (!options.matches(index)) {  // a floor would stay absent
+        forms[block].floor = false;
+        forms[block].decay = options.forget;
+      }
+    } else if (!options.matches(index)) {
+      forms[block] = from[block];
+    } else if (!options.matched_heads(index).empty()) {  // beside others of the file's form
       forms[block] = {.decay = from[block].decay || anew.decay,
                       .floor = from[block].floor || anew.floor,
                       .conv = from[block].conv || anew.conv};

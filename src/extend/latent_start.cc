@@ -82,7 +82,11 @@ void start_latents(LatentLogits& latents, const LayerSamples& samples, const mod
   const int64_t group = heads / kv_heads;
   const auto rotation = mean_rotation(rope, dim) * scale;
   if (of_layer.conv) latents->reset_conv();
-  if (of_layer.decay) form.decay ? latents->reset_decay() : static_cast<void>(latents->decay.fill_(formats::kAbsent));
+  if (form.decay) {
+    latents->reset_decay();
+  } else if (of_layer.decay) {
+    latents->decay.fill_(formats::kAbsent);
+  }
   if (of_layer.floor) latents->floor.fill_(formats::kAbsent);
   for (int64_t g = 0; g < kv_heads; ++g) {
     const auto query = samples.query.slice(1, g * group, (g + 1) * group).to(torch::kFloat32);  // [N, R, Dk]
