@@ -156,6 +156,10 @@ def core_calls(dtype: torch.dtype) -> Iterator[tuple[torch._ops.OpOverload, tupl
     past = (torch.tensor([1, 7]), *(normal(2, 4, 2, n, seed=n).to(dtype) for n in (6, 5)), torch.ones(2, 4) > 0)
     sinks = (*(normal(2, 2, 2, n, seed=20 + n).to(dtype) for n in (6, 5)), torch.ones(2, 2) > 0)
     yield ops.window_state.default, (query, key, v, None, *past, *sinks, None, 4, 2)
+    gated, state = normal(2, 9, 4, 4, seed=12).to(dtype), normal(2, 2, 3, 8, seed=13).abs().to(state_dtype(dtype))
+    yield ops.macchiato_attention_core.default, (query, key, v, gated, k, None, -k.abs(), None, state, *past, *sinks, None,
+                                                 4, 2, 0.5, True, True)  # fmt: skip
+    yield ops.macchiato_attention_core.default, (query, key, v, gated, k, *[None] * 12, 4, 0, 0.5, False, False)
     yield ops.window_state.default, (query, key, v, *[None] * 9, 4, 2)
     x = normal(2, 9, 5, seed=8).to(dtype)
     wide = state_dtype(dtype)
@@ -205,6 +209,17 @@ def check_compiled(name: str, **options) -> None:
 def test_compile(name: str, dynamic: bool) -> None:
     """aot_eager compiles the same graphs as inductor, without its C++ compiler."""
     check_compiled(name, dynamic=dynamic, backend="aot_eager")
+
+
+@pytest.mark.parametrize("name", ["causal-mask-state", "macchiato-state", "macchiato-packed"])
+def test_compile_without_gradients(name: str) -> None:
+    """Macchiato is one kernel then."""
+    torch._dynamo.reset()
+    case = CASES[name]()
+    tensors = case.tensors(torch.float32)
+    got, expected = torch.compile(case, fullgraph=True, backend="aot_eager")(tensors), case(tensors)
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
 
 
 @pytest.mark.usefixtures("inductor")

@@ -6,6 +6,9 @@
 #define LATTE_KERNELS_MATH_INL_H_
 #endif
 
+#include <cstddef>
+#include <type_traits>
+
 #include "hwy/highway.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -46,16 +49,20 @@ HWY_INLINE V Exp(D d, V x) {
 // use(i, exp(x(i))) for each vector i = 0, lanes, … of [0, n), in order; n is a multiple of the vector length.
 template <class D, class X, class Use>
 HWY_INLINE void ForEachExp(D d, size_t n, const X& x, const Use& use) {
-  constexpr size_t kTogether = 4;
   const size_t lanes = hn::Lanes(d);
   size_t i = 0;
-  for (; i + kTogether * lanes <= n; i += kTogether * lanes) {
-    hn::Vec<D> e[kTogether];
-    for (size_t j = 0; j < kTogether; ++j) e[j] = x(i + j * lanes);
+  const auto together = [&](auto vectors) HWY_ATTR {
+    hn::Vec<D> e[vectors];
+    for (size_t j = 0; j < vectors; ++j) e[j] = x(i + j * lanes);
     ExpTogether(d, e);
-    for (size_t j = 0; j < kTogether; ++j) use(i + j * lanes, e[j]);
-  }
-  for (; i < n; i += lanes) use(i, HWY_NAMESPACE::Exp(d, x(i)));
+    for (size_t j = 0; j < vectors; ++j) use(i + j * lanes, e[j]);
+    i += vectors * lanes;
+  };
+  size_t left = n / lanes;
+  for (; left >= 4 && left != 5; left -= 4) together(std::integral_constant<size_t, 4>());
+  for (; left >= 3; left -= 3) together(std::integral_constant<size_t, 3>());
+  if (left == 2) return together(std::integral_constant<size_t, 2>());
+  if (left == 1) together(std::integral_constant<size_t, 1>());
 }
 
 // 1 / x to about 3 ulp for normal x below 2^126, without the division's latency where an estimate of 12 bits is to be had.

@@ -29,6 +29,9 @@ class Scratch {
     next_ = block.data.get();
   }
 
+  // From memory that someone else holds.
+  explicit Scratch(float* memory) : next_(memory) {}
+
   float* Take(size_t floats) {
     float* taken = next_;
     next_ += Rounded(floats);

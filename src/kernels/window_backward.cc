@@ -228,7 +228,7 @@ class BackwardSlice {
       for (size_t g = 0; g < band_.group; ++g) {
         const size_t r = c * band_.group + g;
         if (kPaired && scale_.score != 1.0f) ScaleRow(d_, scale_.score, segment.columns, work_->weights + r * kTileStride);
-        if (ragged) MaskRow(segment, read, work_->weights + r * kTileStride);
+        if (ragged) MaskRow(d_, segment, read, work_->weights + r * kTileStride);
         if (tile.masked) AddRow(d_, tile.bias + segment.column, segment.columns, work_->weights + r * kTileStride);
         SoftmaxGradient(r, segment.columns);
       }

@@ -353,13 +353,24 @@ struct Segment {
 };
 
 // Sets a token's scores of the keys that it doesn't read to -inf. `row` starts at segment.column.
-HWY_INLINE void MaskRow(const Segment& segment, Span read, float* row) {
+template <class D>
+HWY_INLINE void MaskRow(D d, const Segment& segment, Span read, float* row) {
   const int64_t columns = static_cast<int64_t>(segment.columns);
   const int64_t column = segment.origin + static_cast<int64_t>(segment.column);
   const int64_t begin = std::clamp<int64_t>(read.begin - column, 0, columns);
   const int64_t end = std::clamp<int64_t>(read.end - column, begin, columns);
-  std::fill(row, row + begin, kMinusInfinity);
-  std::fill(row + end, row + columns, kMinusInfinity);
+  // Whole vectors, which are soon read again as such.
+  const size_t lanes = hn::Lanes(d);
+  const auto none = hn::Set(d, kMinusInfinity);
+  const size_t first = static_cast<size_t>(begin);
+  for (size_t i = 0; i < first; i += lanes) {
+    hn::Store(hn::IfThenElse(hn::FirstN(d, first - i), none, hn::Load(d, row + i)), d, row + i);
+  }
+  const size_t last = static_cast<size_t>(end);
+  for (size_t i = last / lanes * lanes; i < segment.columns; i += lanes) {
+    const size_t keep = last > i ? last - i : 0;
+    hn::Store(hn::IfThenElse(hn::FirstN(d, keep), hn::Load(d, row + i), none), d, row + i);
+  }
 }
 
 // row[0, n) += other[0, n), n a multiple of the vector length.
@@ -430,27 +441,38 @@ HWY_INLINE void LoadQueries(D d, const Band& band, const Widths& widths, const V
   }
 }
 
+// Runs the blocks of the tokens [begin, end) of a slice. Meanwhile the rows of the block after it are fetched, and those that
+// next(prefetch) asks for during the last.
+template <class Slice, class Work, class Next>
+HWY_INLINE void RunTurn(Slice& slice, int64_t begin, int64_t end, Work& work, const Next& next) {
+  const int64_t block = slice.block_tokens();
+  for (int64_t t = begin; t < end; t += block) {
+    work.prefetch.Clear();
+    if (t + block < end) {
+      slice.Fetch(t + block, work.prefetch);
+    } else {
+      next(work.prefetch);
+    }
+    slice.Block(t, work);
+  }
+}
+
 // Runs the blocks of the slices of one sequence, `turn_blocks` of a slice before the next slice's turn: their rows share pages
-// and lines, which then are still near. Meanwhile the rows of the block after it are fetched.
+// and lines, which then are still near.
 template <class Slices, class Work>
 HWY_INLINE void RunInTurns(Slices& slices, int64_t turn_blocks, Work& work) {
   const Band& band = slices.front().band();
-  const int64_t block = slices.front().block_tokens();
-  const int64_t turn = turn_blocks * block;
+  const int64_t turn = turn_blocks * slices.front().block_tokens();
   for (int64_t begin = band.position; begin < band.end; begin += turn) {
     const int64_t end = std::min(band.end, begin + turn);
     for (size_t i = 0; i < slices.size(); ++i) {
-      for (int64_t t = begin; t < end; t += block) {
-        work.prefetch.Clear();
-        if (t + block < end) {
-          slices[i].Fetch(t + block, work.prefetch);
-        } else if (i + 1 < slices.size()) {
-          slices[i + 1].Fetch(begin, work.prefetch);
+      RunTurn(slices[i], begin, end, work, [&](Prefetch& prefetch) {
+        if (i + 1 < slices.size()) {
+          slices[i + 1].Fetch(begin, prefetch);
         } else {
-          slices.front().Fetch(end, work.prefetch);
+          slices.front().Fetch(end, prefetch);
         }
-        slices[i].Block(t, work);
-      }
+      });
     }
   }
 }

@@ -19,17 +19,15 @@ HWY_BEFORE_NAMESPACE();
 namespace latte::kernels::HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
-// Writes token t's output, given the sum of its weighted values [value], which is overwritten, the maximum of its scores and the
-// sum of its weights.
+// Writes token t's output to `out`, given the sum of its weighted values [value], which is overwritten, the maximum of its scores
+// and the sum of its weights; `lse` is the call's, or null.
 template <class D>
-HWY_INLINE void StoreOut(D d, const Band& band, const Widths& widths, const WindowOutputs& outputs, int64_t t, size_t g,
+HWY_INLINE void StoreOut(D d, const Band& band, const Widths& widths, float* out, float* lse, int64_t t, size_t g,
                          float* sum_values, float max, float sum) {
-  const int64_t row = band.OutRow(t, g);
-  const int64_t head_dim = band.args.head_dim;
   // A token that read nothing has weights of zero: its sum of values is zero already.
   ScaleRow(d, sum > 0.0f ? 1.0f / sum : 1.0f, widths.value, sum_values);
-  StoreRow(d, DType::kFloat32, sum_values, static_cast<size_t>(head_dim), outputs.out, row * head_dim);
-  if (outputs.lse != nullptr) outputs.lse[row] = sum > 0.0f ? max + std::log(sum) : kMinusInfinity;
+  StoreRow(d, DType::kFloat32, sum_values, static_cast<size_t>(band.args.head_dim), out, 0);
+  if (lse != nullptr) lse[band.OutRow(t, g)] = sum > 0.0f ? max + std::log(sum) : kMinusInfinity;
 }
 
 // Scores of keys [keys.begin, keys.end) by the slice's query heads: head g's lie at scores + g * stride.
@@ -136,8 +134,8 @@ HWY_INLINE void WindowStep(const Band& band, const WindowOutputs& outputs) {
   StepValues(d, band, widths, sinks, far, scores, columns, spare, zeros, sums);
   StepValues(d, band, widths, window, near, scores + far_keys, columns, spare, zeros, sums);
   for (size_t g = 0; g < band.group; ++g) {
-    StoreOut(d, band, widths, outputs, t, g, sums + g * widths.value_stride, max_and_sum[g * widths.key_stride],
-             max_and_sum[g * widths.key_stride + 1]);
+    StoreOut(d, band, widths, outputs.out + band.OutRow(t, g) * args.head_dim, outputs.lse, t, g,
+             sums + g * widths.value_stride, max_and_sum[g * widths.key_stride], max_and_sum[g * widths.key_stride + 1]);
   }
 }
 

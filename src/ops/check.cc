@@ -115,7 +115,7 @@ void CheckLatent(const char* op, const LatentInputs& in) {
   check.Rank("values", in.values, 4, "[B, T, Hkv, D]");
   const auto batch = in.query_logits.sym_size(0), time = in.query_logits.sym_size(1), heads = in.query_logits.sym_size(2);
   const auto kv_heads = in.key_logits.sym_size(2), latents = in.key_logits.sym_size(3), head_dim = in.values.sym_size(3);
-  const bool window = Present(in.window_out);
+  const bool window = in.gated || Present(in.window_out);
   check.AtLeast("L, the latents of key_logits", latents, 1);
   check.AtLeast("D, the head size of values", head_dim, 1);
   check.Heads(heads, kv_heads);
@@ -129,7 +129,7 @@ void CheckLatent(const char* op, const LatentInputs& in) {
   check.Dtype("values", in.values, dtype);
   check.Device("key_logits", in.key_logits, in.query_logits);
   check.Device("values", in.values, in.query_logits);
-  if (window) {
+  if (Present(in.window_out)) {
     check.Shape("window_out", *in.window_out, "[B, T, H, D]", {batch, time, heads, head_dim});
     check.Dtype("window_out", *in.window_out, AccumulateType(dtype));
     check.Device("window_out", *in.window_out, in.query_logits);

@@ -14,6 +14,10 @@ namespace latte {
 std::tuple<at::Tensor, at::Tensor> CallLatentAttention(const LatentInputs& inputs, bool output_final_state);
 // out [B, T, H, D] in AccumulateType.
 at::Tensor CallWindowAttention(const WindowInputs& inputs);
+// Both at once, which is faster where no gradient is wanted: latent attention with the window's output as its window_out.
+// `latent` is gated, without a window_out; the two describe the same tokens.
+std::tuple<at::Tensor, at::Tensor> CallMacchiatoAttention(const WindowInputs& window, const LatentInputs& latent,
+                                                          bool output_final_state);
 // The caches after these tokens: MacchiatoState's tensors behind `latents`. past_key has `window` rows where present.
 std::vector<at::Tensor> NextWindowState(const WindowInputs& inputs);
 

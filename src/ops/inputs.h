@@ -48,6 +48,7 @@ struct LatentInputs {
   OptionalTensor initial_state;  // [N, Hkv, L, D + 3], AccumulateType
   OptionalTensor cu_seqlens;     // int64 [N + 1]
   bool causal = true;
+  bool gated = false;  // query_logits are [B, T, H, L + 1] while window_out isn't there yet
 };
 
 struct WindowInputs {

@@ -7,7 +7,7 @@
 #include "ops/check.h"
 #include "ops/composed.h"
 #include "ops/core.h"
-#include "ops/cpu.h"
+#include "ops/cpu_calls.h"
 
 namespace latte {
 namespace {
@@ -76,43 +76,6 @@ Forward ForwardComposed(LATTE_LATENT_PARAMETERS, bool output_final_state, bool s
           EmptySaved(in, save)};
 }
 
-// Copies of the inputs where their layout isn't the kernels', kept alive beside the arguments that point at them.
-struct CpuCall {
-  LatentInputs in;
-  kernels::LatentArgs args;
-  int64_t work = 0;  // multiplications of a slice, about
-
-  explicit CpuCall(const LatentInputs& given) : in(given) {
-    in.query_logits = cpu::Readable(in.query_logits);
-    in.key_logits = cpu::Readable(in.key_logits);
-    in.values = cpu::Readable(in.values);
-    in.window_out = cpu::Readable(in.window_out);
-    in.log_decay = cpu::Readable(in.log_decay);
-    in.initial_state = cpu::Contiguous(in.initial_state);
-    in.cu_seqlens = cpu::Contiguous(in.cu_seqlens);
-    args.dtype = cpu::DTypeOf(in.query_logits);
-    args.causal = in.causal;
-    args.sequences = Present(in.cu_seqlens) ? in.cu_seqlens->numel() - 1 : in.query_logits.size(0);
-    args.time = in.query_logits.size(1);
-    args.heads = in.query_logits.size(2);
-    args.kv_heads = in.key_logits.size(2);
-    args.latents = in.key_logits.size(3);
-    args.head_dim = in.values.size(3);
-    if (Present(in.cu_seqlens)) {
-      Checker(kName).CuSeqlensData(*in.cu_seqlens, args.time);
-      args.cu_seqlens = in.cu_seqlens->const_data_ptr<int64_t>();
-    }
-    args.query_logits = cpu::ViewOf(in.query_logits);
-    args.key_logits = cpu::ViewOf(in.key_logits);
-    args.values = cpu::ViewOf(in.values);
-    args.log_decay = cpu::ViewOf(in.log_decay);
-    args.window_out = cpu::ViewOf(in.window_out);
-    args.key_mask = cpu::MaskOf(in.key_mask);
-    args.initial_state = cpu::FloatsOf(in.initial_state);
-    work = args.time * args.latents * args.head_dim * (args.heads / args.kv_heads);
-  }
-};
-
 Forward ForwardCpu(LATTE_LATENT_PARAMETERS, bool output_final_state, bool save) {
   if (!cpu::Fused(query_logits)) {
     return ForwardComposed(query_logits, key_logits, values, window_out, log_decay, key_mask, initial_state, cu_seqlens, causal,
@@ -120,7 +83,7 @@ Forward ForwardCpu(LATTE_LATENT_PARAMETERS, bool output_final_state, bool save) 
   }
   const LatentInputs given = LATTE_LATENT_INPUTS;
   CheckForward(given, output_final_state);
-  const CpuCall call(given);
+  const cpu::LatentCall call(given);
   const auto& args = call.args;
   const auto out = cpu::Empty({query_logits.size(0), args.time, args.heads, args.head_dim}, query_logits.options());
   const auto saved = EmptySaved(given, save);
@@ -215,7 +178,7 @@ Backward BackwardCpu(LATTE_LATENT_BACKWARD_PARAMETERS) {
   }
   const LatentInputs given = LATTE_LATENT_INPUTS;
   CheckBackward(grad_out, grad_final_state, given, final_state, saved);
-  const CpuCall call(given);
+  const cpu::LatentCall call(given);
   const auto grad = cpu::Readable(grad_out);
   const auto grad_state = cpu::Contiguous(grad_final_state), state = cpu::Contiguous(final_state);
   const auto saved_states = saved.contiguous();

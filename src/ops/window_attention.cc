@@ -6,7 +6,7 @@
 #include "ops/check.h"
 #include "ops/composed.h"
 #include "ops/core.h"
-#include "ops/cpu.h"
+#include "ops/cpu_calls.h"
 
 namespace latte {
 namespace {
@@ -68,61 +68,6 @@ Forward ForwardComposed(LATTE_WINDOW_PARAMETERS, bool save) {
   return {outputs.out.contiguous(), save ? outputs.lse.contiguous() : LseLike(in, false)};
 }
 
-// Copies of the inputs where their layout isn't the kernels', kept alive beside the arguments that point at them.
-struct CpuCall {
-  WindowInputs in;
-  kernels::WindowArgs args;
-  int64_t work = 0;  // multiplications of a slice, about
-
-  explicit CpuCall(const WindowInputs& given) : in(given) {
-    for (auto* x : {&in.query, &in.key, &in.values}) *x = cpu::Readable(*x);
-    for (auto* x : {&in.sink_query, &in.past_key, &in.past_values, &in.sink_key, &in.sink_values}) *x = cpu::Readable(*x);
-    in.position = cpu::Contiguous(in.position);
-    in.cu_seqlens = cpu::Contiguous(in.cu_seqlens);
-    args.dtype = cpu::DTypeOf(in.query);
-    args.causal = in.causal;
-    args.sequences = Present(in.cu_seqlens) ? in.cu_seqlens->numel() - 1 : in.query.size(0);
-    args.time = in.query.size(1);
-    args.heads = in.query.size(2);
-    args.kv_heads = in.key.size(2);
-    args.key_dim = in.query.size(3);
-    args.head_dim = in.values.size(3);
-    args.window = in.window;
-    args.sinks = in.sinks;
-    args.scale = static_cast<float>(in.scale);
-    if (Present(in.cu_seqlens)) {
-      Checker(kName).CuSeqlensData(*in.cu_seqlens, args.time);
-      args.cu_seqlens = in.cu_seqlens->const_data_ptr<int64_t>();
-    }
-    // A window wider than the text reads the text: sums of positions and W must not overflow. The same holds for sinks.
-    const int64_t past = Present(in.position) ? in.past_key->size(1) : 0;
-    int64_t furthest = 0;
-    if (Present(in.position)) {
-      Checker(kName).PositionData(*in.position);
-      args.position = in.position->const_data_ptr<int64_t>();
-      for (int64_t n = 0; n < args.sequences; ++n) furthest = std::max(furthest, args.position[n]);
-    }
-    args.window = std::min(args.window, furthest + args.time + 1);
-    if (!Present(in.position)) args.sinks = std::min(args.sinks, args.time);
-    args.query = cpu::ViewOf(in.query);
-    args.key = cpu::ViewOf(in.key);
-    args.values = cpu::ViewOf(in.values);
-    args.key_mask = cpu::MaskOf(in.key_mask);
-    if (in.sinks > 0) args.sink_query = cpu::ViewOf(in.sink_query);
-    if (Present(in.position)) {
-      args.past = past;
-      args.past_key = cpu::ViewOf(in.past_key);
-      args.past_values = cpu::ViewOf(in.past_values);
-      args.past_mask = cpu::MaskOf(in.past_mask);
-      args.sink_key = cpu::ViewOf(in.sink_key);
-      args.sink_values = cpu::ViewOf(in.sink_values);
-      args.sink_mask = cpu::MaskOf(in.sink_mask);
-    }
-    work = args.time * (std::min(args.window, past + args.time) + args.sinks) * (args.key_dim + args.head_dim) *
-           (args.heads / args.kv_heads);
-  }
-};
-
 Forward ForwardCpu(LATTE_WINDOW_PARAMETERS, bool save) {
   if (!cpu::Fused(query)) {
     return ForwardComposed(query, key, values, sink_query, key_mask, position, past_key, past_values, past_mask, sink_key,
@@ -130,7 +75,7 @@ Forward ForwardCpu(LATTE_WINDOW_PARAMETERS, bool save) {
   }
   const WindowInputs given = LATTE_WINDOW_INPUTS;
   CheckWindow(kName, given);
-  const CpuCall call(given);
+  const cpu::WindowCall call(given);
   const auto out = cpu::Empty({query.size(0), query.size(1), query.size(2), values.size(3)}, query.options().dtype(at::kFloat));
   const auto lse = LseLike(given, save);
   kernels::WindowOutputs outputs;
@@ -191,7 +136,7 @@ Backward BackwardCpu(LATTE_WINDOW_BACKWARD_PARAMETERS) {
   }
   const WindowInputs given = LATTE_WINDOW_INPUTS;
   CheckBackward(grad_out, out, lse, given);
-  const CpuCall call(given);
+  const cpu::WindowCall call(given);
   const auto grad = cpu::Readable(grad_out), saved_out = out.contiguous(), saved_lse = lse.contiguous();
   composed::WindowGradients grads{cpu::Like(query),    cpu::Like(sink_query),  cpu::Like(key),      cpu::Like(values),
                                   cpu::Like(past_key), cpu::Like(past_values), cpu::Like(sink_key), cpu::Like(sink_values)};
