@@ -42,7 +42,7 @@ struct WindowWorkspace {
   float* sum_values = nullptr;  // [rows, value_stride]
   float* max = nullptr;         // [rows]
   float* sum = nullptr;         // [rows]
-  Prefetch prefetch;            // of the next block's rows
+  Prefetch prefetch{2};         // of the next block's rows
 };
 
 // kPaired: bfloat16 inputs, multiplied as pairs; the weights are rounded to bfloat16, for the values and for their own sum alike,
