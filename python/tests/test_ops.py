@@ -98,8 +98,10 @@ def test_fused_is_float64(name: str, dtype: torch.dtype) -> None:
     # Cotangents that every dtype holds exactly.
     cotangents = [normal(*x.shape, seed=90 + i).bfloat16().double() for i, x in enumerate(expected)]
     assert got[0].dtype == (dtype if case.inputs else state_dtype(dtype))
-    for i, (a, b) in enumerate(zip(got, expected, strict=True)):
+    without_gradients = case.readable(case.tensors(dtype))
+    for i, (a, b, c) in enumerate(zip(got, expected, without_gradients, strict=True)):
         assert_close(a, b, TOLERANCE[dtype], f"output {i}")
+        assert_close(c, b, TOLERANCE[dtype], f"output {i} without gradients")
     grads = torch.autograd.grad(got, list(tensors.values()), [c.to(x.dtype) for c, x in zip(cotangents, got, strict=True)])
     exact_grads = torch.autograd.grad(expected, list(exact.values()), cotangents)
     for key, a, b in zip(tensors, grads, exact_grads, strict=True):
@@ -167,8 +169,10 @@ def test_extreme_logits(mixture: str, kind: str, dtype: torch.dtype) -> None:
             (exact["query"].norm(dim=-1).max() * exact["key"].norm(dim=-1).max()).item() * exact["key"].shape[-1] ** -0.5
         )
     tolerance = max(TOLERANCE[dtype], 1e-5 * max(sizes) / 64)
-    for i, (a, b) in enumerate(zip(got, expected, strict=True)):
+    without_gradients = case.readable(case.tensors(dtype))
+    for i, (a, b, c) in enumerate(zip(got, expected, without_gradients, strict=True)):
         assert_close(a, b, tolerance, f"output {i}")
+        assert_close(c, b, tolerance, f"output {i} without gradients")
     grads = torch.autograd.grad(got, list(tensors.values()), [c.to(x.dtype) for c, x in zip(cotangents, got, strict=True)])
     exact_grads = torch.autograd.grad(expected, list(exact.values()), cotangents)
     for key, a, b in zip(tensors, grads, exact_grads, strict=True):

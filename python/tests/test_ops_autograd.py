@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import latte
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from ops_cases import CASES, TOLERANCE, Case, assert_close, normal, ops, some_state, state_dtype
+from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
 
@@ -159,7 +161,9 @@ def core_calls(dtype: torch.dtype) -> Iterator[tuple[torch._ops.OpOverload, tupl
     gated, state = normal(2, 9, 4, 4, seed=12).to(dtype), normal(2, 2, 3, 8, seed=13).abs().to(state_dtype(dtype))
     yield ops.macchiato_attention_core.default, (query, key, v, gated, k, None, -k.abs(), None, state, *past, *sinks, None,
                                                  4, 2, 0.5, True, True)  # fmt: skip
-    yield ops.macchiato_attention_core.default, (query, key, v, gated, k, *[None] * 12, 4, 0, 0.5, False, False)
+    for grad in (False, True):
+        inputs = [x.clone().requires_grad_(grad) for x in (query, key, v, gated, k)]
+        yield ops.macchiato_attention_core.default, (*inputs, *[None] * 12, 4, 0, 0.5, False, False)
     yield ops.window_state.default, (query, key, v, *[None] * 9, 4, 2)
     x = normal(2, 9, 5, seed=8).to(dtype)
     wide = state_dtype(dtype)
@@ -213,11 +217,19 @@ def test_compile(name: str, dynamic: bool) -> None:
 
 @pytest.mark.parametrize("name", ["causal-mask-state", "macchiato-state", "macchiato-packed"])
 def test_compile_without_gradients(name: str) -> None:
-    """Macchiato is one kernel then."""
+    """Macchiato is one operator then."""
     torch._dynamo.reset()
     case = CASES[name]()
     tensors = case.tensors(torch.float32)
-    got, expected = torch.compile(case, fullgraph=True, backend="aot_eager")(tensors), case(tensors)
+    graphs = []
+
+    def keep(graph, _inputs):
+        graphs.append(graph.code)
+        return make_boxed_func(graph.forward)
+
+    got, expected = torch.compile(case, fullgraph=True, backend=aot_autograd(fw_compiler=keep))(tensors), case(tensors)
+    assert ("macchiato_attention_core" in graphs[0]) == name.startswith("macchiato")
+    assert "window_attention_core" not in graphs[0]
     for a, b in zip(got, expected, strict=True):
         assert a.dtype == b.dtype and torch.equal(a, b)
 

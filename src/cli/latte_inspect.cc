@@ -112,6 +112,13 @@ std::string plain(const std::string& name) {
   return printable && !name.empty() ? name : formats::quote(name);
 }
 
+// What latte extend writes beside the weights, whole; null where there is none, a string where it isn't JSON.
+json recipe_json(const formats::AdapterSpec& adapter) {
+  if (adapter.recipe.empty()) return nullptr;
+  json recipe = json::parse(adapter.recipe, nullptr, /*allow_exceptions=*/false);
+  return recipe.is_discarded() ? json(formats::quote(adapter.recipe)) : recipe;
+}
+
 std::string size_text(uint64_t bytes) {
   char text[32];
   constexpr double kKiB = 1024.0, kMiB = kKiB * 1024.0, kGiB = kMiB * 1024.0;
@@ -213,6 +220,7 @@ void print_json(const Report& report) {
     out["adapter"]["blocks"] = {{"decay", blocks_with(report, "decay")},
                                 {"floor", blocks_with(report, "floor")},
                                 {"conv", blocks_with(report, "conv.weight")}};
+    out["adapter"]["recipe"] = recipe_json(*report.adapter);
   }
   json& metadata = out["metadata"] = json::object();
   for (const auto& [key, value] : report.metadata.entries()) metadata[key] = formats::describe(value);
@@ -256,6 +264,8 @@ void print_adapter(const Report& report) {
               blocks_with(report, "decay"), blocks_with(report, "floor"), blocks_with(report, "conv.weight"));
   std::printf("base          %s, hash %s\n", formats::quote(adapter.base_name).c_str(),
               formats::quote(adapter.base_hash).c_str());
+  const json recipe = recipe_json(adapter);
+  if (!recipe.is_null()) std::printf("recipe        %s\n", recipe.dump(-1, ' ', /*ensure_ascii=*/true).c_str());
 }
 
 void print_vocabulary(const Report& report) {

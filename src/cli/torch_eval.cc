@@ -93,6 +93,7 @@ json ToJson(const extend::TextRow& row) {
                  {"perplexity", row.perplexity},
                  {"stderr", NumberOrNull(row.standard_error)},
                  {"loss", row.loss},
+                 {"stretch_losses", row.stretch_losses},
                  {"kl", NumberOrNull(row.kl)},
                  {"seconds", row.seconds},
                  {"state_bytes", row.state_bytes},
@@ -156,7 +157,11 @@ class Evaluation {
       if (Has(options_.tasks, "passkey")) passkey(variant);
       if (Has(options_.tasks, "recall")) recall(variant);
     }
-    if (options_.json_output) print_json();
+    if (options_.json_output) {
+      print_json();
+    } else {
+      print_positions();
+    }
     if (!options_.plot.empty() && !rows_.empty()) {
       const std::string problem = extend::plot_rows(rows_, options_.plot);
       if (!problem.empty()) std::fprintf(stderr, "latte: %s\n", problem.c_str());
@@ -182,7 +187,8 @@ class Evaluation {
     if (!text) return;
     if (options_.text.empty()) throw OptionError("--text is missing");
     models::Decoder original(nullptr);
-    if (options_.kl) original = models::load_decoder(sources.model, models::DecoderOptions{.dtype = sources.dtype});
+    if (options_.kl && !extend::is_merged(sources.model))
+      original = models::load_decoder(sources.model, models::DecoderOptions{.dtype = sources.dtype});
     evaluator_.emplace(extend::read_tokens(options_.text, tokenizer_), original);
     for (int64_t length : options_.lengths) {
       if (evaluator_->windows(length) > 0) continue;
@@ -199,8 +205,35 @@ class Evaluation {
       if (interrupted()) return;
       // Beyond, one stretch shows what there is to see, and the cost grows with the square.
       const bool once = IsQuadratic(variant.kind) && length > options_.quadratic_limit;
-      rows_.push_back(evaluator_->evaluate(variant, length, once ? 1 : options_.windows));
-      if (!options_.json_output) Print(rows_.back());
+      const int64_t stretches = std::min(once ? 1 : options_.windows, evaluator_->windows(length));
+      train::ProgressLine line(0, stretches * length, options_.quiet);
+      const auto row = evaluator_->evaluate(variant, length, stretches, [&](int64_t tokens) {
+        line.update(tokens, std::string(extend::name_of(variant.kind)) + ", tokens");
+        return !interrupted();
+      });
+      line.finish();
+      if (row.windows == 0) return;
+      rows_.push_back(row);
+      if (!options_.json_output) Print(row);
+    }
+  }
+
+  // Perplexity by position, of the longest stretches.
+  void print_positions() const {
+    if (rows_.empty()) return;
+    const int64_t longest = *std::max_element(options_.lengths.begin(), options_.lengths.end());
+    bool named = false;
+    for (const extend::TextRow& row : rows_) {
+      if (row.length != longest || row.buckets.size() < 2) continue;
+      if (!named) {
+        std::printf("\nperplexity up to position\n%-22s", "attention");
+        for (const extend::Bucket& bucket : row.buckets) std::printf(" %7lld", static_cast<long long>(bucket.to));
+        std::printf("\n");
+        named = true;
+      }
+      std::printf("%-22s", std::string(extend::name_of(row.attention)).c_str());
+      for (const extend::Bucket& bucket : row.buckets) std::printf(" %7.2f", std::exp(bucket.loss));
+      std::printf("\n");
     }
   }
 

@@ -268,8 +268,7 @@ void AddExtend(CLI::App& app, int& exit_code) {
   command->add_flag("--quiet", options->run.quiet, "No progress")->group("Run");
   command->get_option("--resume")->excludes("--overwrite");
   command->footer(
-      "Ctrl-C saves and ends with exit code 130; --resume then goes on (after matching, which starts again). The control that a "
-      "conversion has to beat is the same\n"
+      "Ctrl-C saves and ends with exit code 130; --resume then goes on. The control that a conversion has to beat is the same\n"
       "command with --attention window-sinks.\n\n"
       "Examples:\n"
       "  latte extend smollm2.gguf --text book.txt --out smollm2-w128.gguf\n"

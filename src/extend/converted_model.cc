@@ -54,11 +54,13 @@ void fill(ConvertedModel& converted, const formats::GgufFile& file) {
 void fill_from(ConvertedModel& converted, const formats::AdapterFile& adapter,
                const std::function<bool(int64_t block, int64_t theirs, int64_t ours)>& may_differ) {
   const auto &theirs = adapter.spec().latents, &ours = converted.spec.latents;
+  std::string differing;
   for (size_t block = 0; block < ours.size(); ++block) {
     if (theirs[block] == ours[block] || may_differ(static_cast<int64_t>(block), theirs[block], ours[block])) continue;
-    throw formats::FormatError(adapter.file().path(), "block " + std::to_string(block) + " has " + std::to_string(theirs[block]) +
-                                                          " latents, this conversion's has " + std::to_string(ours[block]));
+    differing += (differing.empty() ? "block " : "; block ") + std::to_string(block) + " has " + std::to_string(theirs[block]) +
+                 " latents, this conversion's has " + std::to_string(ours[block]);
   }
+  if (!differing.empty()) throw formats::FormatError(adapter.file().path(), differing);
   fill(converted, adapter.file());
 }
 
@@ -70,6 +72,8 @@ std::vector<LatentForm> forms_in(const formats::GgufFile& file, const formats::A
   }
   return forms;
 }
+
+bool is_merged(const std::string& model) { return formats::merged_spec(formats::GgufFile(model)).has_value(); }
 
 ConvertedModel make_converted(const std::string& model, const formats::AdapterSpec& spec, const std::vector<LatentForm>& forms,
                               at::ScalarType dtype) {

@@ -52,7 +52,7 @@ at::Tensor head_of(const models::Decoder& model) {
 }
 
 int64_t read_in_pieces(models::Decoder& model, const at::Tensor& tokens,
-                       const std::function<void(int64_t, const at::Tensor&)>& visit) {
+                       const std::function<bool(int64_t, const at::Tensor&)>& visit) {
   const torch::NoGradGuard no_grad;
   std::optional<models::DecoderState> state;
   const bool forms_scores = model->config().attention_softcap > 0;
@@ -64,8 +64,8 @@ int64_t read_in_pieces(models::Decoder& model, const at::Tensor& tokens,
     options.state = state ? &*state : nullptr;
     options.output_state = true;
     auto result = model->forward(tokens.slice(0, begin, std::min(tokens.size(0), begin + piece)).unsqueeze(0), options);
-    visit(begin, result.hidden[0]);
     state = std::move(result.state);
+    if (!visit(begin, result.hidden[0])) break;
   }
   return state ? bytes_of(*state) : 0;
 }
@@ -83,13 +83,13 @@ at::Tensor TextEvaluator::original_hidden(int64_t length, int64_t window) {
   if (!hidden.defined()) {
     std::vector<at::Tensor> pieces;
     read_in_pieces(original_, tokens_.slice(0, window * length, (window + 1) * length),
-                   [&](int64_t, const at::Tensor& piece) { pieces.push_back(piece); });
+                   [&](int64_t, const at::Tensor& piece) { return pieces.push_back(piece), true; });
     hidden = at::cat(pieces);
   }
   return hidden;
 }
 
-TextRow TextEvaluator::evaluate(Variant& variant, int64_t length, int64_t windows) {
+TextRow TextEvaluator::evaluate(Variant& variant, int64_t length, int64_t windows, const std::function<bool(int64_t)>& goes_on) {
   windows = std::min(windows, this->windows(length));
   if (windows <= 0) {
     throw std::invalid_argument("the text has " + std::to_string(tokens_.size(0)) + " tokens, expected at least " +
@@ -98,7 +98,6 @@ TextRow TextEvaluator::evaluate(Variant& variant, int64_t length, int64_t window
   TextRow row;
   row.attention = variant.kind;
   row.length = length;
-  row.windows = windows;
   const auto& converted = variant.model.converted;
   if (std::any_of(converted.begin(), converted.end(), [](const auto& attention) { return attention != nullptr; })) {
     row.window = variant.model.spec.window;
@@ -109,7 +108,8 @@ TextRow TextEvaluator::evaluate(Variant& variant, int64_t length, int64_t window
   const at::Tensor head = head_of(variant.model.model);
   std::vector<at::Tensor> losses, kls;  // [length] each
   double seconds = 0.0;
-  for (int64_t window = 0; window < windows; ++window) {
+  bool stopped = false;
+  for (int64_t window = 0; window < windows && !stopped; ++window) {
     const auto original = original_hidden(length, window);
     const auto tokens = tokens_.slice(0, window * length, (window + 1) * length);
     const auto targets = tokens_.slice(0, window * length + 1, (window + 1) * length + 1);
@@ -124,26 +124,14 @@ TextRow TextEvaluator::evaluate(Variant& variant, int64_t length, int64_t window
       next_token.push_back(piece.next_token);
       if (piece.kl.defined()) kl.push_back(piece.kl);
       elsewhere += std::chrono::duration<double>(Clock::now() - pause).count();
+      stopped = !goes_on(window * length + end);
+      return !stopped;
     });
+    if (stopped && at::cat(next_token).size(0) < length) break;
+    ++row.windows;
     seconds += std::chrono::duration<double>(Clock::now() - start).count() - elsewhere;
     losses.push_back(at::cat(next_token));
     if (!kl.empty()) kls.push_back(at::cat(kl));
-  }
-  row.seconds = seconds / static_cast<double>(windows);
-
-  const auto all = at::stack(losses).to(torch::kFloat64);  // [windows, length]
-  const auto all_kl = kls.empty() ? at::Tensor() : at::stack(kls).to(torch::kFloat64);
-  row.loss = all.mean().item<double>();
-  row.perplexity = std::exp(row.loss);
-  if (windows > 1) {
-    const double spread = all.mean(1).std().item<double>() / std::sqrt(static_cast<double>(windows));
-    row.standard_error = row.perplexity * spread;
-  }
-  if (all_kl.defined()) row.kl = all_kl.mean().item<double>();
-  row.buckets = buckets_of(length);
-  for (Bucket& bucket : row.buckets) {
-    bucket.loss = all.slice(1, bucket.from, bucket.to).mean().item<double>();
-    if (all_kl.defined()) bucket.kl = all_kl.slice(1, bucket.from, bucket.to).mean().item<double>();
   }
   if (variant.kind == AttentionKind::kMacchiato) {
     for (const auto& attention : converted) {
@@ -155,6 +143,25 @@ TextRow TextEvaluator::evaluate(Variant& variant, int64_t length, int64_t window
   }
   for (const auto& attention : converted) {
     if (attention) attention->record_shares(false);
+  }
+  if (row.windows == 0) return row;
+  row.seconds = seconds / static_cast<double>(row.windows);
+
+  const auto all = at::stack(losses).to(torch::kFloat64);  // [windows, length]
+  const auto all_kl = kls.empty() ? at::Tensor() : at::stack(kls).to(torch::kFloat64);
+  row.loss = all.mean().item<double>();
+  row.perplexity = std::exp(row.loss);
+  const auto each = all.mean(1);
+  row.stretch_losses.assign(each.data_ptr<double>(), each.data_ptr<double>() + each.numel());
+  if (row.windows > 1) {
+    const double spread = each.std().item<double>() / std::sqrt(static_cast<double>(row.windows));
+    row.standard_error = row.perplexity * spread;
+  }
+  if (all_kl.defined()) row.kl = all_kl.mean().item<double>();
+  row.buckets = buckets_of(length);
+  for (Bucket& bucket : row.buckets) {
+    bucket.loss = all.slice(1, bucket.from, bucket.to).mean().item<double>();
+    if (all_kl.defined()) bucket.kl = all_kl.slice(1, bucket.from, bucket.to).mean().item<double>();
   }
   return row;
 }

@@ -28,6 +28,7 @@ struct TextRow {
   int64_t windows = 0;  // stretches of that length that were read
   double loss = 0.0;    // nats a token, over all tokens of all stretches
   double perplexity = 0.0;
+  std::vector<double> stretch_losses;    // of each stretch, for comparing rows stretch by stretch
   std::optional<double> standard_error;  // of the perplexity, from the spread between stretches: two or more
   std::optional<double> kl;              // of the full model to this one, nats a token; within the trained context only
   double seconds = 0.0;                  // of reading, a stretch
@@ -47,8 +48,11 @@ class TextEvaluator {
   // How many stretches of `length` tokens, each followed by one more, the text has.
   int64_t windows(int64_t length) const;
 
-  // Throws std::invalid_argument where windows(length) is 0.
-  TextRow evaluate(Variant& variant, int64_t length, int64_t windows);
+  // Throws std::invalid_argument where windows(length) is 0. `goes_on` is told the tokens read so far; where it returns false,
+  // the row is of the stretches finished by then (windows 0: none).
+  TextRow evaluate(
+      Variant& variant, int64_t length, int64_t windows,
+      const std::function<bool(int64_t tokens)>& goes_on = [](int64_t) { return true; });
 
  private:
   at::Tensor original_hidden(int64_t length, int64_t window);
@@ -58,10 +62,10 @@ class TextEvaluator {
   std::map<std::pair<int64_t, int64_t>, at::Tensor> original_hidden_;
 };
 
-// Reads `tokens` [T] in pieces and calls `visit` with each piece's first position and hidden states [n, E]. Returns the bytes of
-// the state after them.
+// Reads `tokens` [T] in pieces and calls `visit` with each piece's first position and hidden states [n, E], until it returns
+// false. Returns the bytes of the state after them.
 int64_t read_in_pieces(models::Decoder& model, const at::Tensor& tokens,
-                       const std::function<void(int64_t, const at::Tensor&)>& visit);
+                       const std::function<bool(int64_t, const at::Tensor&)>& visit);
 
 at::Tensor head_of(const models::Decoder& model);  // [V, E]
 

@@ -96,6 +96,9 @@ formats::AdapterSpec spec_of(const ExtendOptions& options, const formats::Decode
 ExtendTrainer::ExtendTrainer(const ExtendOptions& options, const TokenText& text)
     : options_(options), dtype_(train::resolve_dtype(options.dtype)), text_(text) {
   options.validate();
+  if (is_merged(options.model)) {
+    throw OptionError("model " + options.model + " is converted already: name the original, and this one's adapter with --from");
+  }
   torch::manual_seed(static_cast<uint64_t>(options.seed));
   original_ = models::load_decoder(options.model, models::DecoderOptions{.dtype = scalar_type(dtype_)});
   formats::AdapterSpec spec = spec_of(options, original_->config());
@@ -212,7 +215,7 @@ at::Tensor ExtendTrainer::teacher_hidden(const at::Tensor& tokens) {
   return teacher_cache_ ? teacher_cache_->get(inputs_of(tokens), compute) : compute();
 }
 
-void ExtendTrainer::match(const MatchWatch& watch) {
+void ExtendTrainer::match(const MatchWatch& watch, int64_t first) {
   const bool any = std::any_of(student_.converted.begin(), student_.converted.end(),
                                [](const auto& attention) { return attention && attention->latents(); });
   const bool anew = !options_.from.empty();
@@ -224,9 +227,9 @@ void ExtendTrainer::match(const MatchWatch& watch) {
     sequences.push_back(inputs_of(text_.sample(1, options_.context, static_cast<uint64_t>(options_.seed), index))[0]);
   }
   if (anew) {
-    rematch_latents(student_.model, original_, student_.converted, sequences, options_, watch);
+    rematch_latents(student_.model, original_, student_.converted, sequences, options_, watch, first);
   } else {
-    match_latents(original_, student_.converted, sequences, options_, watch);
+    match_latents(original_, student_.converted, sequences, options_, watch, first);
   }
 }
 

@@ -41,8 +41,8 @@ class ExtendTrainer {
   ExtendTrainer(const ExtendOptions& options, const TokenText& text);
 
   // The first stage. Does nothing where there are no latents, options.match_sequences is 0, or an adapter was started from and
-  // options.match_layers is empty.
-  void match(const MatchWatch& watch);
+  // options.match_layers is empty. Layers before `first` were fitted by an earlier call.
+  void match(const MatchWatch& watch, int64_t first = 0);
 
   // Throws nothing for a loss that isn't finite: it is returned as it is, and the weights stay as they were.
   StepResult step();

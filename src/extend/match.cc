@@ -135,6 +135,7 @@ class LayerMatcher {
   MatchResult run() {
     MatchResult result;
     result.layer = layer_;
+    torch::manual_seed(static_cast<uint64_t>(options_.seed + layer_));  // whichever layers came before it in this call
     start(result);
     converted_->set_latents_off(true);
     result.window_error = error();
@@ -357,11 +358,11 @@ std::vector<at::Tensor> embedded(models::Decoder& model, const std::vector<at::T
 }  // namespace
 
 void match_latents(models::Decoder& original, const std::vector<ConvertedAttention>& converted,
-                   const std::vector<at::Tensor>& sequences, const ExtendOptions& options, const MatchWatch& watch) {
-  torch::manual_seed(static_cast<uint64_t>(options.seed));
+                   const std::vector<at::Tensor>& sequences, const ExtendOptions& options, const MatchWatch& watch,
+                   int64_t first) {
   auto hidden = embedded(original, sequences);
   const int64_t layers = original->config().num_layers;
-  const auto matched = [&](int64_t i) { return is_matched(converted, i, options); };
+  const auto matched = [&](int64_t i) { return i >= first && is_matched(converted, i, options); };
   int64_t count = 0;
   for (int64_t i = 0; i < layers; ++i) count += matched(i) ? 1 : 0;
   Progress progress(watch, layers * static_cast<int64_t>(sequences.size()) + count * options.match_steps);
@@ -376,9 +377,9 @@ void match_latents(models::Decoder& original, const std::vector<ConvertedAttenti
 }
 
 void rematch_latents(models::Decoder& student, models::Decoder& original, const std::vector<ConvertedAttention>& converted,
-                     const std::vector<at::Tensor>& sequences, const ExtendOptions& options, const MatchWatch& watch) {
-  torch::manual_seed(static_cast<uint64_t>(options.seed));
-  const auto matched = [&](int64_t i) { return is_matched(converted, i, options); };
+                     const std::vector<at::Tensor>& sequences, const ExtendOptions& options, const MatchWatch& watch,
+                     int64_t first) {
+  const auto matched = [&](int64_t i) { return i >= first && is_matched(converted, i, options); };
   int64_t layers = 0, count = 0;  // what follows the last one has nothing to read
   for (int64_t i = 0; i < student->config().num_layers; ++i) {
     if (!matched(i)) continue;

@@ -27,18 +27,20 @@ struct MatchWatch {
   std::function<bool(int64_t done, int64_t total)> progress = [](int64_t, int64_t) { return true; };
 };
 
-// The latents of options.match_layers (all, where that is empty) start afresh and are fitted. `converted[i]` are the student's
-// layers, empty where a layer isn't converted. `sequences` int64 [T] each. After each layer `watch.layer` is called, and after
-// each sequence read and each step `watch.progress`; where one returns false no more is done, and a layer at work stays
-// half fitted.
+// The latents of options.match_layers (all, where that is empty) start afresh and are fitted, but for layers before `first`,
+// which an earlier call has fitted: in two calls they come out as in one. `converted[i]` are the student's layers, empty where a
+// layer isn't converted. `sequences` int64 [T] each. After each layer `watch.layer` is called, and after each sequence read and
+// each step `watch.progress`; where one returns false no more is done, and a layer at work stays half fitted.
 //
 // match_latents(): activations are those of `original`, whose attention is the pretrained one and whose weights are the
 // student's. rematch_latents(): those of `student`, each layer fitted before the next one reads; what softmax attention
 // (`original`'s) would make of the student's own weights is the aim. For a model that was trained since, or whose layers lack
 // something.
 void match_latents(models::Decoder& original, const std::vector<ConvertedAttention>& converted,
-                   const std::vector<at::Tensor>& sequences, const ExtendOptions& options, const MatchWatch& watch);
+                   const std::vector<at::Tensor>& sequences, const ExtendOptions& options, const MatchWatch& watch,
+                   int64_t first = 0);
 void rematch_latents(models::Decoder& student, models::Decoder& original, const std::vector<ConvertedAttention>& converted,
-                     const std::vector<at::Tensor>& sequences, const ExtendOptions& options, const MatchWatch& watch);
+                     const std::vector<at::Tensor>& sequences, const ExtendOptions& options, const MatchWatch& watch,
+                     int64_t first = 0);
 
 }  // namespace latte::extend

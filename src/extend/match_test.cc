@@ -36,6 +36,25 @@ TEST_F(MatchTest, MatchingLowersTheError) {
   }
 }
 
+TEST_F(MatchTest, GoesOnBehindTheLayersThatWereMatched) {
+  run_extend(options_, run());
+  for (const bool anew : {false, true}) {
+    options_.from = anew ? run().out : "";
+    options_.match_layers = anew ? "0-1" : "";
+    const TokenText text = this->text();
+    ExtendTrainer whole(options_, text), half(options_, text), other(options_, text);
+    whole.match({});
+    half.match({.layer = [](const MatchResult&) { return false; }});
+    half.save(folder_ / "half.safetensors", "{}");
+    other.load(formats::CheckpointFile(folder_ / "half.safetensors"));
+    std::vector<int64_t> layers;
+    other.match({.layer = [&](const MatchResult& result) { return layers.push_back(result.layer), true; }}, 1);
+    EXPECT_EQ(layers, std::vector<int64_t>{1});
+    auto expected = copies_of(whole), got = copies_of(other);
+    for (const auto& [name, tensor] : expected) EXPECT_TRUE(got[name].equal(tensor)) << name;
+  }
+}
+
 TEST_F(MatchTest, MatchesSomeLayersOfAnAdapterAnew) {
   run_extend(options_, run());
   options_.from = run().out;

@@ -17,7 +17,8 @@ std::string make_script(const std::vector<TextRow>& rows, const std::string& svg
   for (size_t i = 0; i < kinds.size(); ++i) {
     script << "$rows" << i << " << END_OF_DATA\n";
     for (const TextRow& row : rows) {
-      if (row.attention == kinds[i]) script << row.length << ' ' << row.perplexity << ' ' << row.seconds << '\n';
+      if (row.attention == kinds[i])
+        script << row.length << ' ' << row.perplexity << ' ' << row.seconds << ' ' << row.state_bytes / 1e6 << '\n';
     }
     script << "END_OF_DATA\n";
   }
@@ -30,11 +31,12 @@ std::string make_script(const std::vector<TextRow>& rows, const std::string& svg
     }
     return plot + "\n";
   };
-  const std::string panels = "set multiplot layout 1,2\nset ylabel 'perplexity'\n" + lines(2, true) +
-                             "set ylabel 'seconds to read'\n" + lines(3, false) + "unset multiplot\n";
+  const std::string panels = "set multiplot layout 1,3\nset ylabel 'perplexity'\n" + lines(2, true) +
+                             "set ylabel 'seconds to read'\n" + lines(3, false) + "set ylabel 'state (MB)'\n" + lines(4, false) +
+                             "unset multiplot\n";
   script << "set xlabel 'tokens'\nset logscale xy 2\nset grid\nset key top left noenhanced\n"
-         << "set terminal svg size 1200,500 dynamic background 'white'\nset output " << train::in_quotes(svg) << '\n'
-         << panels << "set terminal pngcairo size 1200,500\nset output " << train::in_quotes(png) << '\n'
+         << "set terminal svg size 1500,500 dynamic background 'white'\nset output " << train::in_quotes(svg) << '\n'
+         << panels << "set terminal pngcairo size 1500,500\nset output " << train::in_quotes(png) << '\n'
          << panels << "set output\n";
   return script.str();
 }

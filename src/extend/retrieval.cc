@@ -126,6 +126,7 @@ RetrievalScore score_answers(models::Decoder& model, const RetrievalCase& retrie
     std::vector<int64_t> here;
     while (next < asked.size() && asked[next] < begin + piece.size(0)) here.push_back(asked[next++] - begin);
     if (!here.empty()) hidden.push_back(piece.index_select(0, torch::tensor(here, torch::kLong)));
+    return true;
   });
   const auto guesses = at::linear(at::cat(hidden), head_of(model)).argmax(-1);
   RetrievalScore score;

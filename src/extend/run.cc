@@ -1,5 +1,7 @@
 #include "extend/run.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cerrno>
 #include <chrono>
@@ -21,6 +23,8 @@ namespace latte::extend {
 namespace {
 
 using Clock = std::chrono::steady_clock;
+
+constexpr double kSecondsBetweenSaves = 60.0;  // of matching, at the end of a layer
 using nlohmann::json;
 using train::InterruptGuard;
 
@@ -36,6 +40,7 @@ struct Record {
   ExtendOptions options;
   std::string base_hash;
   bool matched = false;
+  int64_t matched_layers = 0;  // the first ones, while matching isn't done
   double seconds = 0.0, match_seconds = 0.0;
   std::optional<Validation> window_sinks, matched_loss;
 
@@ -46,6 +51,7 @@ struct Record {
     return json{{"extend", options.to_json()},
                 {"base_hash", base_hash},
                 {"matched", matched},
+                {"matched_layers", matched_layers},
                 {"seconds", seconds},
                 {"match_seconds", match_seconds},
                 {"window_sinks", losses(window_sinks)},
@@ -67,6 +73,7 @@ struct Record {
       record.options = ExtendOptions::from_json(options);
       record.base_hash = object.at("base_hash").get<std::string>();
       record.matched = object.at("matched").get<bool>();
+      record.matched_layers = std::max<int64_t>(0, object.value("matched_layers", int64_t{0}));
       record.seconds = object.at("seconds").get<double>();
       record.match_seconds = object.at("match_seconds").get<double>();
       record.window_sinks = losses(object.at("window_sinks"));
@@ -116,11 +123,14 @@ class Run {
   void note(const std::string& text) const { train::ProgressLine(0, 0, run_.quiet).note(text); }
 
   void match() {
-    if (trainer_.has_validation()) {
+    if (trainer_.has_validation() && !record_.window_sinks) {
       record_.window_sinks = trainer_.validate(/*latents_off=*/true);
       note("held-out KL " + shown(record_.window_sinks->kl) + " with window and sinks alone");
     }
     const auto start = Clock::now();
+    const double before = record_.match_seconds;
+    double saved = 0.0;  // when
+    const auto count_seconds = [&] { record_.match_seconds = record_.seconds = before + seconds_since(start); };
     std::optional<train::ProgressLine> line;
     MatchWatch watch;
     watch.progress = [&](int64_t done, int64_t total) {
@@ -133,13 +143,18 @@ class Run {
       report_.layers.push_back(result);
       note("layer " + std::to_string(result.layer) + ": " + shown(100 * result.far_share) +
            "% of attention beyond window and sinks; error " + shown(result.window_error) + " -> " + shown(result.error));
+      record_.matched_layers = result.layer + 1;
+      if (seconds_since(start) - saved > kSecondsBetweenSaves) {
+        count_seconds();
+        trainer_.save(folder_.checkpoint(), record_.to_json());
+        saved = seconds_since(start);
+      }
       return !interrupted();
     };
-    trainer_.match(watch);
-    record_.match_seconds = record_.seconds = seconds_since(start);
-    // Stopped half-way, matching begins again: layers are cheap, and half a start is none.
+    trainer_.match(watch, record_.matched_layers);
+    count_seconds();
     record_.matched = !interrupted();
-    if (!record_.matched) return;
+    if (!record_.matched) return trainer_.save(folder_.checkpoint(), record_.to_json());
     if (trainer_.has_validation() && !report_.layers.empty()) {
       record_.matched_loss = trainer_.validate();
       note("held-out KL " + shown(record_.matched_loss->kl) + " after matching");
@@ -244,6 +259,15 @@ class Run {
   Report report_;
 };
 
+// Where a file is only written at the end: now, not after hours of training.
+void require_folder_of(const std::string& path) {
+  if (path.empty()) return;
+  const auto parent = std::filesystem::path(path).parent_path();
+  const std::string folder = parent.empty() ? "." : parent.string();
+  if (!std::filesystem::is_directory(folder)) throw formats::FileError("write", path, ENOENT);
+  if (access(folder.c_str(), W_OK) != 0) throw formats::FileError("write", path, errno);
+}
+
 void require_same_model(const ExtendOptions& asked, const ExtendOptions& found) {
   const json ours = asked.to_json(), theirs = found.to_json();
   for (const char* field : {"attention", "window", "sinks", "latents", "layer_latents", "far_limit", "forget", "floor",
@@ -267,6 +291,7 @@ Report run_extend(const ExtendOptions& options, const RunOptions& run) {
                         " is there already: --resume goes on with a run, --overwrite starts again, --out names another file");
     }
   }
+  require_folder_of(run.merged);
   const formats::GgufFile model(options.model);  // before a folder is made
   const train::RunFolder folder(folder_of(run.out));
   std::error_code ignored;
@@ -278,6 +303,7 @@ Report resume_extend(const ExtendOptions& options, const RunOptions& run) {
   options.validate();
   const std::string path = checkpoint_of(run.out);
   if (!std::filesystem::exists(path)) throw formats::FileError("resume from", path, ENOENT);
+  require_folder_of(run.merged);
   const train::RunFolder folder(folder_of(run.out));
   const formats::CheckpointFile checkpoint(path);
   Record record = Record::from(checkpoint);

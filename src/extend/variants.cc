@@ -76,17 +76,23 @@ std::optional<std::string> missing_source(AttentionKind kind, const VariantSourc
     if (!source.empty()) return std::nullopt;
     return std::string(name_of(kind)) + " needs " + flag;
   };
+  // A merged file's weights are no longer the original's.
+  const bool merged = is_merged(sources.model);
+  const auto needs_original = [&]() -> std::optional<std::string> {
+    if (!merged) return std::nullopt;
+    return std::string(name_of(kind)) + " needs the original model: " + sources.model + " is a converted one";
+  };
   switch (kind) {
     case AttentionKind::kMacchiato:
     case AttentionKind::kMacchiatoLatentsOff:
-      if (formats::merged_spec(formats::GgufFile(sources.model))) return std::nullopt;
+      if (merged) return std::nullopt;
       return needs(sources.adapter, "--adapter or a merged model");
     case AttentionKind::kWindowSinksUptrained:
       return needs(sources.control, "--control");
     case AttentionKind::kFullUptrained:
       return needs(sources.full_adapter, "--full-adapter");
     default:
-      return std::nullopt;
+      return needs_original();
   }
 }
 

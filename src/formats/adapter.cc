@@ -51,7 +51,7 @@ class Problems {
   }
 
  private:
-  static constexpr size_t kMostShown = 40;
+  static constexpr size_t kMostShown = 1000;
   size_t count_ = 0;
   std::string text_;
 };

@@ -33,7 +33,7 @@ struct LatentArgs {
   View key_logits;    // [B, T, Hkv, L]
   View values;        // [B, T, Hkv, D]
   View log_decay;     // [B, T, Hkv, L] <= 0, optional, causal only
-  View window_out;    // [B, T, H, D] float32 whatever dtype is; optional: what latent 0 reads (Latte-Macchiato)
+  View window_out;    // [B, T, H, D] float32 whatever dtype is; optional: what latent 0 reads (Latte-Macchiato; see macchiato.h)
   MaskView key_mask;  // [B, T], optional
   const float* initial_state = nullptr;  // [N, Hkv, L, D + 3], contiguous, optional, causal only
 };

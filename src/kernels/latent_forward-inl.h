@@ -1,5 +1,5 @@
-// The forward pass of latent attention over several slices; contract in latent.h, method in docs/mathematics.md. Included once per
-// SIMD target.
+// The forward pass of latent attention over several slices; contract in latent.h, method in docs/mathematics.md. Included once
+// per SIMD target.
 #if defined(LATTE_KERNELS_LATENT_FORWARD_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef LATTE_KERNELS_LATENT_FORWARD_INL_H_
 #undef LATTE_KERNELS_LATENT_FORWARD_INL_H_
@@ -193,7 +193,8 @@ class LatentForwardPass {
         const VF gate = hn::Set(d, gates_[first + i]);
         float* row = to + i * out.row;
         size_t j = 0;
-        for (; j + hn::Lanes(d) <= dims_.head_dim; j += hn::Lanes(d)) hn::StoreU(hn::Mul(gate, hn::LoadU(d, window + j)), d, row + j);
+        for (; j + hn::Lanes(d) <= dims_.head_dim; j += hn::Lanes(d))
+          hn::StoreU(hn::Mul(gate, hn::LoadU(d, window + j)), d, row + j);
         if (j < columns) hn::StoreU(hn::Mul(gate, hn::LoadN(d, window + j, dims_.head_dim - j)), d, row + j);
       }
       MatMul<true, Product>(d, rows, columns, inner, left, right, columns, to, out.row, prefetch_);

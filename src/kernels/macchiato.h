@@ -9,9 +9,9 @@
 
 namespace latte::kernels {
 
-// Runs the slices [first, last), numbered as LatentSlices() and WindowSlices() are. `window` and `latent` describe the same tensors
-// and sequences; latent.query_logits is [B, T, H, L + 1], latent.window_out is not read. Nothing is kept for a backward pass:
-// outputs.saved is null. A thread does best with neighbouring slices in one call.
+// Runs the slices [first, last), numbered as LatentSlices() and WindowSlices() are. `window` and `latent` describe the same
+// tensors and sequences; latent.query_logits is [B, T, H, L + 1], latent.window_out is not read. Nothing is kept for a backward
+// pass: outputs.saved is null. A thread does best with neighbouring slices in one call.
 void MacchiatoForward(const WindowArgs& window, const LatentArgs& latent, const LatentOutputs& outputs, int64_t first,
                       int64_t last);
 

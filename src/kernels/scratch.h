@@ -76,7 +76,8 @@ class ScratchLayout {
   size_t used_ = 0;
 };
 
-// Memory for one call: the thread's kept block, or for a wide window (whose tiles take megabytes) memory that is given back.
+// Memory for one call with a window: the thread's kept block, or where the window is wide (whose tiles take megabytes) memory
+// that is given back.
 class WindowScratch {
  public:
   static constexpr size_t kKeptFloats = size_t{1} << 21;

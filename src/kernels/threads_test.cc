@@ -13,6 +13,7 @@
 
 #include "kernels/conv1d.h"
 #include "kernels/latent.h"
+#include "kernels/macchiato.h"
 #include "kernels/rg_lru.h"
 #include "kernels/vapor.h"
 #include "kernels/window.h"
@@ -156,6 +157,34 @@ TEST(Threads, WindowAttention) {
       gradients.grad_key = Out(results.grad[1], kKvHeads, kHeadDim);
       gradients.grad_values = Out(results.grad[2], kKvHeads, kHeadDim);
       share(WindowSlices(args), [&](int64_t first, int64_t last) { WindowBackward(args, gradients, first, last); });
+    });
+  }
+}
+
+TEST(Threads, MacchiatoAttention) {
+  const Floats query = Random(kBatch * kTime * kHeads * kHeadDim, 1), key = Random(kBatch * kTime * kKvHeads * kHeadDim, 2);
+  const Floats values = Random(kBatch * kTime * kKvHeads * kHeadDim, 3);
+  const Floats query_logits = Random(kBatch * kTime * kHeads * (kLatents + 1), 4);
+  const Floats key_logits = Random(kBatch * kTime * kKvHeads * kLatents, 5);
+  for (const bool causal : {true, false}) {
+    ExpectThreadsChangeNothing([&](Results& results, const auto& share) {
+      WindowArgs window;
+      LatentArgs latent;
+      window.causal = latent.causal = causal;
+      window.sequences = latent.sequences = kBatch, window.time = latent.time = kTime;
+      window.heads = latent.heads = kHeads, window.kv_heads = latent.kv_heads = kKvHeads;
+      window.key_dim = window.head_dim = latent.head_dim = kHeadDim;
+      window.window = 17, window.sinks = causal ? 3 : 0;
+      window.query = In(query, kHeads, kHeadDim);
+      window.key = In(key, kKvHeads, kHeadDim);
+      window.values = latent.values = In(values, kKvHeads, kHeadDim);
+      latent.latents = kLatents;
+      latent.query_logits = In(query_logits, kHeads, kLatents + 1);
+      latent.key_logits = In(key_logits, kKvHeads, kLatents);
+      LatentOutputs outputs;
+      outputs.out = Out(results.out, kHeads, kHeadDim);
+      if (causal) outputs.final_state = Zeros(results.state, kBatch * kKvHeads * kLatents * (kHeadDim + kStateExtra));
+      share(LatentSlices(latent), [&](int64_t first, int64_t last) { MacchiatoForward(window, latent, outputs, first, last); });
     });
   }
 }

@@ -12,8 +12,6 @@
 
 HWY_BEFORE_NAMESPACE();
 namespace latte::kernels::HWY_NAMESPACE {
-namespace hn = hwy::HWY_NAMESPACE;
-
 constexpr int64_t kTurnBlocks = 16;  // blocks of one slice before the next slice's turn
 
 // The slices [first, last) of one sequence, in turns: their rows share pages and lines, which then are still near.
@@ -52,7 +50,10 @@ void WindowForwardSlices(const WindowArgs& args, const WindowOutputs& outputs, i
         ForwardSequence<false>(args, outputs, first, end);
       }
     } else if (band.sequence.length == 1) {
-      for (int64_t slice = first; slice < end; ++slice) WindowStep(Band(args, slice), outputs);
+      for (int64_t slice = first; slice < end; ++slice) {
+        const Band one(args, slice);
+        WindowStep(one, outputs.out + one.OutRow(one.position, 0) * args.head_dim, outputs.lse);
+      }
     }
     first = end;
   }

@@ -443,8 +443,8 @@ HWY_INLINE void LoadQueries(D d, const Band& band, const Widths& widths, const V
 
 // Runs the blocks of the tokens [begin, end) of a slice. Meanwhile the rows of the block after it are fetched, and those that
 // next(prefetch) asks for during the last.
-template <class Slice, class Work, class Next>
-HWY_INLINE void RunTurn(Slice& slice, int64_t begin, int64_t end, Work& work, const Next& next) {
+template <class WindowSlice, class Work, class Next>
+HWY_INLINE void RunBlocks(WindowSlice& slice, int64_t begin, int64_t end, Work& work, const Next& next) {
   const int64_t block = slice.block_tokens();
   for (int64_t t = begin; t < end; t += block) {
     work.prefetch.Clear();
@@ -466,7 +466,7 @@ HWY_INLINE void RunInTurns(Slices& slices, int64_t turn_blocks, Work& work) {
   for (int64_t begin = band.position; begin < band.end; begin += turn) {
     const int64_t end = std::min(band.end, begin + turn);
     for (size_t i = 0; i < slices.size(); ++i) {
-      RunTurn(slices[i], begin, end, work, [&](Prefetch& prefetch) {
+      RunBlocks(slices[i], begin, end, work, [&](Prefetch& prefetch) {
         if (i + 1 < slices.size()) {
           slices[i + 1].Fetch(begin, prefetch);
         } else {

@@ -52,6 +52,7 @@ class WindowForwardSlice {
  public:
   using D = hn::ScalableTag<float>;
 
+  // Without outputs.out, WriteTo comes before the first block.
   WindowForwardSlice(const WindowArgs& args, const WindowOutputs& outputs, int64_t slice)
       : args_(args),
         band_(args, slice),
@@ -59,6 +60,7 @@ class WindowForwardSlice {
         out_first_(band_.position),
         out_stride_(args.heads * args.head_dim),
         lse_(outputs.lse),
+        fetch_out_(outputs.out != nullptr),
         widths_(D(), args_),
         scale_(args.scale, kPaired),
         block_tokens_(band_.BlockTokens(band_.behind <= kNarrow ? 16 : 48)),
@@ -210,9 +212,8 @@ class WindowForwardSlice {
       // Of a pair half of which no token reads the weight is zero.
       const size_t begin = from / kElements;
       const size_t end = CeilDiv(to, kElements);
-      const Left weights{
-          work_->scores + first * kScoreStride + scored.offset / kElements + (begin - segment.column / kElements), kScoreStride,
-          1};
+      const Left weights{work_->scores + first * kScoreStride + scored.offset / kElements + (begin - segment.column / kElements),
+                         kScoreStride, 1};
       const float* values = scored.tile->values + begin * widths_.value_stride;
       if (fresh) {
         MatMul<false, Product>(d_, count, widths_.value, end - begin, weights, values, widths_.value_stride, sums,
@@ -231,7 +232,8 @@ class WindowForwardSlice {
     float* row = work_->scores + r * kScoreStride;
     if (kPaired && scale_.score != 1.0f) ScaleRow(d_, scale_.score, columns_, row);
     for (const Scored& scored : group_) {
-      if (scored.ragged) MaskRow(d_, scored.segment, scored.segment.far ? band_.FarSinks(t) : band_.Window(t), row + scored.offset);
+      if (scored.ragged)
+        MaskRow(d_, scored.segment, scored.segment.far ? band_.FarSinks(t) : band_.Window(t), row + scored.offset);
       if (scored.tile->masked) {
         AddRow(d_, scored.tile->bias + scored.segment.column, scored.segment.columns, row + scored.offset);
       }
@@ -264,7 +266,7 @@ class WindowForwardSlice {
   int64_t out_first_;
   int64_t out_stride_;  // from token to token
   float* const lse_;
-  bool fetch_out_ = true;  // its rows lie in memory
+  bool fetch_out_;  // out is the call's tensor, not a buffer that stays in the cache
   const Widths widths_;
   const ScoreScale scale_;
   const size_t block_tokens_;

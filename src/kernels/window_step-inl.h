@@ -86,8 +86,8 @@ HWY_INLINE void StepValues(D d, const Band& band, const Widths& widths, const Ke
   }
 }
 
-// The forward pass of a sequence of one token, a decoding step.
-HWY_INLINE void WindowStep(const Band& band, const WindowOutputs& outputs) {
+// The forward pass of a sequence of one token, a decoding step: `out` [group, D], and `lse` is the call's, or null.
+HWY_INLINE void WindowStep(const Band& band, float* out, float* lse = nullptr) {
   const hn::ScalableTag<float> d;
   const WindowArgs& args = band.args;
   const Widths widths(d, args);
@@ -134,8 +134,8 @@ HWY_INLINE void WindowStep(const Band& band, const WindowOutputs& outputs) {
   StepValues(d, band, widths, sinks, far, scores, columns, spare, zeros, sums);
   StepValues(d, band, widths, window, near, scores + far_keys, columns, spare, zeros, sums);
   for (size_t g = 0; g < band.group; ++g) {
-    StoreOut(d, band, widths, outputs.out + band.OutRow(t, g) * args.head_dim, outputs.lse, t, g,
-             sums + g * widths.value_stride, max_and_sum[g * widths.key_stride], max_and_sum[g * widths.key_stride + 1]);
+    StoreOut(d, band, widths, out + static_cast<int64_t>(g) * args.head_dim, lse, t, g, sums + g * widths.value_stride,
+             max_and_sum[g * widths.key_stride], max_and_sum[g * widths.key_stride + 1]);
   }
 }
 

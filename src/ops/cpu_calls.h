@@ -12,13 +12,14 @@
 
 namespace latte::cpu {
 
-// Copies of the inputs where their layout isn't the kernels', kept alive beside the arguments that point at them.
+// Copies of the inputs where their layout isn't the kernels', kept alive beside the arguments that point at them; `op` is named
+// in errors.
 struct LatentCall {
   LatentInputs in;
   kernels::LatentArgs args;
   int64_t work = 0;  // multiplications of a slice, about
 
-  explicit LatentCall(const LatentInputs& given) : in(given) {
+  LatentCall(const char* op, const LatentInputs& given) : in(given) {
     in.query_logits = Readable(in.query_logits);
     in.key_logits = Readable(in.key_logits);
     in.values = Readable(in.values);
@@ -35,7 +36,7 @@ struct LatentCall {
     args.latents = in.key_logits.size(3);
     args.head_dim = in.values.size(3);
     if (Present(in.cu_seqlens)) {
-      Checker("latent_attention").CuSeqlensData(*in.cu_seqlens, args.time);
+      Checker(op).CuSeqlensData(*in.cu_seqlens, args.time);
       args.cu_seqlens = in.cu_seqlens->const_data_ptr<int64_t>();
     }
     args.query_logits = ViewOf(in.query_logits);
@@ -54,7 +55,7 @@ struct WindowCall {
   kernels::WindowArgs args;
   int64_t work = 0;  // multiplications of a slice, about
 
-  explicit WindowCall(const WindowInputs& given) : in(given) {
+  WindowCall(const char* op, const WindowInputs& given) : in(given) {
     for (auto* x : {&in.query, &in.key, &in.values}) *x = Readable(*x);
     for (auto* x : {&in.sink_query, &in.past_key, &in.past_values, &in.sink_key, &in.sink_values}) *x = Readable(*x);
     in.position = Contiguous(in.position);
@@ -71,14 +72,14 @@ struct WindowCall {
     args.sinks = in.sinks;
     args.scale = static_cast<float>(in.scale);
     if (Present(in.cu_seqlens)) {
-      Checker("window_attention_core").CuSeqlensData(*in.cu_seqlens, args.time);
+      Checker(op).CuSeqlensData(*in.cu_seqlens, args.time);
       args.cu_seqlens = in.cu_seqlens->const_data_ptr<int64_t>();
     }
     // A window wider than the text reads the text: sums of positions and W must not overflow. The same holds for sinks.
     const int64_t past = Present(in.position) ? in.past_key->size(1) : 0;
     int64_t furthest = 0;
     if (Present(in.position)) {
-      Checker("window_attention_core").PositionData(*in.position);
+      Checker(op).PositionData(*in.position);
       args.position = in.position->const_data_ptr<int64_t>();
       for (int64_t n = 0; n < args.sequences; ++n) furthest = std::max(furthest, args.position[n]);
     }

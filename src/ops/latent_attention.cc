@@ -1,5 +1,5 @@
-// latte::latent_attention: checks, the CPU's kernels, meta functions and autograd. causal_attention, bidirectional_attention and
-// macchiato_attention are made of it.
+// latte::latent_attention: checks, the CPU's kernels, meta functions and autograd. causal_attention and
+// bidirectional_attention are made of it, and macchiato_attention where gradients are wanted.
 #include "kernels/latent.h"
 
 #include <torch/library.h>
@@ -19,6 +19,7 @@ using Forward = std::tuple<at::Tensor, at::Tensor, at::Tensor>;                 
 using Backward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;  // LatentGradients' order
 
 constexpr const char* kName = "latent_attention";
+constexpr const char* kBackwardName = "latent_attention_backward";
 
 Forward CallForward(const LatentInputs& in, bool output_final_state, bool save);
 
@@ -83,7 +84,7 @@ Forward ForwardCpu(LATTE_LATENT_PARAMETERS, bool output_final_state, bool save) 
   }
   const LatentInputs given = LATTE_LATENT_INPUTS;
   CheckForward(given, output_final_state);
-  const cpu::LatentCall call(given);
+  const cpu::LatentCall call(kName, given);
   const auto& args = call.args;
   const auto out = cpu::Empty({query_logits.size(0), args.time, args.heads, args.head_dim}, query_logits.options());
   const auto saved = EmptySaved(given, save);
@@ -115,9 +116,8 @@ Forward ForwardCpu(LATTE_LATENT_PARAMETERS, bool output_final_state, bool save) 
 
 void CheckBackward(const at::Tensor& grad_out, const OptionalTensor& grad_final_state, const LatentInputs& in,
                    const OptionalTensor& final_state, const at::Tensor& saved) {
-  constexpr const char* kBackward = "latent_attention_backward";
-  const Checker check(kBackward);
-  CheckLatent(kBackward, in);
+  const Checker check(kBackwardName);
+  CheckLatent(kBackwardName, in);
   const auto& q = in.query_logits;
   const auto dtype = AccumulateType(q.scalar_type());
   check.Shape("grad_out", grad_out, "[B, T, H, D]", {q.sym_size(0), q.sym_size(1), q.sym_size(2), in.values.sym_size(3)});
@@ -133,7 +133,7 @@ void CheckBackward(const at::Tensor& grad_out, const OptionalTensor& grad_final_
   };
   state("grad_final_state", grad_final_state);
   state("final_state", final_state);
-  TORCH_CHECK_VALUE(!Present(grad_final_state) || !Present(in.log_decay) || Present(final_state), "[latte.", kBackward,
+  TORCH_CHECK_VALUE(!Present(grad_final_state) || !Present(in.log_decay) || Present(final_state), "[latte.", kBackwardName,
                     "] final_state: got none, expected one with grad_final_state and log_decay");
   if (q.scalar_type() == at::kDouble) return;
   const auto shape = SavedShape(in);
@@ -178,7 +178,7 @@ Backward BackwardCpu(LATTE_LATENT_BACKWARD_PARAMETERS) {
   }
   const LatentInputs given = LATTE_LATENT_INPUTS;
   CheckBackward(grad_out, grad_final_state, given, final_state, saved);
-  const cpu::LatentCall call(given);
+  const cpu::LatentCall call(kBackwardName, given);
   const auto grad = cpu::Readable(grad_out);
   const auto grad_state = cpu::Contiguous(grad_final_state), state = cpu::Contiguous(final_state);
   const auto saved_states = saved.contiguous();

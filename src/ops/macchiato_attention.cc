@@ -92,7 +92,7 @@ std::tuple<at::Tensor, State> Macchiato(const at::Tensor& query, const at::Tenso
               {batch, time, window.query.sym_size(2), key_logits.sym_size(3) + 1});
   check.Shape("key_logits", key_logits, "[B, T, Hkv, L]", {batch, time, window.key.sym_size(2), key_logits.sym_size(3)});
   LatentInputs latent{Autocast(query_logits), Autocast(key_logits), window.values, {}, Autocast(log_decay), options.key_mask, {},
-                      options.cu_seqlens,     options.causal,        /*gated=*/true};
+                      options.cu_seqlens,     options.causal,       /*gated=*/true};
   check.Dtype("query_logits", latent.query_logits, window.query.scalar_type());
   check.Device("query_logits", latent.query_logits, window.query);
   if (options.initial_state.has_value()) latent.initial_state = (*options.initial_state)[kLatents];

@@ -14,12 +14,12 @@ using Forward = std::tuple<at::Tensor, at::Tensor>;  // out, final_state
 
 constexpr const char* kName = "macchiato_attention_core";
 
-#define LATTE_MACCHIATO_PARAMETERS                                                                                              \
-  const at::Tensor &query, const at::Tensor &key, const at::Tensor &values, const at::Tensor &query_logits,                     \
-      const at::Tensor &key_logits, const OptionalTensor &sink_query, const OptionalTensor &log_decay,                          \
-      const OptionalTensor &key_mask, const OptionalTensor &initial_state, const OptionalTensor &position,                      \
-      const OptionalTensor &past_key, const OptionalTensor &past_values, const OptionalTensor &past_mask,                       \
-      const OptionalTensor &sink_key, const OptionalTensor &sink_values, const OptionalTensor &sink_mask,                       \
+#define LATTE_MACCHIATO_PARAMETERS                                                                          \
+  const at::Tensor &query, const at::Tensor &key, const at::Tensor &values, const at::Tensor &query_logits, \
+      const at::Tensor &key_logits, const OptionalTensor &sink_query, const OptionalTensor &log_decay,      \
+      const OptionalTensor &key_mask, const OptionalTensor &initial_state, const OptionalTensor &position,  \
+      const OptionalTensor &past_key, const OptionalTensor &past_values, const OptionalTensor &past_mask,   \
+      const OptionalTensor &sink_key, const OptionalTensor &sink_values, const OptionalTensor &sink_mask,   \
       const OptionalTensor &cu_seqlens, int64_t window, int64_t sinks, double scale, bool causal, bool output_final_state
 
 struct Inputs {
@@ -27,11 +27,13 @@ struct Inputs {
   LatentInputs latent;
 };
 
-#define LATTE_MACCHIATO_INPUTS                                                                                                  \
-  Inputs {                                                                                                                      \
-    {query,    key,       values,      sink_query, key_mask,   position, past_key, past_values, past_mask, sink_key,            \
-     sink_values, sink_mask, cu_seqlens, window,     sinks,      scale,    causal},                                             \
-    {query_logits, key_logits, values, {}, log_decay, key_mask, initial_state, cu_seqlens, causal, /*gated=*/true}              \
+#define LATTE_MACCHIATO_INPUTS                                                                                     \
+  Inputs {                                                                                                         \
+    {query,    key,         values,    sink_query, key_mask, position, past_key, past_values, past_mask,           \
+     sink_key, sink_values, sink_mask, cu_seqlens, window,   sinks,    scale,    causal},                          \
+    {                                                                                                              \
+      query_logits, key_logits, values, {}, log_decay, key_mask, initial_state, cu_seqlens, causal, /*gated=*/true \
+    }                                                                                                              \
   }
 
 void Check(const Inputs& in, bool output_final_state) {
@@ -60,10 +62,10 @@ Forward ForwardMeta(LATTE_MACCHIATO_PARAMETERS) {
   const auto dtype = AccumulateType(query.scalar_type());
   const auto heads = query.sym_size(2), kv_heads = key.sym_size(2), head_dim = values.sym_size(3);
   return {at::empty_symint({query.sym_size(0), query.sym_size(1), heads, head_dim}, query.options()),
-          output_final_state
-              ? at::empty_symint({SequenceCount(query, cu_seqlens), kv_heads, key_logits.sym_size(3), head_dim + kernels::kStateExtra},
-                                 query.options().dtype(dtype))
-              : AbsentOutput(query, dtype)};
+          output_final_state ? at::empty_symint({SequenceCount(query, cu_seqlens), kv_heads, key_logits.sym_size(3),
+                                                 head_dim + kernels::kStateExtra},
+                                                query.options().dtype(dtype))
+                             : AbsentOutput(query, dtype)};
 }
 
 Forward ForwardComposed(LATTE_MACCHIATO_PARAMETERS) {
@@ -77,8 +79,10 @@ Forward ForwardCpu(LATTE_MACCHIATO_PARAMETERS) {
   Check(in, output_final_state);
   // One token takes each kernel's own step.
   if (!cpu::Fused(query) || query.size(1) == 1) return OneAfterTheOther(in, output_final_state);
-  const cpu::WindowCall window_call(in.window);
-  const cpu::LatentCall latent_call(in.latent);
+  Inputs once = in;  // what both read is copied once, if at all
+  once.window.values = once.latent.values = cpu::Readable(in.window.values);
+  const cpu::WindowCall window_call(kName, once.window);
+  const cpu::LatentCall latent_call(kName, once.latent);
   const auto& args = latent_call.args;
   const auto out = cpu::Empty({query.size(0), args.time, args.heads, args.head_dim}, query.options());
   const auto float32 = query.options().dtype(at::kFloat);
@@ -88,9 +92,8 @@ Forward ForwardCpu(LATTE_MACCHIATO_PARAMETERS) {
   kernels::LatentOutputs outputs;
   outputs.out = cpu::WriteTo(out);
   if (output_final_state) outputs.final_state = state.mutable_data_ptr<float>();
-  cpu::ForSlices(args, window_call.work + latent_call.work, [&](int64_t first, int64_t last) {
-    kernels::MacchiatoForward(window_call.args, args, outputs, first, last);
-  });
+  cpu::ForSlices(args, window_call.work + latent_call.work,
+                 [&](int64_t first, int64_t last) { kernels::MacchiatoForward(window_call.args, args, outputs, first, last); });
   return {out, state};
 }
 

@@ -75,7 +75,7 @@ Forward ForwardCpu(LATTE_WINDOW_PARAMETERS, bool save) {
   }
   const WindowInputs given = LATTE_WINDOW_INPUTS;
   CheckWindow(kName, given);
-  const cpu::WindowCall call(given);
+  const cpu::WindowCall call(kName, given);
   const auto out = cpu::Empty({query.size(0), query.size(1), query.size(2), values.size(3)}, query.options().dtype(at::kFloat));
   const auto lse = LseLike(given, save);
   kernels::WindowOutputs outputs;
@@ -136,7 +136,7 @@ Backward BackwardCpu(LATTE_WINDOW_BACKWARD_PARAMETERS) {
   }
   const WindowInputs given = LATTE_WINDOW_INPUTS;
   CheckBackward(grad_out, out, lse, given);
-  const cpu::WindowCall call(given);
+  const cpu::WindowCall call(kBackwardName, given);
   const auto grad = cpu::Readable(grad_out), saved_out = out.contiguous(), saved_lse = lse.contiguous();
   composed::WindowGradients grads{cpu::Like(query),    cpu::Like(sink_query),  cpu::Like(key),      cpu::Like(values),
                                   cpu::Like(past_key), cpu::Like(past_values), cpu::Like(sink_key), cpu::Like(sink_values)};
