@@ -52,7 +52,7 @@ if [[ -n $model ]]; then
   if [[ -e $folder/smollm2-few-steps.gguf ]]; then
     say "$folder/smollm2-few-steps.gguf is there (remove it to convert afresh)"
   else
-    "$latte" extend "$model" --text data/tinyshakespeare.txt --context 1024 --match-sequences 2 --match-steps 16 --tokens 12288 \
+    "$latte" extend "$model" --text data/tinyshakespeare.txt --window 128 --context 1024 --match-sequences 2 --match-steps 16 --tokens 12288 \
       --eval-every 4 --out "$folder/smollm2-few-steps.gguf"
   fi
 

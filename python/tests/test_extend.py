@@ -137,6 +137,31 @@ def test_convert_and_compare(tmp_path, model, text):
     assert len(rows[-4]["latent_shares"]) == 2 and 0 < rows[-4]["latent_shares"][0][0] < 1
 
 
+def test_a_merged_model_goes_everywhere(tmp_path, model, text):
+    adapter, merged = tmp_path / "a.gguf", tmp_path / "merged.gguf"
+    nowhere = tmp_path / "none" / "merged.gguf"
+    assert_fails(extend(model, text, adapter, "--merged", nowhere), str(nowhere))
+    assert not adapter.exists()
+    assert extend(model, text, adapter, "--merged", merged, "--storage", "f32").returncode == 0
+    recipe = json.loads(latte("inspect", merged, "--json").stdout)["adapter"]["recipe"]
+    assert recipe["window"] == 8 and recipe["text"] == ["text.txt"]
+
+    asked = ("--text", text, "--lengths", 64, "--windows", 1, "--dtype", "float32", "--json")
+    rows = [json.loads(latte("eval", *which, *asked).stdout)["rows"] for which in ([merged], [model, "--adapter", adapter])]
+    kinds = ["macchiato", "macchiato-latents-off"]
+    assert [row["attention"] for row in rows[0]] == kinds and all(row["kl"] is None for row in rows[0])
+    losses = [[row["loss"] for row in of if row["attention"] in kinds] for of in rows]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert losses[0][0] == pytest.approx(rows[0][0]["stretch_losses"][0])
+    assert_fails(latte("eval", merged, "--attention", "full", *asked), "full needs the original model", code=2)
+    assert_fails(extend(merged, text, tmp_path / "again.gguf"), "is converted already", code=2)
+
+    asked = ("--prompt", "line 5 of a", "--tokens", 12, "--temperature", 0)
+    written = [latte("generate", *which, *asked) for which in ([merged], [model, "--adapter", adapter])]
+    assert written[0].returncode == 0, written[0].stderr
+    assert written[0].stdout == written[1].stdout
+
+
 def test_retrieval_tasks(model):
     result = latte("eval", model, "--tasks", "passkey,recall", "--task-lengths", 400, "--trials", 2, "--pairs", 3, "--json",
                    "--depths", "0.2,0.8", "--attention", "full,window-sinks")  # fmt: skip

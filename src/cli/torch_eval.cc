@@ -372,7 +372,7 @@ void AddEval(CLI::App& app, int& exit_code) {
       ->group("Retrieval");
   command
       ->add_option("--window", options->window,
-                   "Tokens of standard attention, of adapters too; by default the adapter's own, or 128")
+                   "Tokens of standard attention, of adapters too; by default the adapter's own, or 512")
       ->check(positive)
       ->group("Attention");
   command->add_option("--sinks", options->sinks, "Of window-sinks; by default the adapter's, or 4")

@@ -271,9 +271,9 @@ void AddExtend(CLI::App& app, int& exit_code) {
       "Ctrl-C saves and ends with exit code 130; --resume then goes on. The control that a conversion has to beat is the same\n"
       "command with --attention window-sinks.\n\n"
       "Examples:\n"
-      "  latte extend smollm2.gguf --text book.txt --out smollm2-w128.gguf\n"
-      "  latte extend smollm2.gguf --text book.txt news.txt --window 512 --least-window 64 --tokens 2000000 --out w512.gguf\n"
-      "  latte extend --resume --out w512.gguf");
+      "  latte extend smollm2.gguf --text book.txt --out smollm2-w512.gguf\n"
+      "  latte extend smollm2.gguf --text book.txt news.txt --window 128 --tokens 2000000 --out w128.gguf\n"
+      "  latte extend --resume --out w128.gguf");
   command->callback([options, &exit_code] { exit_code = Extend(*options); });
 }
 

@@ -22,7 +22,7 @@ struct ExtendOptions {
 
   // What takes the place of softmax attention.
   std::string attention = "macchiato";  // macchiato | window-sinks (the control) | full (attention as it is: the other control)
-  int64_t window = 128;
+  int64_t window = 512;                 // where time has its knee (docs/extending.md, window and latents against cost)
   int64_t sinks = 4;
   int64_t latents = 64;  // a key-value head
   // Blocks with another number of latents, as "15-24:256" or "3:16,20-24:512": where the original looks sharply, more help.

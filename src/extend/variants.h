@@ -35,7 +35,7 @@ struct VariantSources {
   std::string adapter;       // Macchiato's; may be empty, as the others
   std::string control;       // window-sinks-uptrained's
   std::string full_adapter;  // full-uptrained's
-  // Of window and window-sinks, the window of adapters too; the adapter's (or the control's) unless given, else 128 and 4.
+  // Of window and window-sinks, the window of adapters too; the adapter's (or the control's) unless given, else 512 and 4.
   std::optional<int64_t> window, sinks;
   double rope_factor = 1.0;  // of full-ntk and full-yarn
   at::ScalarType dtype = torch::kBFloat16;

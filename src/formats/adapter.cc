@@ -198,6 +198,15 @@ bool is_adapter(const GgufMetadata& metadata) {
 
 bool is_added_tensor(std::string_view name) { return name.find(kAddedMark) != std::string_view::npos; }
 
+std::vector<GgufTensorSpec> base_tensors(const GgufFile& model) {
+  const bool merged = model.metadata().has(kVersionKey);
+  std::vector<GgufTensorSpec> tensors;
+  for (const GgufTensor& tensor : model.tensors()) {
+    if (!merged || !is_added_tensor(tensor.name)) tensors.push_back(tensor);
+  }
+  return tensors;
+}
+
 AdapterFile::AdapterFile(const std::string& path) : file_(path) {
   if (!is_adapter(file_.metadata())) throw FormatError(path, "not an adapter of latte (general.type and adapter.type)");
   spec_ = AdapterSpec::from(file_.metadata());

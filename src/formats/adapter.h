@@ -71,7 +71,7 @@ constexpr int64_t kKeyConvWidth = 4;     // tokens that a convolution of keys re
 constexpr float kAbsent = -1e4f;         // a latent's decay or floor where it has none: exp of it is 0
 
 struct AdapterSpec {
-  int64_t window = 128;
+  int64_t window = 512;
   int64_t sinks = 4;
   int64_t far_limit = 8192;
   bool evicted = false;          // latents read what left the window, else everything
@@ -135,6 +135,8 @@ bool is_adapter(const GgufMetadata& metadata);
 
 // Whether a tensor of this name belongs to latents: "blk.N.latte_…".
 bool is_added_tensor(std::string_view name);
+// The tensors of a model's file without the latents' of a merged one, which whoever converts attention reads on their own.
+std::vector<GgufTensorSpec> base_tensors(const GgufFile& model);
 
 // The spec of a merged model; nothing for a model that keeps its attention. Throws FormatError: a spec that is wrong, or tensors
 // that are missing or don't fit it.

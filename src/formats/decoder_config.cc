@@ -5,6 +5,7 @@
 #include <cmath>
 #include <map>
 
+#include "formats/adapter.h"
 #include "formats/error.h"
 
 namespace latte::formats {
@@ -209,7 +210,7 @@ DecoderConfig decoder_config(const GgufMetadata& metadata, std::span<const GgufT
 }
 
 DecoderConfig decoder_config(const GgufFile& file) {
-  const std::vector<GgufTensorSpec> specs(file.tensors().begin(), file.tensors().end());
+  const std::vector<GgufTensorSpec> specs = base_tensors(file);
   DecoderConfig config = decoder_config(file.metadata(), specs);
   require_decoder_tensors(file.path(), config, specs);
   return config;

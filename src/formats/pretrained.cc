@@ -4,6 +4,7 @@
 #include <filesystem>
 #include <stdexcept>
 
+#include "formats/adapter.h"
 #include "formats/error.h"
 #include "formats/hash.h"
 #include "formats/hugging_face.h"
@@ -18,11 +19,7 @@ class GgufPretrained : public PretrainedFile {
     if (const int64_t pieces = metadata_.integer_or("split.count", 1, 0, UINT16_MAX); pieces > 1) {
       throw FormatError(path, "one of " + std::to_string(pieces) + " pieces of a model; expected a file that is whole");
     }
-    // A merged model (formats/adapter.h) has tensors beside the base's, which whoever converts attention reads on their own.
-    const bool merged = metadata_.has("latte.version");
-    for (const GgufTensor& tensor : file_.tensors()) {
-      if (!merged || tensor.name.find(".latte_") == tensor.name.npos) tensors_.push_back(tensor);
-    }
+    tensors_ = base_tensors(file_);
     config_ = decoder_config(metadata_, tensors_);
     require_decoder_tensors(path, config_, tensors_);
   }

@@ -95,6 +95,11 @@ int main(int argc, char** argv) {
   spec.put_into(adapter);
   text(gguf + "adapter", gguf_without_tensors(adapter));
 
+  const std::string adapters = folder("adapter"), base = adapters + "base";
+  write_model(base, small_model("llama"), TensorType::kQ8_0);
+  fuzz::write_small_adapter(adapters + "latents", base);
+  std::filesystem::remove(base);
+
   const std::string tokenizer = folder("tokenizer");
   for (bool sentencepiece : {false, true}) {
     GgufMetadata metadata;
@@ -133,6 +138,10 @@ int main(int argc, char** argv) {
     for (const int32_t token : {1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3}) engine.decode(session, token);
     session.save(state + name);
   }
+
+  text(folder("shard_index") + "one_shard",
+       R"({"metadata": {"total_size": 100}, "weight_map": {"model.embed_tokens.weight": "a.safetensors",
+           "model.norm.weight": "a.safetensors", "model.layers.0.input_layernorm.weight": "a.safetensors"}})");
 
   const std::string hugging_face = folder("hugging_face");
   text(hugging_face + "llama",

@@ -4,8 +4,10 @@
 #include <string>
 #include <vector>
 
+#include "formats/adapter.h"
 #include "formats/decoder_config.h"
 #include "formats/gguf.h"
+#include "formats/hash.h"
 
 namespace latte::fuzz {
 
@@ -36,6 +38,31 @@ inline void write_model(const std::string& path, const GgufMetadata& metadata, T
     const std::vector<float> values(static_cast<size_t>(specs[i].elements()), 0.5f);
     write(quantize(type, values, specs[i].shape.back()));
   });
+}
+
+// Of that base, a llama: latents that forget in its first block, with floors and a convolution in its second.
+inline void write_small_adapter(const std::string& path, const std::string& base_path) {
+  const GgufFile base(base_path);
+  AdapterSpec spec;
+  spec.window = 5;
+  spec.sinks = 2;
+  spec.evicted = true;
+  spec.latents = {3, 3};
+  spec.base_hash = hash_of_file(base_path);
+  const BaseShape shape = BaseShape::from(base.metadata());
+  std::vector<GgufTensor> tensors;
+  std::vector<std::vector<std::byte>> data;
+  for (int64_t block = 0; block < shape.blocks; ++block) {
+    const LatentForm form = {.decay = block == 0, .floor = block == 1, .conv = block == 1};
+    for (const GgufTensorSpec& wanted : adapter_tensors(spec, shape, block, form)) {
+      GgufTensor& tensor = tensors.emplace_back();
+      static_cast<GgufTensorSpec&>(tensor) = wanted;
+      const std::vector<float> values(static_cast<size_t>(wanted.elements()), 0.25f);
+      data.push_back(quantize(wanted.type, values, wanted.shape.back()));
+      tensor.data = data.back();
+    }
+  }
+  write_adapter(path, spec, base, tensors);
 }
 
 }  // namespace latte::fuzz

@@ -1,5 +1,5 @@
-// The models whose states are fuzzed: of a GGUF file, one whose states have a constant size and one whose states grow; of latte
-// train, one of each kind of sums and of what a mixer remembers.
+// The models whose states are fuzzed: of a GGUF file, one whose states have a constant size, one whose states grow and one with
+// an adapter; of latte train, one of each kind of sums and of what a mixer remembers.
 #pragma once
 
 #include <stdlib.h>
@@ -107,8 +107,12 @@ inline std::vector<StateModel> state_models() {
   runtime::ModelOptions constant, growing;
   constant.threads = growing.threads = 1;
   constant.attention = {5, 2, 3};
+  runtime::ModelOptions converted = growing;
+  converted.adapter = folder + "/adapter.gguf";
+  write_small_adapter(converted.adapter, path);
   std::vector<StateModel> models = {{"constant", runtime::Model::open(path, constant)},
-                                    {"growing", runtime::Model::open(path, growing)}};
+                                    {"growing", runtime::Model::open(path, growing)},
+                                    {"converted", runtime::Model::open(path, converted)}};
   constexpr const char* kTrained[][2] = {{"softmax", "rotary"},  {"latte", "rg_lru"},      {"macchiato", "conv"},
                                          {"macchiato", "vapor"}, {"gated_linear", "none"}, {"softmax", "conv"},
                                          {"window", "vapor"}};

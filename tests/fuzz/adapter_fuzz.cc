@@ -1,0 +1,39 @@
+// Whatever an adapter holds: it is refused with an error that tells why it doesn't fit its base, or it is the base's.
+#include <cstdlib>
+#include <filesystem>
+#include <stdexcept>
+#include <string>
+
+#include "formats/adapter.h"
+#include "formats/error.h"
+#include "input_file.h"
+#include "small_model.h"
+
+using namespace latte;
+
+namespace {
+
+// The model that every input is held against; its file is gone once it is mapped.
+const formats::GgufFile& base() {
+  static const formats::GgufFile file = [] {
+    std::string folder = (std::filesystem::temp_directory_path() / "latte-fuzz-XXXXXX").string();
+    if (::mkdtemp(folder.data()) == nullptr) throw std::runtime_error("cannot make " + folder);
+    fuzz::write_model(folder + "/base.gguf", fuzz::small_model("llama"), formats::TensorType::kQ8_0);
+    formats::GgufFile mapped(folder + "/base.gguf");
+    std::filesystem::remove_all(folder);
+    return mapped;
+  }();
+  return file;
+}
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  try {
+    const formats::AdapterFile adapter(fuzz::input_file(data, size));
+    if (adapter.spec().latents.empty()) std::abort();
+    adapter.check_fits(base());
+  } catch (const formats::FormatError&) {
+  }
+  return 0;
+}
