@@ -305,6 +305,57 @@ TEST(Pathfinder, ImagesOfBothLabelsAreDrawnAlike) {
   EXPECT_CONTAINS(formats::error_text<formats::OptionError>([&] { make_pathfinder(options); }), "contour_length is 64");
 }
 
+// Whether the two dots (pixels of 255) are joined by lit pixels, each within `reach` of the next.
+bool dots_are_joined(const std::vector<int32_t>& pixels, int64_t side, double reach) {
+  constexpr int32_t kLit = 120;
+  std::vector<std::pair<int64_t, int64_t>> lit;
+  std::vector<bool> dot;
+  for (int64_t i = 0; i < side * side; ++i) {
+    if (pixels[static_cast<size_t>(i)] < kLit) continue;
+    lit.emplace_back(i % side, i / side);
+    dot.push_back(pixels[static_cast<size_t>(i)] == 255);
+  }
+  const auto apart = [&](size_t a, size_t b) {
+    return std::hypot(static_cast<double>(lit[a].first - lit[b].first), static_cast<double>(lit[a].second - lit[b].second));
+  };
+  const size_t first = static_cast<size_t>(std::find(dot.begin(), dot.end(), true) - dot.begin());
+  std::vector<bool> reached(lit.size());
+  std::vector<size_t> from = {first};
+  reached[first] = true;
+  while (!from.empty()) {
+    const size_t at = from.back();
+    from.pop_back();
+    for (size_t to = 0; to < lit.size(); ++to) {
+      if (reached[to] || apart(at, to) > reach) continue;
+      reached[to] = true;
+      from.push_back(to);
+    }
+  }
+  for (size_t i = 0; i < lit.size(); ++i) {
+    if (dot[i] && apart(first, i) > 4.0 && reached[i]) return true;  // of the other dot
+  }
+  return false;
+}
+
+// Walking from lit pixel to lit pixel finds the way along a path (dashes lie 1.2 pixels apart, from edge to edge), and in one
+// image of four from one path to another (whose middles lie 2.2 pixels apart at least).
+TEST(Pathfinder, LabelsSayWhetherAPathJoinsTheDots) {
+  TaskOptions options = TaskOptions::defaults("pathfinder");
+  options.train = 300;
+  options.validation = options.test = 1;
+  options.contour_length = 6;
+  options.distractors = 0;
+  const TaskExamples split = make_pathfinder(options).splits.at("train");
+  int64_t joined[2] = {0, 0}, count[2] = {0, 0};
+  for (int64_t i = 0; i < options.train; ++i) {
+    const auto label = static_cast<size_t>(split.labels[i].item<int32_t>());
+    joined[label] += dots_are_joined(tokens_of(split, i), options.size, 2.9) ? 1 : 0;
+    ++count[label];
+  }
+  EXPECT_GE(joined[1], count[1] * 94 / 100);
+  EXPECT_LE(joined[0], count[0] * 30 / 100);
+}
+
 // Else the place would tell the answer: the i-th question stands at the i-th place no more often than the draw makes it.
 TEST(Probes, QuestionsDontKeepTheOrderOfTheirPairs) {
   TaskOptions options = TaskOptions::defaults("associative_recall");
