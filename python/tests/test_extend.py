@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import signal
 import struct
 import subprocess
@@ -142,7 +143,7 @@ def test_a_merged_model_goes_everywhere(tmp_path, model, text):
     nowhere = tmp_path / "none" / "merged.gguf"
     assert_fails(extend(model, text, adapter, "--merged", nowhere), str(nowhere))
     assert not adapter.exists()
-    assert extend(model, text, adapter, "--merged", merged, "--storage", "f32").returncode == 0
+    assert extend(model, text, adapter, "--merged", merged, "--storage", "f32", "--tokens", 320).returncode == 0
     recipe = json.loads(latte("inspect", merged, "--json").stdout)["adapter"]["recipe"]
     assert recipe["window"] == 8 and recipe["text"] == ["text.txt"]
 
@@ -195,6 +196,27 @@ def test_an_interrupted_run_resumes(tmp_path, model, text, number, options):
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["step"] == steps + 2
     assert not list(tmp_path.glob(".a.gguf*"))
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path, model, text):
+    out = tmp_path / "a.gguf"
+    checkpoint = tmp_path / "a.gguf.run" / "checkpoint.safetensors"
+    assert extend(model, text, out, "--tokens", 320).returncode == 0
+    before = [out.read_bytes(), checkpoint.read_bytes()]
+
+    def fill_disk():
+        limit = len(before[1]) // 2
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    command = [LATTE, "extend", "--resume", "--out", out, "--tokens", "640", "--quiet"]
+    full = subprocess.run(command, capture_output=True, text=True, preexec_fn=fill_disk)
+    assert_fails(full, "checkpoint.safetensors", "File too large")
+    assert [out.read_bytes(), checkpoint.read_bytes()] == before
+    fresh = [LATTE, "extend", model, "--text", text, "--out", tmp_path / "b.gguf", *SHORT, "--tokens", "320"]
+    assert_fails(subprocess.run(fresh, capture_output=True, text=True, preexec_fn=fill_disk), "File too large")
+    assert not (tmp_path / "b.gguf").exists()
+    assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".") and path.name != ".lock"]
+    assert latte(*command[1:]).returncode == 0
 
 
 def test_errors_leave_nothing(tmp_path, model, text):
