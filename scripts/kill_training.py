@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Kills latte train at random moments and checks that nothing is lost.
+"""Kills latte train, or latte extend, at random moments and checks that nothing is lost.
 
 Each time: a run is started and killed with SIGKILL, at a random moment or, every other time, inside the write of a random
 checkpoint; it is resumed (begun again where nothing had been saved) and has to end with the bits of a run that nobody disturbed:
@@ -7,6 +7,7 @@ weights, optimizer, random numbers, losses.
 
     scripts/kill_training.py --kills 50            # build/latte, a text of its own, one and two threads in turns
     scripts/kill_training.py --kills 50 --task     # an encoder on a task: its results on each split have to be the same as well
+    scripts/kill_training.py --kills 50 --extend small.gguf    # a conversion: the adapter has to be the same as well
     scripts/kill_training.py --kills 6 --seed 7 --latte /usr/local/bin/latte
 
 Exit status: 0 when every run ended alike, 1 else.
@@ -32,6 +33,10 @@ TASK = ["--task", "listops", "--set", "train=200", "--set", "validation=8", "--s
 TASK += ["--set", "min_length=8", "--set", "max_length=32", "--norm", "batch", "--pooled-norm", "batch"]
 TRAINING = ["--layers", "2", "--embed-dim", "64", "--heads", "2", "--batch", "4", "--dropout", "0.1"]
 TRAINING += ["--steps", str(STEPS), "--warmup", "2", "--eval-every", "7", "--eval-batches", "1", "--save-every", "1", "--quiet"]
+
+EXTENDING = ["--window", "8", "--sinks", "2", "--latents", "4", "--context", "64", "--match-sequences", "2", "--match-steps", "4"]
+EXTENDING += ["--dtype", "float32", "--held-out-fraction", "0.1", "--tokens", str(64 * STEPS), "--warmup", "2"]
+EXTENDING += ["--eval-every", "7", "--save-every", "1", "--quiet"]
 
 
 def tensors_of(checkpoint: Path) -> dict[str, bytes]:
@@ -60,6 +65,8 @@ def losses_of(run: Path) -> list[tuple]:
 
 
 class Trial:
+    """A run of latte train."""
+
     def __init__(self, latte: Path, folder: Path, threads: int, task: bool) -> None:
         self.latte, self.run, self.threads, self.task = latte, folder / "run", threads, task
         self.text = folder / "text.txt"
@@ -78,18 +85,27 @@ class Trial:
         steps = int(tensors_of(self.checkpoint)["__metadata__"]) if self.checkpoint.exists() else 0
         return steps == STEPS and (not self.task or (self.run / "results.json").exists())
 
-    def start(self) -> subprocess.Popen:
+    def command(self) -> list[str]:
         arguments = ["--resume"] if self.checkpoint.exists() else [*self.reads(), *TRAINING]
-        command = [str(self.latte), "train", "--out", str(self.run), "--threads", str(self.threads), *arguments]
-        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=self.environment)
+        return ["train", "--out", str(self.run), *arguments]
 
-    def finish(self) -> tuple[dict[str, bytes], list[tuple], dict]:
+    def results(self) -> object:
+        return results_of(self.run)
+
+    def clear(self) -> None:
+        shutil.rmtree(self.run, ignore_errors=True)
+
+    def start(self) -> subprocess.Popen:
+        command = [str(self.latte), *self.command(), "--threads", str(self.threads)]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=self.environment)
+
+    def finish(self) -> tuple[dict[str, bytes], list[tuple], object]:
         if not self.is_over():
             process = self.start()
             _, errors = process.communicate()
             if process.returncode != 0:
                 raise SystemExit(f"kill_training: a run does not go on: {errors.strip()}")
-        return tensors_of(self.checkpoint), losses_of(self.run), results_of(self.run)
+        return tensors_of(self.checkpoint), losses_of(self.run), self.results()
 
     def being_written(self) -> bool:
         return any(self.run.glob(".checkpoint.safetensors.*.tmp"))
@@ -122,31 +138,61 @@ class Trial:
         return process.returncode == -signal.SIGKILL
 
 
+class Conversion(Trial):
+    """A run of latte extend."""
+
+    def __init__(self, latte: Path, folder: Path, threads: int, model: Path) -> None:
+        super().__init__(latte, folder, threads, task=False)
+        self.model, self.out = model, folder / "out.gguf"
+        self.run = folder / "out.gguf.run"
+        self.text.write_text("".join(f"line {i * i % 97} of a text with {i % 7}\n" for i in range(400)))
+
+    def is_over(self) -> bool:
+        return False  # a run that has nothing left to train still writes the adapter, if that is missing
+
+    def command(self) -> list[str]:
+        begin = [str(self.model), "--text", str(self.text), *EXTENDING, "--overwrite"]
+        return ["extend", "--out", str(self.out), *(["--resume", "--quiet"] if self.checkpoint.exists() else begin)]
+
+    def results(self) -> object:
+        return self.out.read_bytes()
+
+    def clear(self) -> None:
+        super().clear()
+        self.out.unlink(missing_ok=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--task", action="store_true", help="train an encoder on a task, in place of a model of a text")
+    parser.add_argument("--extend", type=Path, metavar="MODEL", help="convert this model, in place of training one")
     parser.add_argument("--latte", type=Path, default=Path(__file__).resolve().parents[1] / "build" / "latte")
     options = parser.parse_args()
     random.seed(options.seed)
     differing = kills = missed = inside = before_any = 0
     with tempfile.TemporaryDirectory() as folder:
-        trials = [Trial(options.latte, Path(folder), threads, options.task) for threads in (1, 2)]
+        trials = [
+            Conversion(options.latte, Path(folder), threads, options.extend)
+            if options.extend
+            else Trial(options.latte, Path(folder), threads, options.task)
+            for threads in (1, 2)
+        ]
         expected = []
         durations = []
         for trial in trials:
             began = time.monotonic()
             expected.append(trial.finish())
             durations.append(time.monotonic() - began)
-            shutil.rmtree(trial.run)
+            trial.clear()
         while kills < options.kills:
             which = kills // 2 % 2
             trial = trials[which]
             running = trial.kill_inside_a_write() if kills % 2 else trial.kill_somewhere(durations[which])
             if not running:  # it was over before its moment came
                 missed += 1
-                shutil.rmtree(trial.run, ignore_errors=True)
+                trial.clear()
                 continue
             kills += 1
             inside += trial.being_written()
@@ -155,7 +201,7 @@ def main() -> int:
             same = trial.finish() == expected[which]
             differing += not same
             print(f"kill {kills}: {trial.threads} threads, after {done} steps: {'same' if same else 'DIFFERENT'}", flush=True)
-            shutil.rmtree(trial.run)
+            trial.clear()
     print(
         f"{kills} kills, {inside} of them inside the write of a checkpoint, {before_any} before there was one, "
         f"{missed} that came too late and were repeated: {kills - differing} runs ended bit for bit as undisturbed ones"
