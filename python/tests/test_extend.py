@@ -156,6 +156,7 @@ def test_a_merged_model_goes_everywhere(tmp_path, model, text):
     assert losses[0][0] == pytest.approx(rows[0][0]["stretch_losses"][0])
     assert_fails(latte("eval", merged, "--attention", "full", *asked), "full needs the original model", code=2)
     assert_fails(extend(merged, text, tmp_path / "again.gguf"), "is converted already", code=2)
+    assert not (tmp_path / "again.gguf.run").exists()
 
     asked = ("--prompt", "line 5 of a", "--tokens", 12, "--temperature", 0)
     written = [latte("generate", *which, *asked) for which in ([merged], [model, "--adapter", adapter])]
@@ -196,6 +197,23 @@ def test_an_interrupted_run_resumes(tmp_path, model, text, number, options):
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["step"] == steps + 2
     assert not list(tmp_path.glob(".a.gguf*"))
+
+
+def test_matching_is_interrupted_and_goes_on(tmp_path, model, text):
+    out = tmp_path / "a.gguf"
+    command = [LATTE, "extend", model, "--text", text, "--out", out, *SHORT, "--match-steps", "1000000", "--tokens", "320"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while "matching" not in (line := process.stderr.readline()):
+        assert line, process.wait()
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate()[1]
+    assert process.returncode == 130 and "interrupted in matching and saved, the first 0 layers" in errors
+    assert not out.exists() and (tmp_path / "a.gguf.run" / "checkpoint.safetensors").exists()
+    assert_fails(extend(model, text, out), "--resume", code=2)
+    result = latte("extend", "--resume", "--out", out, "--match-steps", 4, "--quiet", "--json")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["step"] == 5 and [layer["layer"] for layer in report["layers"]] == [0, 1]
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path, model, text):

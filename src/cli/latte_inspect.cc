@@ -115,7 +115,9 @@ std::string plain(const std::string& name) {
 // What latte extend writes beside the weights, whole; null where there is none, a string where it isn't JSON.
 json recipe_json(const formats::AdapterSpec& adapter) {
   if (adapter.recipe.empty()) return nullptr;
-  json recipe = json::parse(adapter.recipe, nullptr, /*allow_exceptions=*/false);
+  constexpr int kDeepest = 8;  // as deep as it is written; a file may say anything
+  const auto shallow = [](int depth, json::parse_event_t, json&) { return depth <= kDeepest; };
+  json recipe = json::parse(adapter.recipe, shallow, /*allow_exceptions=*/false);
   return recipe.is_discarded() ? json(formats::quote(adapter.recipe)) : recipe;
 }
 

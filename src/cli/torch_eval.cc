@@ -245,7 +245,7 @@ class Evaluation {
           const auto retrieval = extend::passkey_case(tokenizer_, length, depth, static_cast<uint64_t>(trial));
           row.score += extend::score_answers(variant.model.model, retrieval);
         }
-        keep(row, "passkey at depth " + Format("%.2f", depth));
+        if (row.score.asked > 0) keep(row, "passkey at depth " + Format("%.2f", depth));
       }
     }
   }
@@ -257,7 +257,7 @@ class Evaluation {
         const auto retrieval = extend::recall_case(tokenizer_, length, options_.pairs, static_cast<uint64_t>(trial));
         row.score += extend::score_answers(variant.model.model, retrieval);
       }
-      keep(row, "recall of " + std::to_string(options_.pairs));
+      if (row.score.asked > 0) keep(row, "recall of " + std::to_string(options_.pairs));
     }
   }
 
@@ -347,7 +347,7 @@ void AddEval(CLI::App& app, int& exit_code) {
       ->group("Text");
   command->add_flag("!--no-kl", options->kl, "Leave out KL to the full model, which reads everything a second time")
       ->group("Text");
-  command->add_option("--plot", options->plot, "Draw perplexity and time against length as PREFIX.svg and PREFIX.png")
+  command->add_option("--plot", options->plot, "Draw perplexity, time and state against length as PREFIX.svg and PREFIX.png")
       ->type_name("PREFIX")
       ->group("Text");
   command->add_option("--task-lengths", options->task_lengths, "Tokens a case")

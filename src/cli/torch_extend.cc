@@ -10,6 +10,7 @@
 
 #include "cli/torch_commands.h"
 #include "extend/run.h"
+#include "formats/adapter.h"
 #include "formats/error.h"
 #include "formats/mapped_file.h"
 #include "train/interrupt.h"
@@ -181,8 +182,9 @@ json ReportJson(const extend::Report& report) {
 }
 
 void PrintReport(const extend::Report& report) {
-  if (report.interrupted && report.adapter_bytes == 0) {
-    std::fprintf(stderr, "interrupted in matching: nothing was saved, the same command starts again\n");
+  if (report.matching) {
+    std::fprintf(stderr, "interrupted in matching and saved, the first %lld layers done: --resume goes on\n",
+                 static_cast<long long>(report.matched_layers));
     return;
   }
   const auto line = [](const char* what, const std::optional<extend::Validation>& loss) {
@@ -201,6 +203,13 @@ void PrintReport(const extend::Report& report) {
   line("trained, latents switched off", report.latents_off);
 }
 
+// A window that isn't named is the one of the adapter to start from.
+void TakeWindowOfStart(json& fields) {
+  if (fields.contains("window") || !fields.contains("from") || !fields["from"].is_string()) return;
+  const std::string from = fields["from"];
+  if (!from.empty()) fields["window"] = formats::AdapterFile(from).spec().window;
+}
+
 int Extend(Options& options) {
   if (options.threads > 0) at::set_num_threads(options.threads);
   extend::Report report;
@@ -209,6 +218,7 @@ int Extend(Options& options) {
     if (options.resume) fields = extend::options_of_run(options.run.out).to_json();
     if (!options.config_file.empty()) fields.update(ReadConfig(options.config_file));
     fields.update(options.fields);
+    if (!options.resume) TakeWindowOfStart(fields);
     const ExtendOptions settings = ExtendOptions::from_json(fields);
     report = options.resume ? extend::resume_extend(settings, options.run) : extend::run_extend(settings, options.run);
   } catch (const OptionError& error) {
@@ -236,7 +246,7 @@ void AddExtend(CLI::App& app, int& exit_code) {
   command
       ->add_option_function<std::string>(
           "--from", [&fields](const std::string& path) { fields["from"] = path; },
-          "An adapter to start from in place of the first stage: for a longer context, say, or another window")
+          "An adapter to start from in place of the first stage, with its window unless --window names another")
       ->type_name("FILE")
       ->group("Data");
   command

@@ -75,6 +75,12 @@ std::vector<LatentForm> forms_in(const formats::GgufFile& file, const formats::A
 
 bool is_merged(const std::string& model) { return formats::merged_spec(formats::GgufFile(model)).has_value(); }
 
+void require_original(const std::string& model) {
+  if (is_merged(model)) {
+    throw OptionError("model " + model + " is converted already: name the original, and this one's adapter with --from");
+  }
+}
+
 ConvertedModel make_converted(const std::string& model, const formats::AdapterSpec& spec, const std::vector<LatentForm>& forms,
                               at::ScalarType dtype) {
   ConvertedModel converted;

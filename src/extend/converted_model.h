@@ -29,6 +29,9 @@ ConvertedModel load_converted(const std::string& model, const std::string& adapt
 // Whether a GGUF file is a whole converted model. Throws formats::FileError and formats::FormatError.
 bool is_merged(const std::string& model);
 
+// Throws OptionError where is_merged.
+void require_original(const std::string& model);
+
 // A freshly converted base: latents closed, so that it equals window and sinks. Throws as load_decoder.
 ConvertedModel make_converted(const std::string& model, const formats::AdapterSpec& spec, const std::vector<LatentForm>& forms,
                               at::ScalarType dtype);

@@ -116,19 +116,20 @@ TextRow TextEvaluator::evaluate(Variant& variant, int64_t length, int64_t window
     std::vector<at::Tensor> next_token, kl;
     double elsewhere = 0.0;  // of the logits, which cost the same whatever the attention
     const auto start = Clock::now();
-    row.state_bytes = read_in_pieces(variant.model.model, tokens, [&](int64_t begin, const at::Tensor& hidden) {
+    const int64_t state_bytes = read_in_pieces(variant.model.model, tokens, [&](int64_t begin, const at::Tensor& hidden) {
       const auto pause = Clock::now();
       const int64_t end = begin + hidden.size(0);
       const auto piece = token_losses(hidden, targets.slice(0, begin, end), head,
                                       original.defined() ? original.slice(0, begin, end) : at::Tensor());
       next_token.push_back(piece.next_token);
       if (piece.kl.defined()) kl.push_back(piece.kl);
-      elsewhere += std::chrono::duration<double>(Clock::now() - pause).count();
       stopped = !goes_on(window * length + end);
+      elsewhere += std::chrono::duration<double>(Clock::now() - pause).count();
       return !stopped;
     });
     if (stopped && at::cat(next_token).size(0) < length) break;
     ++row.windows;
+    row.state_bytes = state_bytes;
     seconds += std::chrono::duration<double>(Clock::now() - start).count() - elsewhere;
     losses.push_back(at::cat(next_token));
     if (!kl.empty()) kls.push_back(at::cat(kl));

@@ -96,9 +96,7 @@ formats::AdapterSpec spec_of(const ExtendOptions& options, const formats::Decode
 ExtendTrainer::ExtendTrainer(const ExtendOptions& options, const TokenText& text)
     : options_(options), dtype_(train::resolve_dtype(options.dtype)), text_(text) {
   options.validate();
-  if (is_merged(options.model)) {
-    throw OptionError("model " + options.model + " is converted already: name the original, and this one's adapter with --from");
-  }
+  require_original(options.model);
   torch::manual_seed(static_cast<uint64_t>(options.seed));
   original_ = models::load_decoder(options.model, models::DecoderOptions{.dtype = scalar_type(dtype_)});
   formats::AdapterSpec spec = spec_of(options, original_->config());

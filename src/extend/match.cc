@@ -361,14 +361,17 @@ void match_latents(models::Decoder& original, const std::vector<ConvertedAttenti
                    const std::vector<at::Tensor>& sequences, const ExtendOptions& options, const MatchWatch& watch,
                    int64_t first) {
   auto hidden = embedded(original, sequences);
-  const int64_t layers = original->config().num_layers;
   const auto matched = [&](int64_t i) { return i >= first && is_matched(converted, i, options); };
-  int64_t count = 0;
-  for (int64_t i = 0; i < layers; ++i) count += matched(i) ? 1 : 0;
+  int64_t layers = 0, count = 0;  // what follows the last one has nothing to read
+  for (int64_t i = 0; i < original->config().num_layers; ++i) {
+    if (!matched(i)) continue;
+    layers = i + 1;
+    ++count;
+  }
   Progress progress(watch, layers * static_cast<int64_t>(sequences.size()) + count * options.match_steps);
   for (int64_t i = 0; i < layers && progress.goes_on(); ++i) {
     std::vector<Activations> activations;
-    advance(original, i, original->layer(i).attention(), hidden, &activations, /*keep=*/true, progress);
+    advance(original, i, original->layer(i).attention(), hidden, matched(i) ? &activations : nullptr, /*keep=*/true, progress);
     if (!matched(i) || !progress.goes_on()) continue;
     const auto result =
         LayerMatcher(original, i, converted[static_cast<size_t>(i)], std::move(activations), options, progress).run();

@@ -23,10 +23,10 @@ namespace latte::extend {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-
-constexpr double kSecondsBetweenSaves = 60.0;  // of matching, at the end of a layer
 using nlohmann::json;
 using train::InterruptGuard;
+
+constexpr double kSecondsBetweenSaves = 60.0;  // of matching, at the end of a layer
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
@@ -155,7 +155,7 @@ class Run {
     count_seconds();
     record_.matched = !interrupted();
     if (!record_.matched) return trainer_.save(folder_.checkpoint(), record_.to_json());
-    if (trainer_.has_validation() && !report_.layers.empty()) {
+    if (trainer_.has_validation() && record_.matched_layers > 0) {
       record_.matched_loss = trainer_.validate();
       note("held-out KL " + shown(record_.matched_loss->kl) + " after matching");
     }
@@ -217,6 +217,8 @@ class Run {
 
   Report finish() {
     report_.interrupted = interrupted();
+    report_.matching = report_.interrupted && !record_.matched;
+    report_.matched_layers = record_.matched_layers;
     report_.step = trainer_.steps_done();
     report_.steps = options_.steps();
     report_.tokens = report_.step * options_.context * options_.batch;
@@ -264,8 +266,21 @@ void require_folder_of(const std::string& path) {
   if (path.empty()) return;
   const auto parent = std::filesystem::path(path).parent_path();
   const std::string folder = parent.empty() ? "." : parent.string();
-  if (!std::filesystem::is_directory(folder)) throw formats::FileError("write", path, ENOENT);
+  std::error_code error;
+  if (!std::filesystem::is_directory(folder, error)) throw formats::FileError("write", path, error ? error.value() : ENOENT);
   if (access(folder.c_str(), W_OK) != 0) throw formats::FileError("write", path, errno);
+}
+
+// Layers that are matched were matched with these.
+void require_same_matching(const ExtendOptions& asked, const ExtendOptions& found) {
+  const json ours = asked.to_json(), theirs = found.to_json();
+  for (const char* field : {"from", "text", "match_layers", "match_sequences", "match_steps", "match_share", "match_open",
+                            "context", "seed", "least_window", "dtype", "held_out_fraction"}) {
+    if (ours.at(field) != theirs.at(field)) {
+      throw OptionError(std::string(field) + " is " + ours.at(field).dump() + ", but half of the layers are matched with " +
+                        theirs.at(field).dump());
+    }
+  }
 }
 
 void require_same_model(const ExtendOptions& asked, const ExtendOptions& found) {
@@ -292,7 +307,7 @@ Report run_extend(const ExtendOptions& options, const RunOptions& run) {
     }
   }
   require_folder_of(run.merged);
-  const formats::GgufFile model(options.model);  // before a folder is made
+  require_original(options.model);  // before a folder is made, or a checkpoint goes
   const train::RunFolder folder(folder_of(run.out));
   std::error_code ignored;
   std::filesystem::remove(folder.checkpoint(), ignored);
@@ -308,6 +323,7 @@ Report resume_extend(const ExtendOptions& options, const RunOptions& run) {
   const formats::CheckpointFile checkpoint(path);
   Record record = Record::from(checkpoint);
   require_same_model(options, record.options);
+  if (!record.matched && record.matched_layers > 0) require_same_matching(options, record.options);
   Run session(options, run, folder);
   session.resume(checkpoint, std::move(record));
   return session.go();

@@ -21,6 +21,8 @@ struct RunOptions {
 
 struct Report {
   bool interrupted = false;  // by Ctrl-C or SIGTERM; everything is saved
+  bool matching = false;     // it was interrupted in the first stage, of which the first `matched_layers` are done
+  int64_t matched_layers = 0;
   int64_t step = 0;
   int64_t steps = 0;
   int64_t tokens = 0;
@@ -40,7 +42,8 @@ struct Report {
 // Throws formats::FileError and formats::FormatError (model, text, checkpoint, disk), OptionError, and std::runtime_error where
 // the loss stops being finite or another process trains in the folder. The files are then those of the last checkpoint.
 Report run_extend(const ExtendOptions& options, const RunOptions& run);
-// Goes on from OUT.run's checkpoint. `tokens` may differ; whatever shapes the model can't.
+// Goes on from OUT.run's checkpoint. `tokens` may differ; whatever shapes the model can't, nor, in the first stage, what that
+// does.
 Report resume_extend(const ExtendOptions& options, const RunOptions& run);
 
 // What a run's checkpoint was made with. Throws formats::FileError and formats::FormatError.
