@@ -32,7 +32,11 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   try {
     const formats::AdapterFile adapter(fuzz::input_file(data, size));
     if (adapter.spec().latents.empty()) std::abort();
+    fuzz::touch(adapter.spec().recipe);
     adapter.check_fits(base());
+    for (const formats::GgufTensor& tensor : adapter.file().tensors()) {
+      if (tensor.floats().size() != static_cast<size_t>(tensor.elements())) std::abort();
+    }
   } catch (const formats::FormatError&) {
   }
   return 0;

@@ -141,7 +141,12 @@ int main(int argc, char** argv) {
 
   text(folder("shard_index") + "one_shard",
        R"({"metadata": {"total_size": 100}, "weight_map": {"model.embed_tokens.weight": "a.safetensors",
-           "model.norm.weight": "a.safetensors", "model.layers.0.input_layernorm.weight": "a.safetensors"}})");
+           "model.norm.weight": "a.safetensors", "model.layers.0.input_layernorm.weight": "a.safetensors",
+           "model.layers.0.post_attention_layernorm.weight": "a.safetensors",
+           "model.layers.0.self_attn.q_proj.weight": "a.safetensors", "model.layers.0.self_attn.k_proj.weight": "a.safetensors",
+           "model.layers.0.self_attn.v_proj.weight": "a.safetensors", "model.layers.0.self_attn.o_proj.weight": "a.safetensors",
+           "model.layers.0.mlp.gate_proj.weight": "a.safetensors", "model.layers.0.mlp.up_proj.weight": "a.safetensors",
+           "model.layers.0.mlp.down_proj.weight": "a.safetensors"}})");
 
   const std::string hugging_face = folder("hugging_face");
   text(hugging_face + "llama",
