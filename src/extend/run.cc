@@ -277,7 +277,7 @@ void require_same_matching(const ExtendOptions& asked, const ExtendOptions& foun
   for (const char* field : {"from", "text", "match_layers", "match_sequences", "match_steps", "match_share", "match_open",
                             "context", "seed", "least_window", "dtype", "held_out_fraction"}) {
     if (ours.at(field) != theirs.at(field)) {
-      throw OptionError(std::string(field) + " is " + ours.at(field).dump() + ", but half of the layers are matched with " +
+      throw OptionError(std::string(field) + " is " + ours.at(field).dump() + ", but some layers are matched already, with " +
                         theirs.at(field).dump());
     }
   }

@@ -100,7 +100,6 @@ void MacchiatoStep(const WindowArgs& window, const LatentArgs& latent, const Lat
   gated.window_out = {window_out.data(), 0, 0, 0};
   Scratch scratch(LatentForwardPass<kPaired>::ScratchFloats(latent, last - first));
   LatentForwardPass<kPaired> pass(gated, outputs, first, last, scratch);
-  pass.ReadWindow(window_out.data(), 0);
   pass.Start();
   for (int64_t slice = first; slice < last; ++slice) {
     pass.ReadWindow(window_out.data() + (slice - first) * row, 0);

@@ -1,7 +1,5 @@
 // Whatever an adapter holds: it is refused with an error that tells why it doesn't fit its base, or it is the base's.
 #include <cstdlib>
-#include <filesystem>
-#include <stdexcept>
 #include <string>
 
 #include "formats/adapter.h"
@@ -16,12 +14,9 @@ namespace {
 // The model that every input is held against; its file is gone once it is mapped.
 const formats::GgufFile& base() {
   static const formats::GgufFile file = [] {
-    std::string folder = (std::filesystem::temp_directory_path() / "latte-fuzz-XXXXXX").string();
-    if (::mkdtemp(folder.data()) == nullptr) throw std::runtime_error("cannot make " + folder);
-    fuzz::write_model(folder + "/base.gguf", fuzz::small_model("llama"), formats::TensorType::kQ8_0);
-    formats::GgufFile mapped(folder + "/base.gguf");
-    std::filesystem::remove_all(folder);
-    return mapped;
+    const fuzz::TemporaryFolder folder;
+    fuzz::write_model(folder / "base.gguf", fuzz::small_model("llama"), formats::TensorType::kQ8_0);
+    return formats::GgufFile(folder / "base.gguf");
   }();
   return file;
 }

@@ -1,12 +1,9 @@
 // Whatever model.safetensors.index.json of a Hugging Face folder says, beside a sound configuration and one sound shard: it is
 // refused with an error, or its tensors can be read.
-#include <stdlib.h>
-
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <span>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -23,10 +20,8 @@ constexpr const char* kConfig = R"({"architectures": ["LlamaForCausalLM"], "voca
   "max_position_embeddings": 8, "hidden_size": 4, "intermediate_size": 4, "num_attention_heads": 1, "num_key_value_heads": 1,
   "rms_norm_eps": 1e-5, "tie_word_embeddings": true})";
 
-std::string make_folder() {
-  std::string folder = (std::filesystem::temp_directory_path() / "latte-fuzz-XXXXXX").string();
-  if (::mkdtemp(folder.data()) == nullptr) throw std::runtime_error("cannot make " + folder);
-  std::ofstream(folder + "/config.json") << kConfig;
+void fill(const fuzz::TemporaryFolder& folder) {
+  std::ofstream(folder / "config.json") << kConfig;
   const std::vector<float> values(16, 0.5f);
   std::vector<formats::TensorView> tensors;
   const auto add = [&](const std::string& name, std::vector<int64_t> shape) {
@@ -43,28 +38,22 @@ std::string make_folder() {
                            "mlp.up_proj", "mlp.down_proj"}) {
     add(layer + name + ".weight", {4, 4});
   }
-  formats::write_safetensors(folder + "/a.safetensors", tensors, {{"format", "pt"}});
-  return folder;
+  formats::write_safetensors(folder / "a.safetensors", tensors, {{"format", "pt"}});
 }
-
-// Removes what the process has made.
-struct Folder {
-  Folder() : path(make_folder()) {}
-  ~Folder() { std::filesystem::remove_all(path); }
-  std::string path;
-};
 
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-  static const Folder folder;
-  static const bool linked = [&] {
-    std::filesystem::create_symlink(fuzz::input_file(data, size), folder.path + "/model.safetensors.index.json");
+  const std::string& index = fuzz::input_file(data, size);
+  static const fuzz::TemporaryFolder folder;
+  static const bool filled = [&] {
+    fill(folder);
+    std::filesystem::create_symlink(index, folder / "model.safetensors.index.json");
     return true;
   }();
-  if (linked) fuzz::input_file(data, size);
+  if (!filled) std::abort();
   try {
-    const auto model = formats::open_hugging_face(folder.path);
+    const auto model = formats::open_hugging_face(folder.path());
     for (const auto& tensor : model->tensors()) {
       if (model->read(tensor.name).empty()) std::abort();
     }

@@ -2,19 +2,16 @@
 // an adapter; of latte train, one of each kind of sums and of what a mixer remembers.
 #pragma once
 
-#include <stdlib.h>
-
-#include <filesystem>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <span>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "formats/checkpoint.h"
 #include "formats/language_model_config.h"
 #include "formats/vocabulary.h"
+#include "input_file.h"
 #include "runtime/engine.h"
 #include "small_model.h"
 
@@ -98,9 +95,8 @@ inline void write_trained_model(const std::string& path, const std::string& atte
 }
 
 inline std::vector<StateModel> state_models() {
-  std::string folder = (std::filesystem::temp_directory_path() / "latte-fuzz-XXXXXX").string();
-  if (::mkdtemp(folder.data()) == nullptr) throw std::runtime_error("cannot make " + folder);
-  const std::string path = folder + "/model.gguf";
+  const TemporaryFolder folder;  // what is mapped outlives it
+  const std::string path = folder / "model.gguf";
   GgufMetadata metadata = small_model("llama");
   metadata.set("llama.rope.scaling.type", std::string("none"));
   write_model(path, metadata, TensorType::kQ8_0);
@@ -108,7 +104,7 @@ inline std::vector<StateModel> state_models() {
   constant.threads = growing.threads = 1;
   constant.attention = {5, 2, 3};
   runtime::ModelOptions converted = growing;
-  converted.adapter = folder + "/adapter.gguf";
+  converted.adapter = folder / "adapter.gguf";
   write_small_adapter(converted.adapter, path);
   std::vector<StateModel> models = {{"constant", runtime::Model::open(path, constant)},
                                     {"growing", runtime::Model::open(path, growing)},
@@ -117,11 +113,10 @@ inline std::vector<StateModel> state_models() {
                                          {"macchiato", "vapor"}, {"gated_linear", "none"}, {"softmax", "conv"},
                                          {"window", "vapor"}};
   for (const auto& [attention, position] : kTrained) {
-    const std::string checkpoint = folder + "/checkpoint.safetensors";
+    const std::string checkpoint = folder / "checkpoint.safetensors";
     write_trained_model(checkpoint, attention, position);
     models.push_back({std::string(attention) + "-" + position, runtime::Model::open(checkpoint, growing)});
   }
-  std::filesystem::remove_all(folder);  // what is mapped stays
   return models;
 }
 
