@@ -15,26 +15,33 @@ HWY_BEFORE_NAMESPACE();
 namespace latte::kernels::HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
-// x = exp(x) for x <= 88, to 2 ulp; 0 below -87.3 (the smallest normal float), -inf included; NaN stays NaN. Cephes' polynomial.
+// x = exp(x) for x <= 88, to 2 ulp; 0 below -87.3 (the smallest normal float), -inf included; NaN stays NaN. exp(0) is 1.
 // Several vectors take each step together: the steps of one depend on each other, and a processor that had to look past them for
 // independent work would wait.
 template <size_t kVectors, class D, class V = hn::Vec<D>>
 HWY_INLINE void ExpTogether(D d, V (&x)[kVectors]) {
   const hn::RebindToSigned<D> di;
-  // Adding this rounds to an integer n, and leaves n + 127, the exponent's bits, in the lowest bits of the sum.
+  // x log2(e) = n + r with |r| <= 1/2. Adding `round` rounds to the integer n, and leaves n + 127, the exponent's bits, in the
+  // lowest bits of the sum. The logarithm is given to more than a float's digits, and the product must not be rounded before n is
+  // taken from it.
+  const V log2e = hn::Set(d, 1.44269504088896341f);
   const V round = hn::Set(d, 12582912.0f + 127.0f);
   V sum[kVectors], n[kVectors], r[kVectors], p[kVectors];
-  for (size_t i = 0; i < kVectors; ++i) sum[i] = hn::MulAdd(x[i], hn::Set(d, 1.44269504088896341f), round);
+  for (size_t i = 0; i < kVectors; ++i) sum[i] = hn::MulAdd(x[i], log2e, round);
   for (size_t i = 0; i < kVectors; ++i) n[i] = hn::Sub(sum[i], round);
+#if HWY_NATIVE_FMA
+  for (size_t i = 0; i < kVectors; ++i) r[i] = hn::MulSub(x[i], log2e, n[i]);
+  for (size_t i = 0; i < kVectors; ++i) r[i] = hn::MulAdd(x[i], hn::Set(d, 1.925963033e-8f), r[i]);
+#else
   for (size_t i = 0; i < kVectors; ++i) r[i] = hn::NegMulAdd(n[i], hn::Set(d, 0.693359375f), x[i]);
-  for (size_t i = 0; i < kVectors; ++i) r[i] = hn::NegMulAdd(n[i], hn::Set(d, -2.12194440e-4f), r[i]);
-  for (size_t i = 0; i < kVectors; ++i) p[i] = hn::MulAdd(hn::Set(d, 1.9875691500e-4f), r[i], hn::Set(d, 1.3981999507e-3f));
-  for (size_t i = 0; i < kVectors; ++i) p[i] = hn::MulAdd(p[i], r[i], hn::Set(d, 8.3334519073e-3f));
-  for (size_t i = 0; i < kVectors; ++i) p[i] = hn::MulAdd(p[i], r[i], hn::Set(d, 4.1665795894e-2f));
-  for (size_t i = 0; i < kVectors; ++i) p[i] = hn::MulAdd(p[i], r[i], hn::Set(d, 1.6666665459e-1f));
-  for (size_t i = 0; i < kVectors; ++i) p[i] = hn::MulAdd(p[i], r[i], hn::Set(d, 5.0000001201e-1f));
-  for (size_t i = 0; i < kVectors; ++i) n[i] = hn::Add(r[i], hn::Set(d, 1.0f));
-  for (size_t i = 0; i < kVectors; ++i) p[i] = hn::MulAdd(p[i], hn::Mul(r[i], r[i]), n[i]);
+  for (size_t i = 0; i < kVectors; ++i) r[i] = hn::Mul(hn::NegMulAdd(n[i], hn::Set(d, -2.12194440e-4f), r[i]), log2e);
+#endif
+  // 2^r to 9.2e-8: the polynomial of this degree, with 1 at 0, whose greatest relative error is least.
+  for (size_t i = 0; i < kVectors; ++i) p[i] = hn::MulAdd(hn::Set(d, 1.326472731e-3f), r[i], hn::Set(d, 9.671512991e-3f));
+  for (size_t i = 0; i < kVectors; ++i) p[i] = hn::MulAdd(p[i], r[i], hn::Set(d, 5.550733581e-2f));
+  for (size_t i = 0; i < kVectors; ++i) p[i] = hn::MulAdd(p[i], r[i], hn::Set(d, 2.402224243e-1f));
+  for (size_t i = 0; i < kVectors; ++i) p[i] = hn::MulAdd(p[i], r[i], hn::Set(d, 6.931470037e-1f));
+  for (size_t i = 0; i < kVectors; ++i) p[i] = hn::MulAdd(p[i], r[i], hn::Set(d, 1.0f));
   for (size_t i = 0; i < kVectors; ++i) p[i] = hn::Mul(p[i], hn::BitCast(d, hn::ShiftLeft<23>(hn::BitCast(di, sum[i]))));
   for (size_t i = 0; i < kVectors; ++i) x[i] = hn::IfThenZeroElse(hn::Lt(x[i], hn::Set(d, -87.33f)), p[i]);
 }

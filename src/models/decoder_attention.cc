@@ -70,13 +70,11 @@ bool has_tiles() {
 }
 
 // Keys and values begin with what was read before. Our window kernel, with a window that holds everything, takes half the time of
-// torch's operator, but twice where that one multiplies bfloat16 in AMX's tiles; single tokens and gradients are torch's.
+// torch's operator, forward and backward, but twice where that one multiplies bfloat16 in AMX's tiles; single tokens are torch's.
 at::Tensor full_attention(const Rotated& heads, const formats::DecoderConfig& config) {
   const int64_t time = heads.query.size(1), past = heads.key.size(1) - time;
-  const bool grad =
-      at::GradMode::is_enabled() && (heads.query.requires_grad() || heads.key.requires_grad() || heads.value.requires_grad());
   const bool tiles = past == 0 && heads.query.scalar_type() == torch::kBFloat16 && has_tiles();
-  if (time > 1 && !grad && !tiles) {
+  if (time > 1 && !tiles) {
     latte::MacchiatoAttentionOptions all;
     all.window = past + time;
     all.scale = config.attention_scale;

@@ -77,7 +77,8 @@ class DecoderAttentionImpl : public torch::nn::Module {
 };
 using DecoderAttention = std::shared_ptr<DecoderAttentionImpl>;
 
-// The pretrained model's own: over everything (torch's scaled_dot_product_attention).
+// The pretrained model's own: over everything. Latte's window operator or torch's scaled_dot_product_attention, whichever is
+// faster.
 class FullAttentionImpl : public DecoderAttentionImpl {
  public:
   FullAttentionImpl(const formats::DecoderConfig& config, std::shared_ptr<const Rope> rope);

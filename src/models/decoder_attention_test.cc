@@ -1,0 +1,89 @@
+// The attention of pretrained layers against torch's own operator, forward and backward.
+#include "models/decoder_attention.h"
+
+#include <gtest/gtest.h>
+
+#include <vector>
+
+#include "nn/test_close.h"
+
+namespace latte::models {
+namespace {
+
+using nn::close;
+
+class FullAttentionTest : public ::testing::Test {
+ protected:
+  FullAttentionTest() {
+    torch::manual_seed(3);
+    config_.embed_dim = 24;
+    config_.num_heads = 4;
+    config_.num_kv_heads = 2;
+    config_.head_dim = 8;
+    config_.attention_scale = 0.3;
+    config_.rope.pairs = formats::RopePairs::kNeighbours;
+    config_.rope.dims = 8;
+    config_.rope.base = 100.0;
+    rope_ = std::make_shared<Rope>(config_.rope, 64);
+    const auto linear = [](int64_t in, int64_t out) { return torch::nn::Linear(torch::nn::LinearOptions(in, out).bias(false)); };
+    weights_.query = linear(24, 32);
+    weights_.key = linear(24, 16);
+    weights_.value = linear(24, 16);
+    weights_.output = linear(32, 24);
+  }
+
+  at::Tensor expected(const at::Tensor& x) {
+    const auto heads = weights_.project(x, config_.head_dim);
+    const auto positions = torch::arange(x.size(1));
+    const auto first = [](const at::Tensor& each) { return each.transpose(1, 2); };
+    const auto out = at::scaled_dot_product_attention(first(rope_->rotate(heads.query, positions)),
+                                                      first(rope_->rotate(heads.key, positions)), first(heads.value), {}, 0.0,
+                                                      /*is_causal=*/true, config_.attention_scale, /*enable_gqa=*/true);
+    return weights_.output(first(out).flatten(2));
+  }
+
+  // Of a weighted sum of `out`: with respect to x and the four matrices.
+  std::vector<at::Tensor> gradients(const at::Tensor& out, const at::Tensor& x) {
+    torch::manual_seed(4);
+    return torch::autograd::grad({(out * torch::randn_like(out)).sum()}, {x, weights_.query->weight, weights_.key->weight,
+                                                                          weights_.value->weight, weights_.output->weight});
+  }
+
+  void expect_same(const at::Tensor& actual, const at::Tensor& x) {
+    const auto wanted = expected(x);
+    EXPECT_TRUE(close(actual, wanted, 1e-5));
+    const auto got = gradients(actual, x), correct = gradients(wanted, x);
+    for (size_t i = 0; i < got.size(); ++i) EXPECT_TRUE(close(got[i], correct[i], 1e-5)) << "gradient " << i;
+  }
+
+  formats::DecoderConfig config_;
+  std::shared_ptr<const Rope> rope_;
+  AttentionWeights weights_;
+};
+
+TEST_F(FullAttentionTest, IsTorchsWithItsGradients) {
+  FullAttentionImpl attention(config_, rope_);
+  const auto x = torch::randn({2, 37, 24}).requires_grad_();
+  expect_same(attention.forward(x, weights_, {}).out, x);
+}
+
+TEST_F(FullAttentionTest, PiecesGiveTheWholesGradients) {
+  FullAttentionImpl attention(config_, rope_);
+  const auto x = torch::randn({2, 37, 24}).requires_grad_();
+  std::vector<at::Tensor> pieces;
+  std::optional<DecoderAttentionState> state;
+  int64_t begin = 0;
+  for (const int64_t end : {20, 21, 37}) {
+    DecoderAttentionOptions options;
+    options.state = state ? &*state : nullptr;
+    options.output_state = true;
+    auto result = attention.forward(x.slice(1, begin, end), weights_, options);
+    pieces.push_back(result.out);
+    state = std::move(result.state);
+    begin = end;
+  }
+  expect_same(torch::cat(pieces, 1), x);
+}
+
+}  // namespace
+}  // namespace latte::models
