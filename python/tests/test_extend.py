@@ -237,6 +237,23 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, model, text):
     assert latte(*command[1:]).returncode == 0
 
 
+def test_too_little_memory_is_said(tmp_path, model):
+    text = tmp_path / "long.txt"
+    text.write_text("A long text that goes on. " * 2000)
+    out = tmp_path / "a.gguf"
+
+    def little_memory():
+        resource.setrlimit(resource.RLIMIT_DATA, (600 << 20, 600 << 20))
+
+    command = [LATTE, "extend", model, "--text", text, "--out", out, *SHORT, "--threads", "1"]
+    command += ["--match-sequences", "0", "--context", "2048", "--batch", "256", "--tokens", "1048576"]
+    result = subprocess.run(command, capture_output=True, text=True, preexec_fn=little_memory)
+    assert_fails(result, "out of memory", "MB were free")
+    # What was done before, matching, is saved whole.
+    assert {path.name for path in tmp_path.iterdir()} == {"a.gguf", "a.gguf.run", "base.gguf", "long.txt"}
+    assert latte("eval", model, "--adapter", out, "--text", text, "--lengths", 64, "--attention", "macchiato").returncode == 0
+
+
 def test_errors_leave_nothing(tmp_path, model, text):
     out = tmp_path / "a.gguf"
     short = tmp_path / "short.txt"

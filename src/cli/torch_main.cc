@@ -3,12 +3,15 @@
 #include <malloc.h>
 
 #include <csignal>
+#include <cstdint>
 #include <cstdio>
 #include <exception>
 #include <new>
+#include <optional>
 #include <string>
 
 #include "cli/fail.h"
+#include "cli/memory_limit.h"
 #include "cli/shortened_file.h"
 #include "cli/torch_commands.h"
 
@@ -17,6 +20,12 @@ namespace {
 using latte::cli::Fail;
 
 constexpr int kUsageError = 2;
+
+int FailForMemory(std::optional<uint64_t> free) {
+  std::string message = "out of memory";
+  if (free) message += ": " + std::to_string(*free >> 20) + " MB were free when it began";
+  return Fail(message + "; smaller sizes need less (tokens a step or a stretch, model)", 1);
+}
 
 int Run(int argc, char** argv) {
   int exit_code = 0;
@@ -44,15 +53,18 @@ int main(int argc, char** argv) {
   // A limit on file sizes becomes an error that is reported, as a full disk is.
   std::signal(SIGXFSZ, SIG_IGN);
   latte::cli::ExplainShortenedFiles();
+  const auto free = latte::cli::LimitMemoryToWhatIsFree();
   try {
     const int exit_code = Run(argc, argv);
     // What was printed may have been lost, or still be lost now, where a disk is full.
     const bool lost = std::fflush(stdout) != 0 || std::ferror(stdout) != 0;
     return lost && exit_code == 0 ? Fail("cannot write standard output", 1) : exit_code;
   } catch (const c10::Error& error) {
-    return Fail(error.what_without_backtrace(), 1);
+    const std::string message = error.what_without_backtrace();
+    if (message.find("can't allocate memory") != std::string::npos) return FailForMemory(free);  // torch's allocator
+    return Fail(message, 1);
   } catch (const std::bad_alloc&) {
-    return Fail("out of memory", 1);
+    return FailForMemory(free);
   } catch (const std::exception& error) {
     return Fail(error.what(), 1);
   }

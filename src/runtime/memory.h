@@ -4,7 +4,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <string>
 #include <vector>
 
 namespace latte::runtime {
@@ -12,10 +11,6 @@ namespace latte::runtime {
 // Bytes that can still be had without swapping, and within the limits of the process's groups (a container's), less those that
 // this process's buffers were promised and haven't written yet; the largest number where the system doesn't say.
 uint64_t available_memory();
-
-// What Linux' control groups, version 1 or 2, leave to the members of those that the file `membership` lists, with their folders
-// below `root`; the largest number where none has a limit.
-uint64_t memory_left_to_groups(const std::string& membership = "/proc/self/cgroup", const std::string& root = "/sys/fs/cgroup");
 
 class Buffer {
  public:

@@ -1,4 +1,4 @@
-#include "runtime/memory.h"
+#include "formats/system_memory.h"
 
 #include <gtest/gtest.h>
 
@@ -9,24 +9,24 @@
 #include "formats/atomic_file.h"
 #include "formats/test_files.h"
 
-namespace latte::runtime {
+namespace latte::formats {
 namespace {
 
-class MemoryTest : public ::testing::Test {
+class SystemMemoryTest : public ::testing::Test {
  protected:
   std::string membership(const std::string& text) { return put("groups", text); }
   std::string put(const std::string& name, const std::string& text) {
     std::string path = folder_ / name;
     std::filesystem::create_directories(std::filesystem::path(path).parent_path());
-    formats::write_file(path, text);
+    write_file(path, text);
     return path;
   }
   uint64_t left(const std::string& groups) { return memory_left_to_groups(membership(groups), folder_ / ""); }
 
-  formats::TestFolder folder_;
+  TestFolder folder_;
 };
 
-TEST_F(MemoryTest, TheTightestGroupCounts) {
+TEST_F(SystemMemoryTest, TheTightestGroupCounts) {
   constexpr uint64_t kAll = std::numeric_limits<uint64_t>::max();
   EXPECT_EQ(left("0::/outer/inner\n"), kAll);  // no such folders
   put("outer/inner/memory.max", "max\n");
@@ -47,7 +47,7 @@ TEST_F(MemoryTest, TheTightestGroupCounts) {
   EXPECT_EQ(left("no groups\n\n:\n"), kAll);
 }
 
-TEST_F(MemoryTest, GroupsOfVersionOneCount) {
+TEST_F(SystemMemoryTest, GroupsOfVersionOneCount) {
   put("memory/box/memory.limit_in_bytes", "4000\n");
   put("memory/box/memory.usage_in_bytes", "3000\n");
   put("memory/box/memory.stat", "inactive_file 7\ntotal_inactive_file 200\ntotal_active_file 100\n");
@@ -59,4 +59,4 @@ TEST_F(MemoryTest, GroupsOfVersionOneCount) {
 }
 
 }  // namespace
-}  // namespace latte::runtime
+}  // namespace latte::formats
