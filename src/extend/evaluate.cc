@@ -43,6 +43,18 @@ std::vector<Bucket> buckets_of(int64_t length) {
   return buckets;
 }
 
+// Of each block, its heads' means over all that was read so far; of a block without latents nothing.
+std::vector<std::vector<double>> mean_shares(const std::vector<ConvertedAttention>& converted) {
+  std::vector<std::vector<double>> shares;
+  for (const auto& attention : converted) {
+    auto& heads = shares.emplace_back();
+    if (!attention || !attention->latents()) continue;
+    const auto mean = attention->mean_shares();
+    heads.assign(mean.data_ptr<double>(), mean.data_ptr<double>() + mean.numel());
+  }
+  return shares;
+}
+
 }  // namespace
 
 at::Tensor head_of(const models::Decoder& model) {
@@ -77,16 +89,18 @@ int64_t TextEvaluator::windows(int64_t length) const {
   return length > 0 ? std::max<int64_t>(0, tokens_.size(0) - 1) / length : 0;
 }
 
-at::Tensor TextEvaluator::original_hidden(int64_t length, int64_t window) {
+at::Tensor TextEvaluator::original_hidden(int64_t length, int64_t window, const std::function<bool()>& goes_on) {
   if (!original_ || length > original_->config().context_length) return {};
-  at::Tensor& hidden = original_hidden_[{length, window}];
-  if (!hidden.defined()) {
-    std::vector<at::Tensor> pieces;
-    read_in_pieces(original_, tokens_.slice(0, window * length, (window + 1) * length),
-                   [&](int64_t, const at::Tensor& piece) { return pieces.push_back(piece), true; });
-    hidden = at::cat(pieces);
-  }
-  return hidden;
+  if (const auto known = original_hidden_.find({length, window}); known != original_hidden_.end()) return known->second;
+  std::vector<at::Tensor> pieces;
+  bool stopped = false;
+  read_in_pieces(original_, tokens_.slice(0, window * length, (window + 1) * length), [&](int64_t, const at::Tensor& piece) {
+    pieces.push_back(piece);
+    stopped = !goes_on();
+    return !stopped;
+  });
+  if (stopped) return {};
+  return original_hidden_[{length, window}] = at::cat(pieces);
 }
 
 TextRow TextEvaluator::evaluate(Variant& variant, int64_t length, int64_t windows, const std::function<bool(int64_t)>& goes_on) {
@@ -110,7 +124,11 @@ TextRow TextEvaluator::evaluate(Variant& variant, int64_t length, int64_t window
   double seconds = 0.0;
   bool stopped = false;
   for (int64_t window = 0; window < windows && !stopped; ++window) {
-    const auto original = original_hidden(length, window);
+    const auto original = original_hidden(length, window, [&] {
+      stopped = !goes_on(window * length);
+      return !stopped;
+    });
+    if (stopped) break;
     const auto tokens = tokens_.slice(0, window * length, (window + 1) * length);
     const auto targets = tokens_.slice(0, window * length + 1, (window + 1) * length + 1);
     std::vector<at::Tensor> next_token, kl;
@@ -133,14 +151,7 @@ TextRow TextEvaluator::evaluate(Variant& variant, int64_t length, int64_t window
     seconds += std::chrono::duration<double>(Clock::now() - start).count() - elsewhere;
     losses.push_back(at::cat(next_token));
     if (!kl.empty()) kls.push_back(at::cat(kl));
-  }
-  if (variant.kind == AttentionKind::kMacchiato) {
-    for (const auto& attention : converted) {
-      auto& shares = row.latent_shares.emplace_back();
-      if (!attention || !attention->latents()) continue;
-      const auto mean = attention->mean_shares();
-      shares.assign(mean.data_ptr<double>(), mean.data_ptr<double>() + mean.numel());
-    }
+    if (variant.kind == AttentionKind::kMacchiato) row.latent_shares = mean_shares(converted);
   }
   for (const auto& attention : converted) {
     if (attention) attention->record_shares(false);

@@ -55,7 +55,8 @@ class TextEvaluator {
       const std::function<bool(int64_t tokens)>& goes_on = [](int64_t) { return true; });
 
  private:
-  at::Tensor original_hidden(int64_t length, int64_t window);
+  // Undefined where there is no original, where the stretch is beyond its context, and once goes_on() returned false.
+  at::Tensor original_hidden(int64_t length, int64_t window, const std::function<bool()>& goes_on);
 
   at::Tensor tokens_;
   models::Decoder original_{nullptr};

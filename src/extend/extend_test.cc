@@ -184,6 +184,47 @@ TEST_F(ExtendTest, AMergedModelIsTheAdapterOnItsBase) {
   EXPECT_CONTAINS(error_text<FormatError>([&] { load_converted(options_.model, "", torch::kFloat32); }), "isn't converted");
 }
 
+TEST_F(ExtendTest, AMergedControlIsEvaluatedAsWhatItIs) {
+  RunOptions both = run("control.gguf");
+  both.merged = folder_ / "merged.gguf";
+  options_.attention = "window-sinks";
+  run_extend(options_, both);
+  VariantSources merged, apart;
+  merged.dtype = apart.dtype = torch::kFloat32;
+  merged.model = both.merged;
+  apart.model = options_.model;
+  apart.control = both.out;
+  constexpr auto kControl = AttentionKind::kWindowSinksUptrained;
+  EXPECT_FALSE(missing_source(kControl, merged));
+  auto whole = load_variant(kControl, merged), expected = load_variant(kControl, apart);
+  const auto tokens = torch::tensor(some_tokens(60)).unsqueeze(0);
+  const torch::NoGradGuard no_grad;
+  EXPECT_TRUE(close(whole.model.model->forward(tokens).logits, expected.model.model->forward(tokens).logits, 1e-6));
+  EXPECT_CONTAINS(missing_source(AttentionKind::kMacchiatoLatentsOff, merged).value_or(""), "has window and sinks alone");
+  EXPECT_CONTAINS(missing_source(AttentionKind::kFull, merged).value_or(""), "needs the original model");
+  EXPECT_CONTAINS(missing_source(AttentionKind::kFullUptrained, apart).value_or(""), "needs --full-adapter");
+}
+
+TEST_F(ExtendTest, AnEvaluationStopsWhileTheOriginalIsRead) {
+  TextEvaluator evaluator(some_tokens(257), models::load_decoder(options_.model));
+  VariantSources sources;
+  sources.model = options_.model;
+  sources.dtype = torch::kFloat32;
+  Variant variant = load_variant(AttentionKind::kWindowSinks, sources);
+  int64_t calls = 0;
+  const TextRow stopped = evaluator.evaluate(variant, 64, 3, [&](int64_t tokens) {
+    EXPECT_EQ(tokens, calls == 0 ? 0 : 64);
+    return ++calls < 3;  // the first stretch's original and its own reading, then the second's original
+  });
+  EXPECT_EQ(calls, 3);
+  EXPECT_EQ(stopped.windows, 1);
+  EXPECT_EQ(stopped.stretch_losses.size(), 1U);
+  const TextRow whole = evaluator.evaluate(variant, 64, 3);
+  EXPECT_EQ(whole.windows, 3);
+  EXPECT_TRUE(whole.kl.has_value());
+  EXPECT_EQ(whole.stretch_losses[0], stopped.stretch_losses[0]);
+}
+
 TEST_F(ExtendTest, ARunIsStoppedAndResumed) {
   options_.tokens = int64_t{64} * 3;
   const Report first = run_extend(options_, run());

@@ -34,17 +34,31 @@ formats::AdapterSpec window_spec(const VariantSources& sources, const formats::D
   return spec;
 }
 
-void require_blocks(const ConvertedModel& model, const std::string& path, AttentionKind kind) {
-  bool latents = false, windows = false;
-  for (const int32_t count : model.spec.latents) {
-    latents = latents || count > 0;
+// What a conversion is: Macchiato, window and sinks alone, or the base's attention with other weights.
+AttentionKind kind_of(const formats::AdapterSpec& spec) {
+  bool windows = false;
+  for (const int32_t count : spec.latents) {
+    if (count > 0) return AttentionKind::kMacchiato;
     windows = windows || count == 0;
   }
-  const char* found = latents ? "latents" : windows ? "window and sinks alone" : "the base's attention";
-  const bool fits = kind == AttentionKind::kFullUptrained          ? !latents && !windows
-                    : kind == AttentionKind::kWindowSinksUptrained ? !latents && windows
-                                                                   : latents;
-  if (!fits) throw OptionError(std::string(name_of(kind)) + ": " + path + " has " + found);
+  return windows ? AttentionKind::kWindowSinksUptrained : AttentionKind::kFullUptrained;
+}
+
+std::string misfit(AttentionKind wanted, const std::string& path, AttentionKind found) {
+  const char* what = found == AttentionKind::kMacchiato              ? "latents"
+                     : found == AttentionKind::kWindowSinksUptrained ? "window and sinks alone"
+                                                                     : "the base's attention";
+  return std::string(name_of(wanted)) + ": " + path + " has " + what;
+}
+
+// The kind whose adapter serves `kind` too.
+AttentionKind adapter_of(AttentionKind kind) {
+  return kind == AttentionKind::kMacchiatoLatentsOff ? AttentionKind::kMacchiato : kind;
+}
+
+void require_kind(const ConvertedModel& model, const std::string& path, AttentionKind kind) {
+  const AttentionKind found = kind_of(model.spec);
+  if (found != adapter_of(kind)) throw OptionError(misfit(kind, path, found));
 }
 
 }  // namespace
@@ -72,27 +86,26 @@ std::vector<AttentionKind> all_attention_kinds() {
 }
 
 std::optional<std::string> missing_source(AttentionKind kind, const VariantSources& sources) {
+  const auto merged = formats::merged_spec(formats::GgufFile(sources.model));
   const auto needs = [&](const std::string& source, const char* flag) -> std::optional<std::string> {
+    if (merged) {  // it is its own source, of the one kind that it is
+      const AttentionKind found = kind_of(*merged);
+      return found == adapter_of(kind) ? std::nullopt : std::optional(misfit(kind, sources.model, found));
+    }
     if (!source.empty()) return std::nullopt;
-    return std::string(name_of(kind)) + " needs " + flag;
-  };
-  // A merged file's weights are no longer the original's.
-  const bool merged = is_merged(sources.model);
-  const auto needs_original = [&]() -> std::optional<std::string> {
-    if (!merged) return std::nullopt;
-    return std::string(name_of(kind)) + " needs the original model: " + sources.model + " is a converted one";
+    return std::string(name_of(kind)) + " needs " + flag + " or a merged model";
   };
   switch (kind) {
     case AttentionKind::kMacchiato:
     case AttentionKind::kMacchiatoLatentsOff:
-      if (merged) return std::nullopt;
-      return needs(sources.adapter, "--adapter or a merged model");
+      return needs(sources.adapter, "--adapter");
     case AttentionKind::kWindowSinksUptrained:
       return needs(sources.control, "--control");
     case AttentionKind::kFullUptrained:
       return needs(sources.full_adapter, "--full-adapter");
-    default:
-      return needs_original();
+    default:  // a merged file's weights are no longer the original's
+      if (!merged) return std::nullopt;
+      return std::string(name_of(kind)) + " needs the original model: " + sources.model + " is a converted one";
   }
 }
 
@@ -103,7 +116,7 @@ Variant load_variant(AttentionKind kind, const VariantSources& sources) {
   variant.kind = kind;
   const auto adapted = [&](const std::string& adapter) {
     variant.model = load_converted(sources.model, adapter, sources.dtype);
-    require_blocks(variant.model, adapter, kind);
+    require_kind(variant.model, adapter.empty() ? sources.model : adapter, kind);
     if (!sources.window) return;
     variant.model.spec.window = *sources.window;
     for (const auto& attention : variant.model.converted) {
