@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -39,7 +40,14 @@ def free_port() -> int:
 class Job:
     """`ranks` processes of latte train, as torchrun would start them."""
 
-    def __init__(self, ranks: int, *arguments, hosts: tuple[str, ...] = (), command: tuple[str, ...] = ("train",)) -> None:
+    def __init__(
+        self,
+        ranks: int,
+        *arguments,
+        hosts: tuple[str, ...] = (),
+        command: tuple[str, ...] = ("train",),
+        memory: int | None = None,
+    ) -> None:
         meeting = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "GLOO_SOCKET_IFNAME": "lo"}
         if hosts:
             meeting |= {"MASTER_ADDR": "10.213.0.1", "GLOO_SOCKET_IFNAME": "latte0"}
@@ -50,6 +58,7 @@ class Job:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
+                preexec_fn=limit_of(memory),
             )
             for rank in range(ranks)
         ]
@@ -67,8 +76,14 @@ class Job:
             assert code == 0, err
 
 
-def alone(*arguments) -> subprocess.CompletedProcess:
-    return subprocess.run([LATTE, "train", *map(str, arguments)], capture_output=True, text=True, env=environment())
+def alone(*arguments, memory: int | None = None) -> subprocess.CompletedProcess:
+    command = [LATTE, "train", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), preexec_fn=limit_of(memory))
+
+
+def limit_of(memory: int | None):
+    """What gives a new process so many bytes of memory; None: all there is."""
+    return memory and (lambda: resource.setrlimit(resource.RLIMIT_DATA, (memory, memory)))
 
 
 def metrics_of(run: Path) -> list[dict]:
@@ -158,6 +173,27 @@ def test_a_tasks_losses_are_those_of_one_process(tmp_path: Path, text: Path, nam
     assert alone("--out", tmp_path / "shared", "--resume", "--steps", 7, "--threads", 1).returncode == 0
     Job(ranks, "--out", tmp_path / "alone", "--resume", "--steps", 7, "--threads", 1).succeed()
     assert_same(tmp_path / "shared", tmp_path / "alone")
+
+
+@pytest.mark.parametrize("shared", ["batch", "sequence"])
+def test_what_one_rank_has_no_memory_for_is_shared(tmp_path: Path, shared: str) -> None:
+    """A step takes 3 GB; each process may have 2.6, of which libtorch and Gloo need half of one."""
+    text = tmp_path / "long.txt"
+    text.write_text("A text that goes on and on, from the first of its words to the last. " * 90_000)
+    options = ["--text", text, "--layers", "1", "--embed-dim", "32", "--heads", "2", "--steps", "1", "--warmup", "1"]
+    options += ["--eval-every", "0", "--save-every", "0", "--eval-batches", "1", "--threads", "1", "--dtype", "float32"]
+    if shared == "batch":
+        options += ["--context", "1024", "--batch", "512"]
+    else:
+        options += ["--context", "524288", "--batch", "1", "--window", "16"]
+    memory = 2600 << 20
+    result = alone(*options, "--out", tmp_path / "alone", memory=memory)
+    assert result.returncode == 1
+    assert "out of memory" in result.stderr.splitlines()[-1]
+    if shared == "sequence":
+        options += ["--sequence-parallel", "2"]
+    Job(2, *options, "--out", tmp_path / "shared", memory=memory).succeed()
+    assert metrics_of(tmp_path / "shared")[-1]["step"] == 1
 
 
 def test_a_task_shares_no_sequence(tmp_path: Path, text: Path) -> None:
