@@ -65,16 +65,16 @@ std::span<const std::string_view> choices(const std::array<std::string_view, N>&
 constexpr int64_t kDecayRank = 16;  // of gated_linear
 constexpr std::array<std::string_view, 2> kMlps{"gelu", "gated"};
 
-bool HasNoPositionOfItsOwn(std::string_view attention) {
-  return attention == "linear" || attention == "gated_linear" || attention == "linformer";
+bool HasRotaryPositions(std::string_view attention) {
+  return attention == "softmax" || attention == "window" || attention == "macchiato";
 }
 
 bool HasLatents(std::string_view attention) { return attention == "latte" || attention == "macchiato"; }
 
 std::vector<std::string_view> positions_of(std::string_view attention) {
-  if (attention == "latte") return {"none", "learned", "sinusoidal", "vapor", "conv", "rg_lru"};
-  if (HasNoPositionOfItsOwn(attention)) return {"none", "learned", "sinusoidal"};
-  return {"none", "learned", "sinusoidal", "rotary", "vapor", "conv", "rg_lru"};
+  std::vector<std::string_view> positions = {"none", "learned", "sinusoidal", "vapor", "conv", "rg_lru"};
+  if (HasRotaryPositions(attention)) positions.insert(positions.begin() + 3, "rotary");
+  return positions;
 }
 
 // One place that lists the fields, for reading and writing.
@@ -137,7 +137,7 @@ void read(std::string_view field, const json& value, std::optional<T>& into) {
 
 std::string LanguageModelConfig::position_name() const {
   if (position) return *position;
-  return HasLatents(attention) ? "conv" : HasNoPositionOfItsOwn(attention) ? "none" : "rotary";
+  return HasLatents(attention) ? "conv" : HasRotaryPositions(attention) ? "rotary" : "none";
 }
 
 int64_t LanguageModelConfig::kv_heads() const { return shared_latents ? 1 : num_kv_heads.value_or(num_heads); }

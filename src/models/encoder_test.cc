@@ -4,6 +4,7 @@
 
 #include <nlohmann/json.hpp>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "formats/test_files.h"
@@ -39,6 +40,9 @@ TEST(Encoder, ParameterCountIsTheModels) {
                          {{"attention", "latte"}, {"pooled_norm", "batch"}},
                          {{"attention", "latte"}, {"head", "pairs"}, {"pooled_norm", "batch"}, {"bias", false}},
                          {{"attention", "linformer"}, {"norm", "rms"}},
+                         {{"attention", "linformer"}, {"position", "conv"}},
+                         {{"attention", "linear"}, {"position", "conv"}},
+                         {{"attention", "gated_linear"}, {"position", "rg_lru"}},
                          {{"attention", "gated_linear"}, {"causal", true}, {"head", "tokens"}},
                          {{"attention", "gated_linear"}},
                          {{"attention", "window"}, {"sinks", 2}},
@@ -55,9 +59,8 @@ TEST(Encoder, PaddingAddsToNothing) {
   torch::manual_seed(1);
   for (const std::string attention : {"softmax", "window", "latte", "macchiato", "linear", "gated_linear", "linformer"}) {
     for (const std::string pooling : {"mean", "first", "last"}) {
-      for (const std::string norm : {"layer", "batch"}) {
-        Encoder model(
-            small(attention, {{"pooling", pooling}, {"norm", norm}, {"position", attention == "latte" ? "conv" : "learned"}}));
+      for (const auto& [norm, position] : {std::pair{"layer", "learned"}, {"batch", "learned"}, {"layer", "conv"}}) {
+        Encoder model(small(attention, {{"pooling", pooling}, {"norm", norm}, {"position", position}}));
         model->to(torch::kFloat64);
         model->eval();
         const auto tokens = torch::randint(11, {2, 9});
@@ -66,7 +69,7 @@ TEST(Encoder, PaddingAddsToNothing) {
         const auto both = model(tokens, padding);
         const auto longer = model(tokens.slice(0, 0, 1)), shorter = model(tokens.slice(0, 1, 2).slice(1, 0, 5));
         EXPECT_TRUE(torch::allclose(both, torch::cat({longer, shorter}), 1e-9, 1e-9))
-            << attention << ' ' << pooling << ' ' << norm;
+            << attention << ' ' << pooling << ' ' << norm << ' ' << position;
       }
     }
   }

@@ -58,10 +58,11 @@ std::vector<Case> cases() {
       all.push_back({std::string(name) + where, small_config(attention, position)});
     }
   }
-  for (const std::string position : {"none", "sinusoidal"}) {
-    all.push_back({position == "none" ? "LinearNone" : "LinearSinusoidal", small_config("linear", position)});
+  for (const auto& [position, name] : std::vector<std::pair<std::string, std::string>>{
+           {"none", "None"}, {"sinusoidal", "Sinusoidal"}, {"vapor", "Vapor"}, {"conv", "Conv"}, {"rg_lru", "RgLru"}}) {
+    all.push_back({"Linear" + name, small_config("linear", position)});
+    if (position != "sinusoidal") all.push_back({"GatedLinear" + name, small_config("gated_linear", position)});
   }
-  all.push_back({"GatedLinear", small_config("gated_linear", "none")});
   for (const std::string attention : {"latte", "macchiato"}) {
     auto keeping = small_config(attention, "conv");
     keeping.forget = false;
@@ -356,7 +357,7 @@ TEST(LanguageModelConfigJson, WhatCannotBeIsRefused) {
           "none, learned, sinusoidal, rotary, vapor, conv or rg_lru with attention softmax");
   refuses({{"embed_dim", 18}, {"num_heads", 6}, {"position", "vapor"}}, "num_heads is 6", "even size with position vapor");
   refuses({{"attention", "linear"}, {"position", "rotary"}}, "position is \"rotary\"",
-          "none, learned or sinusoidal with attention linear");
+          "none, learned, sinusoidal, vapor, conv or rg_lru with attention linear");
   refuses({{"shared_latents", true}}, "shared_latents is true", "no latents");
   refuses({{"projected", 0}}, "projected is 0", "1 … ");
   refuses({{"embed_dim", 18}, {"num_heads", 6}}, "num_heads is 6", "even size");

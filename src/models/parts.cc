@@ -49,12 +49,16 @@ std::shared_ptr<nn::AttentionImpl> make_attention(const formats::LanguageModelCo
     auto options = attention_options<nn::LinearAttentionOptions>(config);
     options.num_kv_heads = config.num_kv_heads;
     options.kind = config.attention == "linear" ? nn::LinearKind::kNormalised : nn::LinearKind::kGated;
+    options.position = of_its_own;
+    options.conv_width = config.conv_width;
     return std::make_shared<nn::LinearAttentionImpl>(options);
   }
   if (config.attention == "linformer") {
     auto options = attention_options<nn::LinformerAttentionOptions>(config);
     options.max_positions = config.max_positions;
     options.projected = config.projected;
+    options.position = of_its_own;
+    options.conv_width = config.conv_width;
     return std::make_shared<nn::LinformerAttentionImpl>(options);
   }
   auto options = attention_options<nn::SoftmaxAttentionOptions>(config);

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "nn/module_utils.h"
+#include "ops/ops.h"
 
 namespace latte::nn {
 namespace {
@@ -22,6 +23,11 @@ at::Tensor wide(const at::Tensor& x) { return x.scalar_type() == torch::kFloat64
 at::Tensor heads_of(const at::Tensor& x, int64_t heads, int64_t repeat) {
   auto split = x.unflatten(-1, {heads, -1}).transpose(1, 2);
   return repeat == 1 ? split : split.repeat_interleave(repeat, 1);
+}
+
+// [B, T, n · D], each head's D turned by its position.
+at::Tensor rotated(const at::Tensor& x, int64_t heads, const at::Tensor& positions, bool inverse) {
+  return latte::vapor(x.unflatten(-1, {heads, -1}), positions, kVaporBase, inverse).flatten(2);
 }
 
 }  // namespace
@@ -64,6 +70,7 @@ LinearAttentionImpl::LinearAttentionImpl(const LinearAttentionOptions& options)
   check_heads(class_name_, options.embed_dim, options.num_heads, num_kv_heads_);
   check_dropout(class_name_, options.dropout);
   head_dim_ = options.embed_dim / options.num_heads;
+  if (options.position == LatentPosition::kVapor) check_rotation(class_name_, "position vapor", head_dim_, kVaporBase);
   const int64_t dim = options.embed_dim, kv_dim = num_kv_heads_ * head_dim_;
   query_proj = register_module("query_proj", make_linear(dim, dim, options.bias));
   key_proj = register_module("key_proj", make_linear(dim, kv_dim, options.bias));
@@ -75,6 +82,7 @@ LinearAttentionImpl::LinearAttentionImpl(const LinearAttentionOptions& options)
     gate_proj = register_module("gate_proj", make_linear(dim, dim, options.bias));
     norm_weight = register_parameter("norm_weight", torch::ones({head_dim_}));
   }
+  register_mixer(options.position, options.conv_width, options.bias);
   reset_parameters();
 }
 
@@ -82,13 +90,22 @@ void LinearAttentionImpl::reset_parameters() {
   for (auto linear : {query_proj, key_proj, value_proj, out_proj, decay_down, decay_up, gate_proj}) {
     if (linear) reset_linear(*linear);
   }
+  reset_mixer();
 }
 
 AttentionResult LinearAttentionImpl::attend(const at::Tensor& x, const OptionalTensor& key_mask,
                                             const AttentionForwardOptions& options) {
   const bool gated = options_.kind == LinearKind::kGated;
   TORCH_CHECK_VALUE(!options.need_weights, class_name_, ": need_weights isn't offered by linear attention");
-  const auto projected_query = query_proj(x), projected_key = key_proj(x), projected_values = value_proj(x);
+  AttentionState next;
+  const int64_t begin = options.state ? options.state->position : 0;
+  next.position = begin + x.size(1);
+  const auto positions = positions_from(begin, x.size(1), x.device());
+  const bool vapor = options_.position == LatentPosition::kVapor;
+  const auto mixed = mix(x, key_mask, options, next);
+  const auto projected_query = query_proj(mixed), projected_key = key_proj(mixed);
+  auto projected_values = value_proj(x);
+  if (vapor) projected_values = rotated(projected_values, num_kv_heads_, positions, /*inverse=*/false);
   const auto projected_decay = gated ? decay_up(decay_down(x)) : at::Tensor();
   const auto gate = gated ? torch::silu(gate_proj(x)) : at::Tensor();
   std::optional<c10::impl::ExcludeDispatchKeyGuard> no_autocast(at::autocast_dispatch_keyset);
@@ -113,8 +130,6 @@ AttentionResult LinearAttentionImpl::attend(const at::Tensor& x, const OptionalT
     if (gated) log_decay = log_decay.masked_fill(padded, 0);
   }
 
-  AttentionState next;
-  next.position = (options.state ? options.state->position : 0) + x.size(1);
   at::Tensor out;
   if (options.is_causal) {
     if (options.state) {
@@ -127,13 +142,13 @@ AttentionResult LinearAttentionImpl::attend(const at::Tensor& x, const OptionalT
   } else {
     out = at::matmul(query, at::matmul(key.transpose(2, 3), values));
   }
-  if (gated) {
-    out = at::rms_norm(out, {head_dim_}, norm_weight.to(out.scalar_type()), kNormEps);
-  } else {
+  if (!gated) {
     // A sequence of padding alone has nothing to read: 0, as in every attention here.
     const auto normaliser = out.slice(3, head_dim_);
     out = out.slice(3, 0, head_dim_) / normaliser.masked_fill(normaliser == 0, 1);
   }
+  if (vapor) out = latte::vapor(out.transpose(1, 2), positions, kVaporBase, /*inverse=*/true).transpose(1, 2);
+  if (gated) out = at::rms_norm(out, {head_dim_}, norm_weight.to(out.scalar_type()), kNormEps);
   out = out.transpose(1, 2).flatten(2).to(projected_values.scalar_type());
   if (gated) out = out * gate;
   no_autocast.reset();
@@ -150,17 +165,20 @@ LinformerAttentionImpl::LinformerAttentionImpl(const LinformerAttentionOptions& 
   check_size(class_name_, "projected", options.projected, 1);
   check_dropout(class_name_, options.dropout);
   head_dim_ = options.embed_dim / options.num_heads;
+  if (options.position == LatentPosition::kVapor) check_rotation(class_name_, "position vapor", head_dim_, kVaporBase);
   const int64_t dim = options.embed_dim;
   query_proj = register_module("query_proj", make_linear(dim, dim, options.bias));
   key_proj = register_module("key_proj", make_linear(dim, dim, options.bias));
   value_proj = register_module("value_proj", make_linear(dim, dim, options.bias));
   out_proj = register_module("out_proj", make_linear(dim, dim, options.bias));
   position_proj = register_parameter("position_proj", torch::empty({options.projected, options.max_positions}));
+  register_mixer(options.position, options.conv_width, options.bias);
   reset_parameters();
 }
 
 void LinformerAttentionImpl::reset_parameters() {
   for (auto linear : {query_proj, key_proj, value_proj, out_proj}) reset_linear(*linear);
+  reset_mixer();
   torch::NoGradGuard no_grad;
   torch::nn::init::xavier_uniform_(position_proj);
 }
@@ -172,19 +190,26 @@ AttentionResult LinformerAttentionImpl::attend(const at::Tensor& x, const Option
   const int64_t time = x.size(1);
   TORCH_CHECK_VALUE(time <= options_.max_positions, class_name_, ": ", time, " tokens, expected at most max_positions, ",
                     options_.max_positions);
-  auto key = key_proj(x), values = value_proj(x);
+  const auto positions = positions_from(0, time, x.device());
+  const bool vapor = options_.position == LatentPosition::kVapor;
+  AttentionState none;
+  const auto mixed = mix(x, key_mask, options, none);
+  auto key = key_proj(mixed), values = value_proj(x);
+  if (vapor) values = rotated(values, options_.num_heads, positions, /*inverse=*/false);
   if (key_mask) {
     const auto padded = key_mask->logical_not().unsqueeze(-1);
     key = key.masked_fill(padded, 0);
     values = values.masked_fill(padded, 0);
   }
   const auto map = position_proj.slice(1, 0, time).to(key.scalar_type());
-  const auto query = heads_of(query_proj(x), options_.num_heads, 1);
-  const auto out = at::scaled_dot_product_attention(query, heads_of(at::matmul(map, key), options_.num_heads, 1),
-                                                    heads_of(at::matmul(map, values), options_.num_heads, 1), {},
-                                                    is_training() ? options_.dropout : 0.0);
+  const auto query = heads_of(query_proj(mixed), options_.num_heads, 1);
+  auto out = at::scaled_dot_product_attention(query, heads_of(at::matmul(map, key), options_.num_heads, 1),
+                                              heads_of(at::matmul(map, values), options_.num_heads, 1), {},
+                                              is_training() ? options_.dropout : 0.0);
+  out = out.transpose(1, 2).flatten(2);
+  if (vapor) out = rotated(out, options_.num_heads, positions, /*inverse=*/true);
   AttentionResult result;
-  result.out = out_proj(out.transpose(1, 2).flatten(2));
+  result.out = out_proj(out);
   return result;
 }
 

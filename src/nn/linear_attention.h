@@ -28,9 +28,11 @@ struct LinearAttentionOptions {
   bool batch_first = false;
   std::optional<int64_t> num_kv_heads;  // H unless given
   LinearKind kind = LinearKind::kNormalised;
+  LatentPosition position = LatentPosition::kNone;  // of queries and keys, or (vapor) of values
+  int64_t conv_width = 4;                           // K of position kConv
 };
 
-// Linear in T, in chunks. Its state [B, Hkv, D, D + 1] is in AttentionState's `latents`.
+// Linear in T, in chunks. Its state [B, H, D, D] (normalised: [B, H, D, D + 1]) is in AttentionState's `latents`.
 class LinearAttentionImpl : public AttentionImpl {
  public:
   explicit LinearAttentionImpl(const LinearAttentionOptions& options);
@@ -69,8 +71,10 @@ struct LinformerAttentionOptions {
   double dropout = 0.0;  // of the probabilities
   bool bias = true;
   bool batch_first = false;
-  int64_t max_positions = 0;  // the longest sequence
-  int64_t projected = 0;      // keys and values that are left of them
+  int64_t max_positions = 0;                        // the longest sequence
+  int64_t projected = 0;                            // keys and values that are left of them
+  LatentPosition position = LatentPosition::kNone;  // of queries and keys, or (vapor) of values, before the map
+  int64_t conv_width = 4;                           // K of position kConv
 };
 
 // Softmax attention over keys and values that a learnt map brings from T positions to a fixed number (arXiv 2006.04768), the same

@@ -2,8 +2,13 @@
 
 #include <gtest/gtest.h>
 
+#include <array>
 #include <cmath>
+#include <tuple>
+#include <utility>
 #include <vector>
+
+#include "ops/ops.h"
 
 namespace latte::nn {
 namespace {
@@ -43,30 +48,49 @@ TEST(LinearAttention, TheFastestDecayStaysFinite) {
   EXPECT_TRUE(torch::allclose(out.select(2, 63), torch::full({1, 1, 2}, 2.0 / (1.0 - std::exp(-5.0))), 1e-5));
 }
 
+constexpr std::array kPositions = {LatentPosition::kNone, LatentPosition::kVapor, LatentPosition::kConv, LatentPosition::kRgLru};
+
+// What queries and keys are made of: x behind the convolution or the recurrence that the module has.
+template <class Attention>
+at::Tensor mixed(Attention& attention, const at::Tensor& x) {
+  if (attention->conv) return std::get<0>(attention->conv->forward(x, {}, {}, false));
+  if (attention->rg_lru) return std::get<0>(attention->rg_lru->forward(x, {}, {}, false));
+  return x;
+}
+
 TEST(LinearAttention, NormalisedIsAWeightedMeanOverWhatIsThere) {
   torch::manual_seed(2);
-  LinearAttentionOptions options;
-  options.embed_dim = 8;
-  options.num_heads = 2;
-  options.batch_first = true;
-  LinearAttention attention(options);
-  attention->to(torch::kFloat64);
-  const auto x = randn({2, 9, 8});
-  const auto padding = torch::zeros({2, 9}, torch::kBool);
-  padding.slice(1, 6).fill_(true);
-  for (const bool causal : {false, true}) {
-    const auto got = attention->forward(x, {.key_padding_mask = padding, .is_causal = causal}).out;
-    const auto phi = [&](Linear& proj) { return 1 + torch::elu(proj(x)).view({2, 9, 2, 4}).transpose(1, 2); };
-    auto weights = at::matmul(phi(attention->query_proj), phi(attention->key_proj).transpose(2, 3));
-    weights = weights.masked_fill(padding.view({2, 1, 1, 9}), 0);
-    if (causal) weights = weights.tril();
-    weights = weights / weights.sum(-1, true);
-    const auto v = attention->value_proj(x).view({2, 9, 2, 4}).transpose(1, 2);
-    const auto expected = attention->out_proj(at::matmul(weights, v).transpose(1, 2).flatten(2));
-    EXPECT_TRUE(torch::allclose(got, expected, 1e-9, 1e-9)) << causal;
-    // The same without the padding there.
-    const auto shorter = attention->forward(x.slice(1, 0, 6), {.is_causal = causal}).out;
-    EXPECT_TRUE(torch::allclose(got.slice(1, 0, 6), shorter, 1e-9, 1e-9)) << causal;
+  for (const LatentPosition position : kPositions) {
+    LinearAttentionOptions options;
+    options.embed_dim = 8;
+    options.num_heads = 2;
+    options.batch_first = true;
+    options.position = position;
+    LinearAttention attention(options);
+    attention->to(torch::kFloat64);
+    const auto x = randn({2, 9, 8});
+    const auto padding = torch::zeros({2, 9}, torch::kBool);
+    padding.slice(1, 6).fill_(true);
+    for (const bool causal : {false, true}) {
+      const auto got = attention->forward(x, {.key_padding_mask = padding, .is_causal = causal}).out;
+      const auto read = mixed(attention, x);
+      const auto phi = [&](Linear& proj) { return 1 + torch::elu(proj(read)).view({2, 9, 2, 4}).transpose(1, 2); };
+      auto weights = at::matmul(phi(attention->query_proj), phi(attention->key_proj).transpose(2, 3));
+      weights = weights.masked_fill(padding.view({2, 1, 1, 9}), 0);
+      if (causal) weights = weights.tril();
+      weights = weights / weights.sum(-1, true);
+      const bool vapor = position == LatentPosition::kVapor;
+      auto v = attention->value_proj(x).view({2, 9, 2, 4});
+      if (vapor) v = latte::vapor(v);
+      auto out = at::matmul(weights, v.transpose(1, 2)).transpose(1, 2);
+      if (vapor) out = latte::vapor(out, {}, kVaporBase, /*inverse=*/true);
+      const auto expected = attention->out_proj(out.flatten(2));
+      // What padding reads through the recurrence is nobody's.
+      EXPECT_TRUE(torch::allclose(got.slice(1, 0, 6), expected.slice(1, 0, 6), 1e-9, 1e-9)) << to_string(position) << causal;
+      // The same without the padding there.
+      const auto shorter = attention->forward(x.slice(1, 0, 6), {.is_causal = causal}).out;
+      EXPECT_TRUE(torch::allclose(got.slice(1, 0, 6), shorter, 1e-9, 1e-9)) << to_string(position) << causal;
+    }
   }
 }
 
@@ -82,13 +106,19 @@ TEST(LinearAttention, NothingInIsNothingOut) {
 
 TEST(LinearAttention, PiecesGiveTheWhole) {
   torch::manual_seed(3);
-  for (const auto kind : {LinearKind::kNormalised, LinearKind::kGated}) {
+  for (const auto& [kind, position] : [] {
+         std::vector<std::pair<LinearKind, LatentPosition>> all;
+         for (const auto position : kPositions)
+           all.insert(all.end(), {{LinearKind::kNormalised, position}, {LinearKind::kGated, position}});
+         return all;
+       }()) {
     LinearAttentionOptions options;
     options.embed_dim = 8;
     options.num_heads = 4;
     options.num_kv_heads = 2;
     options.batch_first = true;
     options.kind = kind;
+    options.position = position;
     LinearAttention attention(options);
     attention->to(torch::kFloat64);
     const auto x = randn({2, 40, 8});
@@ -136,30 +166,39 @@ TEST(LinearAttention, BothDirectionsLeavePaddingOut) {
 }
 
 TEST(Linformer, ReadsProjectedKeysAndNoPadding) {
-  torch::manual_seed(4);
-  LinformerAttentionOptions options;
-  options.embed_dim = 8;
-  options.num_heads = 2;
-  options.batch_first = true;
-  options.max_positions = 10;
-  options.projected = 3;
-  LinformerAttention attention(options);
-  attention->to(torch::kFloat64);
-  const auto x = randn({2, 10, 8});
-  const auto padding = torch::zeros({2, 10}, torch::kBool);
-  padding.slice(1, 7).fill_(true);
-  const auto padded = attention->forward(x, {.key_padding_mask = padding}).out;
-  const auto shorter = attention->forward(x.slice(1, 0, 7)).out;
-  EXPECT_TRUE(torch::allclose(padded.slice(1, 0, 7), shorter, 1e-9, 1e-9));
+  for (const LatentPosition position : kPositions) {
+    torch::manual_seed(4);
+    LinformerAttentionOptions options;
+    options.position = position;
+    options.embed_dim = 8;
+    options.num_heads = 2;
+    options.batch_first = true;
+    options.max_positions = 10;
+    options.projected = 3;
+    LinformerAttention attention(options);
+    attention->to(torch::kFloat64);
+    const auto x = randn({2, 10, 8});
+    const auto padding = torch::zeros({2, 10}, torch::kBool);
+    padding.slice(1, 7).fill_(true);
+    const auto padded = attention->forward(x, {.key_padding_mask = padding}).out;
+    const auto shorter = attention->forward(x.slice(1, 0, 7)).out;
+    EXPECT_TRUE(torch::allclose(padded.slice(1, 0, 7), shorter, 1e-9, 1e-9));
 
-  const auto heads = [](const at::Tensor& y) { return y.view({2, -1, 2, 4}).transpose(1, 2); };
-  const auto map = attention->position_proj;
-  const auto k = heads(at::matmul(map, attention->key_proj(x))), v = heads(at::matmul(map, attention->value_proj(x)));
-  const auto weights = (at::matmul(heads(attention->query_proj(x)), k.transpose(2, 3)) / 2.0).softmax(-1);
-  const auto expected = attention->out_proj(at::matmul(weights, v).transpose(1, 2).flatten(2));
-  EXPECT_TRUE(torch::allclose(attention->forward(x).out, expected, 1e-9, 1e-9));
-  EXPECT_THROW(attention->forward(x, {.is_causal = true}), c10::ValueError);
-  EXPECT_THROW(attention->forward(randn({1, 11, 8})), c10::ValueError);
+    const auto heads = [](const at::Tensor& y) { return y.view({2, -1, 2, 4}).transpose(1, 2); };
+    const auto map = attention->position_proj;
+    const auto read = mixed(attention, x);
+    const bool vapor = position == LatentPosition::kVapor;
+    auto values = attention->value_proj(x).view({2, 10, 2, 4});
+    if (vapor) values = latte::vapor(values);
+    const auto k = heads(at::matmul(map, attention->key_proj(read))), v = heads(at::matmul(map, values.flatten(2)));
+    const auto weights = (at::matmul(heads(attention->query_proj(read)), k.transpose(2, 3)) / 2.0).softmax(-1);
+    auto out = at::matmul(weights, v).transpose(1, 2);
+    if (vapor) out = latte::vapor(out, {}, kVaporBase, /*inverse=*/true);
+    const auto expected = attention->out_proj(out.flatten(2));
+    EXPECT_TRUE(torch::allclose(attention->forward(x).out, expected, 1e-9, 1e-9));
+    EXPECT_THROW(attention->forward(x, {.is_causal = true}), c10::ValueError);
+    EXPECT_THROW(attention->forward(randn({1, 11, 8})), c10::ValueError);
+  }
 }
 
 }  // namespace

@@ -197,11 +197,11 @@ TEST(Compare, PositionsAreASecondAxis) {
   // What an attention doesn't take is left out, and what an entry names stays.
   EXPECT_EQ(titles, (std::vector<std::string>{"softmax:position=none", "softmax:position=rotary", "softmax:position=conv",
                                               "latte:num_latents=4:position=none", "latte:num_latents=4:position=conv",
-                                              "linear:position=none", "macchiato:position=rotary"}));
-  options.positions = {"vapor"};
+                                              "linear:position=none", "linear:position=conv", "macchiato:position=rotary"}));
+  options.positions = {"rotary"};
   const auto run = [](const CompareRun&) { return report(0.5, 0.5); };
   EXPECT_CONTAINS(formats::error_text<OptionError>([&] { compare(task_config(), options, run); }),
-                  "positions has none that attention \"linear\" takes");
+                  "positions has none that attention \"latte\" takes");
 
   const auto error = [&](const std::vector<std::string>& attentions, const std::vector<std::string>& positions) {
     CompareOptions asked;
