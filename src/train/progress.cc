@@ -11,6 +11,7 @@ namespace {
 
 constexpr auto kTerminalPeriod = std::chrono::milliseconds(100);
 constexpr auto kPlainPeriod = std::chrono::seconds(5);
+constexpr double kSoonest = 0.1;  // seconds; what was done in less tells nothing of what is left
 
 template <typename... Args>
 std::string format(const char* pattern, Args... args) {
@@ -46,8 +47,9 @@ std::string ProgressLine::line_of(const StepMetrics& metrics) const {
 
 std::string ProgressLine::time_of(int64_t step) const {
   const double elapsed = std::chrono::duration<double>(Clock::now() - start_).count();
-  const double left = elapsed / static_cast<double>(step - first_step_) * static_cast<double>(steps_ - step);
-  return step < steps_ ? format_seconds(left) + " left" : "took " + format_seconds(elapsed);
+  if (step >= steps_) return "took " + format_seconds(elapsed);
+  if (step <= first_step_ || elapsed < kSoonest) return "";
+  return format_seconds(elapsed / static_cast<double>(step - first_step_) * static_cast<double>(steps_ - step)) + " left";
 }
 
 void ProgressLine::update(const StepMetrics& metrics) {

@@ -30,7 +30,7 @@ class ProgressLine {
 
  private:
   std::string line_of(const StepMetrics& metrics) const;
-  std::string time_of(int64_t step) const;  // left, or taken at the end
+  std::string time_of(int64_t step) const;  // left, where it can be told yet, or taken at the end
   void show(bool keep, const std::function<std::string()>& line);
 
   using Clock = std::chrono::steady_clock;
