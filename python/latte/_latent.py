@@ -40,6 +40,9 @@ class AttentionState(NamedTuple):
     position: int = 0
 
 
+AttentionState.__module__ = "latte.nn"  # its public name, by which saved ones are found
+
+
 class NoInProjection:
     """Stands where MultiheadAttention has its in_proj_weight.
 

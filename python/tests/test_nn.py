@@ -335,6 +335,17 @@ def test_state_dict_deepcopy_and_pickle_round_trip(name):
     assert torch.equal(torch.load(file, weights_only=False)(x, is_causal=True)[0], out)
 
 
+def test_states_are_saved_by_their_public_name():
+    state = latte.AttentionState(latents=torch.randn(1, 2, 3, 4), position=7)
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    with torch.serialization.safe_globals([latte.AttentionState]):
+        loaded = torch.load(file, weights_only=True)
+    assert type(loaded) is latte.AttentionState and loaded.position == 7 and torch.equal(loaded.latents, state.latents)
+    assert latte.AttentionState.__module__ == "latte.nn" and latte.nn.AttentionState is latte.AttentionState
+
+
 def test_initial_parameters():
     torch.manual_seed(0)
     module = MacchiatoAttention(64, 4, position="rg_lru", forget=True)

@@ -6,25 +6,36 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <optional>
-#include <string>
+#include <string_view>
+#include <thread>
 
 #include "formats/system_memory.h"
 
 namespace latte::cli {
 
-// From here on this process, and those it starts, are given what memory is free now, swap included, and no more: allocations
-// beyond it fail, and are reported. A lower limit of the user's (ulimit -d) stays. Returns the bytes that are left; none where
-// the system doesn't say.
-inline std::optional<uint64_t> LimitMemoryToWhatIsFree() {
-  const auto free = formats::free_memory();
+// From here on this process, and those it starts, get the memory that formats::memory_allowed names and no more: allocations
+// beyond it fail, and are reported. A lower limit of the user's (ulimit -d) stays. Returns the bytes that are left to it; none
+// without a limit. Throws std::invalid_argument as memory_allowed does.
+inline std::optional<uint64_t> LimitMemory() {
+  const auto environment = [](const char* name) {
+    const char* value = std::getenv(name);
+    return std::string_view(value ? value : "");
+  };
+  std::optional<uint64_t> free = formats::free_memory();
+  if (free) *free += formats::free_swap();
+  const auto allowed = formats::memory_allowed(environment("LATTE_MEMORY_LIMIT"), free, environment("LOCAL_WORLD_SIZE"));
   const auto in_use = formats::kilobyte_field("/proc/self/status", "VmData:");
-  rlimit limit;
-  if (!free || !in_use || ::getrlimit(RLIMIT_DATA, &limit) != 0) return std::nullopt;
-  const uint64_t swap = formats::kilobyte_field("/proc/meminfo", "SwapFree:").value_or(0);
-  limit.rlim_cur = std::min<rlim_t>(limit.rlim_cur, *in_use + *free + swap);
-  if (::setrlimit(RLIMIT_DATA, &limit) != 0) return std::nullopt;
-  return limit.rlim_cur > *in_use ? limit.rlim_cur - *in_use : 0;
+  rlimit data, stack;
+  if (!allowed || !in_use || ::getrlimit(RLIMIT_DATA, &data) != 0 || ::getrlimit(RLIMIT_STACK, &stack) != 0) return std::nullopt;
+  // The limit is of what was asked for, written or not. Each thread asks for a stack and glibc's heap of its own, of which it
+  // writes little.
+  constexpr uint64_t kHeap = uint64_t{64} << 20, kMostStack = uint64_t{64} << 20;
+  const uint64_t unwritten = std::thread::hardware_concurrency() * (kHeap + std::min<uint64_t>(kMostStack, stack.rlim_cur));
+  data.rlim_cur = std::min<rlim_t>(data.rlim_cur, *in_use + unwritten + *allowed);
+  if (::setrlimit(RLIMIT_DATA, &data) != 0) return std::nullopt;
+  return data.rlim_cur > *in_use ? std::min<uint64_t>(*allowed, data.rlim_cur - *in_use) : 0;
 }
 
 }  // namespace latte::cli

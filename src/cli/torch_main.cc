@@ -1,6 +1,5 @@
 // The program latte-torch: the commands of latte that need libtorch. `latte` runs it; it is named latte in all it says.
 #include <c10/util/Exception.h>
-#include <malloc.h>
 
 #include <csignal>
 #include <cstdint>
@@ -8,6 +7,7 @@
 #include <exception>
 #include <new>
 #include <optional>
+#include <stdexcept>
 #include <string>
 
 #include "cli/fail.h"
@@ -21,10 +21,15 @@ using latte::cli::Fail;
 
 constexpr int kUsageError = 2;
 
-int FailForMemory(std::optional<uint64_t> free) {
+int FailForMemory(std::optional<uint64_t> allowed) {
   std::string message = "out of memory";
-  if (free) message += ": " + std::to_string(*free >> 20) + " MB were free when it began";
+  if (allowed) message += ": " + std::to_string(*allowed >> 20) + " MB could be had when it began";
   return Fail(message + "; smaller sizes need less (tokens a step or a stretch, model)", 1);
+}
+
+// torch's allocator says so; oneDNN, which says no more than this, has mostly no other reason.
+bool IsForMemory(const std::string& message) {
+  return message.find("can't allocate memory") != std::string::npos || message.starts_with("could not create a primitive");
 }
 
 int Run(int argc, char** argv) {
@@ -53,7 +58,12 @@ int main(int argc, char** argv) {
   // A limit on file sizes becomes an error that is reported, as a full disk is.
   std::signal(SIGXFSZ, SIG_IGN);
   latte::cli::ExplainShortenedFiles();
-  const auto free = latte::cli::LimitMemoryToWhatIsFree();
+  std::optional<uint64_t> allowed;
+  try {
+    allowed = latte::cli::LimitMemory();
+  } catch (const std::invalid_argument& error) {
+    return Fail(error.what(), kUsageError);
+  }
   try {
     const int exit_code = Run(argc, argv);
     // What was printed may have been lost, or still be lost now, where a disk is full.
@@ -61,11 +71,10 @@ int main(int argc, char** argv) {
     return lost && exit_code == 0 ? Fail("cannot write standard output", 1) : exit_code;
   } catch (const c10::Error& error) {
     const std::string message = error.what_without_backtrace();
-    if (message.find("can't allocate memory") != std::string::npos) return FailForMemory(free);  // torch's allocator
-    return Fail(message, 1);
+    return IsForMemory(message) ? FailForMemory(allowed) : Fail(message, 1);
   } catch (const std::bad_alloc&) {
-    return FailForMemory(free);
+    return FailForMemory(allowed);
   } catch (const std::exception& error) {
-    return Fail(error.what(), 1);
+    return IsForMemory(error.what()) ? FailForMemory(allowed) : Fail(error.what(), 1);
   }
 }

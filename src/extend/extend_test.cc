@@ -202,6 +202,8 @@ TEST_F(ExtendTest, AMergedControlIsEvaluatedAsWhatItIs) {
   EXPECT_TRUE(close(whole.model.model->forward(tokens).logits, expected.model.model->forward(tokens).logits, 1e-6));
   EXPECT_CONTAINS(missing_source(AttentionKind::kMacchiatoLatentsOff, merged).value_or(""), "has window and sinks alone");
   EXPECT_CONTAINS(missing_source(AttentionKind::kFull, merged).value_or(""), "needs the original model");
+  merged.control = both.out;
+  EXPECT_CONTAINS(missing_source(kControl, merged).value_or(""), "is a converted model already: --control");
   EXPECT_CONTAINS(missing_source(AttentionKind::kFullUptrained, apart).value_or(""), "needs --full-adapter");
 }
 
@@ -223,6 +225,21 @@ TEST_F(ExtendTest, AnEvaluationStopsWhileTheOriginalIsRead) {
   EXPECT_EQ(whole.windows, 3);
   EXPECT_TRUE(whole.kl.has_value());
   EXPECT_EQ(whole.stretch_losses[0], stopped.stretch_losses[0]);
+}
+
+TEST_F(ExtendTest, SharesAreOfWholeStretches) {
+  run_extend(options_, run());
+  VariantSources sources;
+  sources.model = options_.model;
+  sources.adapter = run().out;
+  sources.dtype = torch::kFloat32;
+  Variant variant = load_variant(AttentionKind::kMacchiato, sources);
+  constexpr int64_t kLength = 2100;  // two pieces
+  TextEvaluator evaluator(some_tokens(2 * kLength + 1), models::Decoder(nullptr));
+  const TextRow stopped = evaluator.evaluate(variant, kLength, 2, [](int64_t tokens) { return tokens <= kLength; });
+  EXPECT_EQ(stopped.windows, 1);
+  EXPECT_EQ(stopped.latent_shares, evaluator.evaluate(variant, kLength, 1).latent_shares);
+  EXPECT_NE(stopped.latent_shares, evaluator.evaluate(variant, kLength, 2).latent_shares);
 }
 
 TEST_F(ExtendTest, ARunIsStoppedAndResumed) {

@@ -29,11 +29,11 @@ struct LanguageModelConfig {
   //   learned  an embedding added to the token's, up to max_positions                     every attention
   //   sinusoidal  sines and cosines added to it (arXiv 1706.03762)                        every attention
   //   rotary   queries and keys rotated by their position                                 softmax, window, macchiato
-  //   vapor    values rotated by their position, what is read of them rotated back        the same and latte
-  //   conv     a short causal convolution before the latents' logits                      the same and latte
-  //   rg_lru   Griffin's recurrence there                                                 the same and latte
-  // Without latents (softmax, window) the last two stand before the projections of queries and keys, and nothing else tells them
-  // where a token stands. Macchiato's window is rotary with the last four, and reads values as they are.
+  //   vapor    values rotated by their position, what is read of them rotated back        every attention
+  //   conv     a short causal convolution before the latents' logits                      every attention
+  //   rg_lru   Griffin's recurrence there                                                 every attention
+  // Without latents the last two stand before the projections of queries and keys, and nothing else tells them where a token
+  // stands. Macchiato's window is rotary with the last four, and reads values as they are.
   std::optional<std::string> position;
   std::optional<int64_t> num_latents;  // latte, macchiato: for each head; embed_dim / num_heads unless given
   int64_t window = 32;                 // window, macchiato: tokens

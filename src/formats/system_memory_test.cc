@@ -4,6 +4,8 @@
 
 #include <filesystem>
 #include <limits>
+#include <optional>
+#include <stdexcept>
 #include <string>
 
 #include "formats/atomic_file.h"
@@ -56,6 +58,39 @@ TEST_F(SystemMemoryTest, GroupsOfVersionOneCount) {
   put("memory/memory.usage_in_bytes", "3400\n");
   EXPECT_EQ(left("5:memory:/box\n"), 100u);
   EXPECT_EQ(left("5:cpu:/box\n"), std::numeric_limits<uint64_t>::max());
+}
+
+TEST_F(SystemMemoryTest, SwapHasItsOwnLimits) {
+  constexpr uint64_t kAll = std::numeric_limits<uint64_t>::max();
+  const auto swap = [&](const std::string& groups) { return swap_left_to_groups(membership(groups), folder_ / ""); };
+  put("outer/inner/memory.max", "1000\n");
+  put("outer/inner/memory.current", "700\n");
+  EXPECT_EQ(swap("0::/outer/inner\n"), kAll);
+  put("outer/inner/memory.swap.max", "max\n");
+  put("outer/inner/memory.swap.current", "5\n");
+  EXPECT_EQ(swap("0::/outer/inner\n"), kAll);
+  put("outer/memory.swap.max", "0\n");
+  put("outer/memory.swap.current", "0\n");
+  EXPECT_EQ(swap("0::/outer/inner\n"), 0u);
+  put("memory/box/memory.limit_in_bytes", "4000\n");
+  put("memory/box/memory.usage_in_bytes", "3000\n");
+  EXPECT_EQ(swap("5:memory:/box\n"), kAll);
+  put("memory/box/memory.memsw.limit_in_bytes", "5000\n");
+  put("memory/box/memory.memsw.usage_in_bytes", "3400\n");
+  EXPECT_EQ(swap("5:memory:/box\n"), 600u);  // 1,000 may be swapped, 400 are
+}
+
+TEST(MemoryAllowed, IsWhatIsFreeUnlessAskedOtherwise) {
+  EXPECT_EQ(memory_allowed("", 900, ""), 900u);
+  EXPECT_EQ(memory_allowed("", 900, "3"), 300u);
+  EXPECT_EQ(memory_allowed("", 900, "0"), 900u);
+  EXPECT_EQ(memory_allowed("", 900, "many"), 900u);
+  EXPECT_EQ(memory_allowed("", std::nullopt, "2"), std::nullopt);
+  EXPECT_EQ(memory_allowed("none", 900, "3"), std::nullopt);
+  EXPECT_EQ(memory_allowed("5", 900, "3"), 5u << 20);
+  for (const char* wrong : {"0", "-1", "5 GB", "None", "99999999999999999999", "18446744073709551615"}) {
+    EXPECT_CONTAINS(error_text<std::invalid_argument>([&] { memory_allowed(wrong, 900, ""); }), "expected megabytes, or none");
+  }
 }
 
 }  // namespace

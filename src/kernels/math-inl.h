@@ -15,9 +15,9 @@ HWY_BEFORE_NAMESPACE();
 namespace latte::kernels::HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
-// x = exp(x) for x <= 88, to 2 ulp; 0 below -87.3 (the smallest normal float), -inf included; NaN stays NaN. exp(0) is 1.
-// Several vectors take each step together: the steps of one depend on each other, and a processor that had to look past them for
-// independent work would wait.
+// x = exp(x) for x <= 88, to 2.5 ulp; 0 below -87.33 (nearly the smallest normal float), -inf included; NaN stays NaN. exp(0)
+// is 1. Several vectors take each step together: the steps of one depend on each other, and a processor that had to look past
+// them for independent work would wait.
 template <size_t kVectors, class D, class V = hn::Vec<D>>
 HWY_INLINE void ExpTogether(D d, V (&x)[kVectors]) {
   const hn::RebindToSigned<D> di;
@@ -36,7 +36,7 @@ HWY_INLINE void ExpTogether(D d, V (&x)[kVectors]) {
   for (size_t i = 0; i < kVectors; ++i) r[i] = hn::NegMulAdd(n[i], hn::Set(d, 0.693359375f), x[i]);
   for (size_t i = 0; i < kVectors; ++i) r[i] = hn::Mul(hn::NegMulAdd(n[i], hn::Set(d, -2.12194440e-4f), r[i]), log2e);
 #endif
-  // 2^r to 9.2e-8: the polynomial of this degree, with 1 at 0, whose greatest relative error is least.
+  // 2^r to 1.1e-7: the polynomial of this degree, with 1 at 0, whose greatest relative error is least, its coefficients rounded.
   for (size_t i = 0; i < kVectors; ++i) p[i] = hn::MulAdd(hn::Set(d, 1.326472731e-3f), r[i], hn::Set(d, 9.671512991e-3f));
   for (size_t i = 0; i < kVectors; ++i) p[i] = hn::MulAdd(p[i], r[i], hn::Set(d, 5.550733581e-2f));
   for (size_t i = 0; i < kVectors; ++i) p[i] = hn::MulAdd(p[i], r[i], hn::Set(d, 2.402224243e-1f));

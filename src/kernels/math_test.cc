@@ -56,20 +56,20 @@ float FloatOf(uint32_t bits) {
   return x;
 }
 
-TEST(Exp, IsExactToTwoUlpsOverItsWholeRange) {
+TEST(Exp, IsExactToAFewUlpsOverItsWholeRange) {
   std::vector<float> x;
-  for (double at = -87.3; at <= 88.0; at += 0.00037) x.push_back(static_cast<float>(at));
+  for (double at = -87.33; at <= 88.0; at += 0.00037) x.push_back(static_cast<float>(at));
+  x.insert(x.end(), {-87.33f, -73.647f, -52.162f, 88.0f});
   for (float small = 1.0f; small > 1e-30f; small *= 0.37f) x.insert(x.end(), {small, -small});
-  x.resize(x.size() / 64 * 64);
+  x.resize((x.size() + 63) / 64 * 64);
   OnEveryTarget([&] {
     std::vector<float> actual = x;
     HWY_DYNAMIC_DISPATCH(ExpOfAll)(actual.data(), actual.size());
-    double worst = 0.0;
     for (size_t i = 0; i < x.size(); ++i) {
       const double expected = std::exp(static_cast<double>(x[i]));
-      worst = std::max(worst, std::abs(actual[i] - expected) / expected);
+      const double ulp = std::ldexp(1.0, std::ilogb(expected) - 23);
+      ASSERT_LE(std::abs(actual[i] - expected), 2.5 * ulp) << x[i];  // false for NaN
     }
-    EXPECT_LE(worst, 2 * 0x1p-23);
   });
 }
 
@@ -78,7 +78,7 @@ TEST(Exp, OfWhatIsNoOrdinaryNumber) {
   constexpr float kLargest = std::numeric_limits<float>::max();
   OnEveryTarget([&] {
     std::vector<float> x(64, 0.0f);
-    std::copy_n(std::vector<float>{-kInfinity, -kLargest, -1e4f, -87.34f, -0.0f, 0.0f}.data(), 6, x.data());
+    std::copy_n(std::vector<float>{-kInfinity, -kLargest, -1e4f, -87.3301f, -0.0f, 0.0f}.data(), 6, x.data());
     // Whatever else a NaN's bits say.
     const uint32_t nans[] = {0x7fc00000u, 0xffc00000u, 0x7f800001u, 0x7fc00001u, 0x7fffffffu, 0xffc00101u};
     for (size_t i = 0; i < std::size(nans); ++i) x[16 + i] = FloatOf(nans[i]);

@@ -69,12 +69,20 @@ bool has_tiles() {
   return has;
 }
 
-// Keys and values begin with what was read before. Our window kernel, with a window that holds everything, takes half the time of
-// torch's operator, forward and backward, but twice where that one multiplies bfloat16 in AMX's tiles; single tokens are torch's.
+// Whether the window operator, with a window that holds everything, is the faster one: on a thread it takes half the time of
+// torch's, forward and backward, but twice where that one multiplies bfloat16 in AMX's tiles; and it has a thread for each
+// key-value head at most, where torch's has one for every few queries.
+bool window_is_faster(const Rotated& heads, int64_t past) {
+  const at::Tensor& query = heads.query;
+  if (!query.is_cpu() || query.scalar_type() == torch::kFloat64) return false;
+  if (past == 0 && query.scalar_type() == torch::kBFloat16 && has_tiles()) return false;
+  return 2 * heads.key.size(0) * heads.key.size(2) >= at::get_num_threads();
+}
+
+// Keys and values begin with what was read before; single tokens are torch's.
 at::Tensor full_attention(const Rotated& heads, const formats::DecoderConfig& config) {
   const int64_t time = heads.query.size(1), past = heads.key.size(1) - time;
-  const bool tiles = past == 0 && heads.query.scalar_type() == torch::kBFloat16 && has_tiles();
-  if (time > 1 && !tiles) {
+  if (time > 1 && window_is_faster(heads, past)) {
     latte::MacchiatoAttentionOptions all;
     all.window = past + time;
     all.scale = config.attention_scale;

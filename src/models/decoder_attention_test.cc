@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <string>
 #include <vector>
 
 #include "nn/test_close.h"
@@ -12,23 +13,33 @@ namespace {
 
 using nn::close;
 
-class FullAttentionTest : public ::testing::Test {
+struct FullAttentionCase {
+  int64_t num_kv_heads;
+  at::ScalarType dtype;
+  double tolerance;
+};
+
+class FullAttentionTest : public ::testing::TestWithParam<FullAttentionCase> {
  protected:
   FullAttentionTest() {
     torch::manual_seed(3);
     config_.embed_dim = 24;
     config_.num_heads = 4;
-    config_.num_kv_heads = 2;
+    config_.num_kv_heads = GetParam().num_kv_heads;
     config_.head_dim = 8;
     config_.attention_scale = 0.3;
     config_.rope.pairs = formats::RopePairs::kNeighbours;
     config_.rope.dims = 8;
     config_.rope.base = 100.0;
     rope_ = std::make_shared<Rope>(config_.rope, 64);
-    const auto linear = [](int64_t in, int64_t out) { return torch::nn::Linear(torch::nn::LinearOptions(in, out).bias(false)); };
+    const auto linear = [](int64_t in, int64_t out) {
+      torch::nn::Linear made(torch::nn::LinearOptions(in, out).bias(false));
+      made->to(GetParam().dtype);
+      return made;
+    };
     weights_.query = linear(24, 32);
-    weights_.key = linear(24, 16);
-    weights_.value = linear(24, 16);
+    weights_.key = linear(24, 8 * config_.num_kv_heads);
+    weights_.value = linear(24, 8 * config_.num_kv_heads);
     weights_.output = linear(32, 24);
   }
 
@@ -51,9 +62,9 @@ class FullAttentionTest : public ::testing::Test {
 
   void expect_same(const at::Tensor& actual, const at::Tensor& x) {
     const auto wanted = expected(x);
-    EXPECT_TRUE(close(actual, wanted, 1e-5));
+    EXPECT_TRUE(close(actual, wanted, GetParam().tolerance));
     const auto got = gradients(actual, x), correct = gradients(wanted, x);
-    for (size_t i = 0; i < got.size(); ++i) EXPECT_TRUE(close(got[i], correct[i], 1e-5)) << "gradient " << i;
+    for (size_t i = 0; i < got.size(); ++i) EXPECT_TRUE(close(got[i], correct[i], GetParam().tolerance)) << "gradient " << i;
   }
 
   formats::DecoderConfig config_;
@@ -61,15 +72,15 @@ class FullAttentionTest : public ::testing::Test {
   AttentionWeights weights_;
 };
 
-TEST_F(FullAttentionTest, IsTorchsWithItsGradients) {
+TEST_P(FullAttentionTest, IsTorchsWithItsGradients) {
   FullAttentionImpl attention(config_, rope_);
-  const auto x = torch::randn({2, 37, 24}).requires_grad_();
+  const auto x = torch::randn({2, 37, 24}).to(GetParam().dtype).requires_grad_();
   expect_same(attention.forward(x, weights_, {}).out, x);
 }
 
-TEST_F(FullAttentionTest, PiecesGiveTheWholesGradients) {
+TEST_P(FullAttentionTest, PiecesGiveTheWholesGradients) {
   FullAttentionImpl attention(config_, rope_);
-  const auto x = torch::randn({2, 37, 24}).requires_grad_();
+  const auto x = torch::randn({2, 37, 24}).to(GetParam().dtype).requires_grad_();
   std::vector<at::Tensor> pieces;
   std::optional<DecoderAttentionState> state;
   int64_t begin = 0;
@@ -84,6 +95,15 @@ TEST_F(FullAttentionTest, PiecesGiveTheWholesGradients) {
   }
   expect_same(torch::cat(pieces, 1), x);
 }
+
+INSTANTIATE_TEST_SUITE_P(Kinds, FullAttentionTest,
+                         testing::Values(FullAttentionCase{2, torch::kFloat32, 1e-5}, FullAttentionCase{1, torch::kFloat32, 1e-5},
+                                         FullAttentionCase{4, torch::kBFloat16, 0.02},
+                                         FullAttentionCase{2, torch::kFloat64, 1e-12}),
+                         [](const auto& info) {
+                           return std::string(c10::toString(info.param.dtype)) + "KvHeads" +
+                                  std::to_string(info.param.num_kv_heads);
+                         });
 
 }  // namespace
 }  // namespace latte::models

@@ -23,7 +23,7 @@ namespace latte::nn {
 // What an attention module carries from one stretch of a sequence to the next. A module fills the fields it needs; of all but
 // SoftmaxAttention without a window the size doesn't depend on how many tokens were seen.
 struct AttentionState {
-  at::Tensor latents;                       // LatteAttention: [B, Hkv, L, D + 3]
+  at::Tensor latents;                       // LatteAttention: [B, Hkv, L, D + 3]; LinearAttention has its sums here
   std::optional<MacchiatoState> macchiato;  // MacchiatoAttention (keys D + 1 wide once a mask adds), SoftmaxAttention's window
   at::Tensor keys;                          // SoftmaxAttention: [B, position, Hkv, D], rotated
   at::Tensor values;                        // SoftmaxAttention: [B, position, Hkv, D]

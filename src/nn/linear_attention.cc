@@ -97,6 +97,7 @@ AttentionResult LinearAttentionImpl::attend(const at::Tensor& x, const OptionalT
                                             const AttentionForwardOptions& options) {
   const bool gated = options_.kind == LinearKind::kGated;
   TORCH_CHECK_VALUE(!options.need_weights, class_name_, ": need_weights isn't offered by linear attention");
+  TORCH_CHECK_VALUE(!options.peers, class_name_, " can't share a sequence among ranks");
   AttentionState next;
   const int64_t begin = options.state ? options.state->position : 0;
   next.position = begin + x.size(1);

@@ -76,7 +76,7 @@ struct ModelShape {
   bool latents_of_input = false;  // the latents' logits come from the layer's input, not from heads of queries and keys
   Mixer mixer = Mixer::kNone;     // of that input
   int64_t conv_width = 0;         // K
-  int64_t vapor = -1;             // values are rotated by so many-th of `rotary`, where there are latents for them alone; -1: not
+  int64_t vapor = -1;             // values are rotated by so many-th of `rotary`; where there are latents, theirs alone; -1: not
   bool sinusoidal = false;        // sines and cosines are added to the embeddings
   int64_t learned_positions = 0;  // so many are added to the embeddings, and a session ends there; 0: none
 

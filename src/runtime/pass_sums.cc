@@ -350,10 +350,12 @@ void Engine::Pass::attend_linear(int64_t layer, const Part& part, int64_t kv_hea
   const auto feature = [&](float x) { return gated ? x : x > 0.0f ? 1.0f + x : std::exp(x); };
   const float query_scale = gated ? 1.0f / std::sqrt(static_cast<float>(dim)) : 1.0f;
   float* state = part.session->sums(layer) + kv_head * dim * (dim + 1);
+  const Turns* turns = s.vapor >= 0 ? &turns_[static_cast<size_t>(s.vapor)] : nullptr;
+  const int64_t pairs = s.rotary_dims / 2;
   for (int64_t t = part.first; t < part.first + part.count; ++t) {
     const float* row = heads_ + t * heads_stride_;
     const float* key = row + key_offset_ + kv_head * dim;
-    const float* value = row + value_offset_ + kv_head * dim;
+    const float* value = turns ? turned_values_ + (t * s.num_kv_heads + kv_head) * dim : row + value_offset_ + kv_head * dim;
     const float* decay = gated ? decay_ + (t * s.num_kv_heads + kv_head) * dim : nullptr;
     for (int64_t i = 0; i < dim; ++i) {
       float* sums = state + i * (dim + 1);
@@ -372,12 +374,14 @@ void Engine::Pass::attend_linear(int64_t layer, const Part& part, int64_t kv_hea
         for (int64_t j = 0; j < dim; ++j) out[j] += q * sums[j];
         normaliser += q * sums[dim];
       }
+      if (!gated && normaliser != 0.0f) {
+        for (int64_t j = 0; j < dim; ++j) out[j] /= normaliser;
+      }
+      if (turns != nullptr) kernels::RotateRow(s.pairs, pairs, turns->cos + t * pairs, turns->back + t * pairs, out);
       if (gated) {
         float* gate = out_gate_ + (t * s.num_heads + h) * dim;
         kernels::RmsNormRow(out, weights.out_norm, 1e-5f, dim, out);
         kernels::GateRow(kernels::Gate::kSilu, gate, out, dim, out);
-      } else if (normaliser != 0.0f) {
-        for (int64_t j = 0; j < dim; ++j) out[j] /= normaliser;
       }
     }
   }

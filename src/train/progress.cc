@@ -41,15 +41,16 @@ std::string ProgressLine::line_of(const StepMetrics& metrics) const {
       format("step %lld/%lld  loss %.4f", static_cast<long long>(metrics.step), static_cast<long long>(steps_), loss_);
   if (val_loss_ > 0) line += format("  val %.4f", val_loss_);
   if (val_accuracy_) line += format(" (%.1f%% right)", 100 * *val_accuracy_);
-  line += format("  lr %.2e  %.0f tokens/s  ", metrics.lr, rate_);
+  line += format("  lr %.2e  %.0f tokens/s", metrics.lr, rate_);
   return line + time_of(metrics.step);
 }
 
 std::string ProgressLine::time_of(int64_t step) const {
   const double elapsed = std::chrono::duration<double>(Clock::now() - start_).count();
-  if (step >= steps_) return "took " + format_seconds(elapsed);
+  if (step >= steps_) return format("  took %s", format_seconds(elapsed).c_str());
   if (step <= first_step_ || elapsed < kSoonest) return "";
-  return format_seconds(elapsed / static_cast<double>(step - first_step_) * static_cast<double>(steps_ - step)) + " left";
+  const double left = elapsed / static_cast<double>(step - first_step_) * static_cast<double>(steps_ - step);
+  return format("  %s left", format_seconds(left).c_str());
 }
 
 void ProgressLine::update(const StepMetrics& metrics) {
@@ -61,9 +62,8 @@ void ProgressLine::update(const StepMetrics& metrics) {
 }
 
 void ProgressLine::update(int64_t step, const std::string& what) {
-  show(step == steps_, [&] {
-    return what + format(" %lld/%lld  ", static_cast<long long>(step), static_cast<long long>(steps_)) + time_of(step);
-  });
+  show(step == steps_,
+       [&] { return what + format(" %lld/%lld", static_cast<long long>(step), static_cast<long long>(steps_)) + time_of(step); });
 }
 
 void ProgressLine::show(bool keep, const std::function<std::string()>& line_now) {

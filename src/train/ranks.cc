@@ -15,6 +15,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
+#include <new>
 #include <string_view>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
@@ -331,8 +332,15 @@ void Ranks::explain_failure() {
   } catch (const formats::FileError& caught) {
     own = true;
     error = plain(caught);
+  } catch (const std::bad_alloc&) {
+    own = true;
+    error = "out of memory";
   } catch (const std::exception& caught) {
     error = plain(caught);
+    if (error.find("can't allocate memory") != std::string::npos) {  // torch's allocator
+      own = true;
+      error = "out of memory";
+    }
   }
   if (!own) fault = parts_->heartbeat->whose_fault();
   if (fault.empty()) {

@@ -111,7 +111,7 @@ inline std::vector<StateModel> state_models() {
                                     {"converted", runtime::Model::open(path, converted)}};
   constexpr const char* kTrained[][2] = {{"softmax", "rotary"},  {"latte", "rg_lru"},      {"macchiato", "conv"},
                                          {"macchiato", "vapor"}, {"gated_linear", "none"}, {"softmax", "conv"},
-                                         {"window", "vapor"}};
+                                         {"window", "vapor"},    {"linear", "conv"}};
   for (const auto& [attention, position] : kTrained) {
     const std::string checkpoint = folder / "checkpoint.safetensors";
     write_trained_model(checkpoint, attention, position);

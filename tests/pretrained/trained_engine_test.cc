@@ -96,8 +96,8 @@ TEST(TrainedModelsInTheEngine, EveryAttentionAndPosition) {
       {"window", {"none", "learned", "sinusoidal", "rotary", "vapor", "conv", "rg_lru"}},
       {"latte", {"none", "learned", "sinusoidal", "vapor", "conv", "rg_lru"}},
       {"macchiato", {"none", "learned", "sinusoidal", "rotary", "vapor", "conv", "rg_lru"}},
-      {"linear", {"none", "learned", "sinusoidal"}},
-      {"gated_linear", {"none", "learned", "sinusoidal"}},
+      {"linear", {"none", "learned", "sinusoidal", "vapor", "conv", "rg_lru"}},
+      {"gated_linear", {"none", "learned", "sinusoidal", "vapor", "conv", "rg_lru"}},
   };
   for (const auto& [attention, positions] : all) {
     for (const std::string& position : positions) {
@@ -145,9 +145,10 @@ TEST(TrainedModelsInTheEngine, EveryOtherField) {
 
 TEST(TrainedModelsInTheEngine, RandomSchedulesEqualEachSessionAlone) {
   const std::vector<std::pair<std::string, std::string>> all = {
-      {"softmax", "rotary"},  {"window", "sinusoidal"}, {"latte", "conv"},   {"latte", "rg_lru"},      {"macchiato", "conv"},
-      {"macchiato", "vapor"}, {"macchiato", "rg_lru"},  {"linear", "none"},  {"gated_linear", "none"}, {"softmax", "conv"},
-      {"softmax", "vapor"},   {"window", "rg_lru"},     {"window", "vapor"},
+      {"softmax", "rotary"},     {"window", "sinusoidal"},   {"latte", "conv"},   {"latte", "rg_lru"},      {"macchiato", "conv"},
+      {"macchiato", "vapor"},    {"macchiato", "rg_lru"},    {"linear", "none"},  {"gated_linear", "none"}, {"softmax", "conv"},
+      {"softmax", "vapor"},      {"window", "rg_lru"},       {"window", "vapor"}, {"linear", "vapor"},      {"linear", "conv"},
+      {"gated_linear", "vapor"}, {"gated_linear", "rg_lru"},
   };
   for (const auto& [attention, position] : all) {
     SCOPED_TRACE(attention + ", " + position);
