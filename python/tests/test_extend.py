@@ -237,6 +237,13 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, model, text):
     assert latte(*command[1:]).returncode == 0
 
 
+@pytest.mark.parametrize(("options", "lr"), [([], 1e-4), (["--train", "lora"], 1e-3), (["--train", "lora", "--lr", "0.5"], 0.5)])
+def test_low_rank_changes_have_a_rate_of_their_own(tmp_path, model, text, options, lr):
+    out = tmp_path / "a.gguf"
+    assert extend(model, text, out, "--tokens", 0, "--match-sequences", 0, *options).returncode == 0
+    assert json.loads(latte("inspect", out, "--json").stdout)["adapter"]["recipe"]["lr"] == lr
+
+
 def test_too_little_memory_is_said(tmp_path, model):
     text = tmp_path / "long.txt"
     text.write_text("A long text that goes on. " * 2000)

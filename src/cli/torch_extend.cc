@@ -123,7 +123,7 @@ void AddFields(CLI::App& command, json& fields) {
   options.add<int64_t>("--least-window", "least_window",
                        "Steps draw their window from here up to --window, in powers of two, so that latents must carry; 0: no",
                        kTraining);
-  options.add<double>("--lr", "lr", "Learning rate of pretrained weights", kTraining);
+  options.add<double>("--lr", "lr", "Learning rate of pretrained weights; of low-rank changes 0.001 unless named", kTraining);
   options.add<double>("--latent-lr", "latent_lr", "Of the latents' matrices", kTraining);
   options.add<double>("--vector-lr", "vector_lr", "Of their biases, decays and floors", kTraining);
   options.add<double>("--gate-lr", "gate_lr", "Of the gates' biases; 0: as of other biases", kTraining);
@@ -210,6 +210,12 @@ void TakeWindowOfStart(json& fields) {
   if (!from.empty()) fields["window"] = formats::AdapterFile(from).spec().window;
 }
 
+// Low-rank changes begin at nothing, and want a larger rate than weights that are good already (docs/extending.md, what trains).
+void TakeRateOfChanges(json& fields) {
+  constexpr double kRate = 1e-3;
+  if (!fields.contains("lr") && fields.contains("train") && fields["train"] == "lora") fields["lr"] = kRate;
+}
+
 int Extend(Options& options) {
   if (options.threads > 0) at::set_num_threads(options.threads);
   extend::Report report;
@@ -218,7 +224,10 @@ int Extend(Options& options) {
     if (options.resume) fields = extend::options_of_run(options.run.out).to_json();
     if (!options.config_file.empty()) fields.update(ReadConfig(options.config_file));
     fields.update(options.fields);
-    if (!options.resume) TakeWindowOfStart(fields);
+    if (!options.resume) {
+      TakeWindowOfStart(fields);
+      TakeRateOfChanges(fields);
+    }
     const ExtendOptions settings = ExtendOptions::from_json(fields);
     report = options.resume ? extend::resume_extend(settings, options.run) : extend::run_extend(settings, options.run);
   } catch (const OptionError& error) {
