@@ -155,6 +155,8 @@ def test_a_merged_model_goes_everywhere(tmp_path, model, text):
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert losses[0][0] == pytest.approx(rows[0][0]["stretch_losses"][0])
     assert_fails(latte("eval", merged, "--attention", "full", *asked), "full needs the original model", code=2)
+    for flag in ("--adapter", "--control", "--full-adapter"):
+        assert_fails(latte("eval", merged, flag, adapter, *asked), f"{flag} is for an original model", code=2)
     assert_fails(extend(merged, text, tmp_path / "again.gguf"), "is converted already", code=2)
     assert not (tmp_path / "again.gguf.run").exists()
 
@@ -256,6 +258,14 @@ def test_too_little_memory_is_said(tmp_path, model):
     command += ["--match-sequences", "0", "--context", "2048", "--batch", "256", "--tokens", "1048576"]
     result = subprocess.run(command, capture_output=True, text=True, preexec_fn=little_memory)
     assert_fails(result, "out of memory", "MB could be had")
+    little = os.environ | {"LATTE_MEMORY_LIMIT": "300"}
+    result = subprocess.run([*command, "--overwrite"], capture_output=True, text=True, env=little)
+    assert_fails(result, "out of memory", "300 MB could be had")
+    for limit, code in (("none", 0), ("9000000", 0), ("300 MB", 2)):
+        asked = os.environ | {"LATTE_MEMORY_LIMIT": limit}
+        result = subprocess.run([LATTE, "eval", "--help"], capture_output=True, text=True, env=asked)
+        assert result.returncode == code, result.stderr
+    assert_fails(result, "LATTE_MEMORY_LIMIT", "expected megabytes, or none", code=2)
     # What was done before, matching, is saved whole.
     assert {path.name for path in tmp_path.iterdir()} == {"a.gguf", "a.gguf.run", "base.gguf", "long.txt"}
     assert latte("eval", model, "--adapter", out, "--text", text, "--lengths", 64, "--attention", "macchiato").returncode == 0

@@ -15,9 +15,9 @@
 
 namespace latte::cli {
 
-// From here on this process, and those it starts, get the memory that formats::memory_allowed names and no more: allocations
-// beyond it fail, and are reported. A lower limit of the user's (ulimit -d) stays. Returns the bytes that are left to it; none
-// without a limit. Throws std::invalid_argument as memory_allowed does.
+// From here on this process, and those it starts, get the memory that formats::memory_allowed names, and some for their threads'
+// heaps and stacks, and no more: allocations beyond it fail, and are reported. A lower limit of the user's (ulimit -d) stays.
+// Returns the bytes that are left to it; none without a limit. Throws std::invalid_argument as memory_allowed does.
 inline std::optional<uint64_t> LimitMemory() {
   const auto environment = [](const char* name) {
     const char* value = std::getenv(name);
@@ -29,10 +29,12 @@ inline std::optional<uint64_t> LimitMemory() {
   const auto in_use = formats::kilobyte_field("/proc/self/status", "VmData:");
   rlimit data, stack;
   if (!allowed || !in_use || ::getrlimit(RLIMIT_DATA, &data) != 0 || ::getrlimit(RLIMIT_STACK, &stack) != 0) return std::nullopt;
-  // The limit is of what was asked for, written or not. Each thread asks for a stack and glibc's heap of its own, of which it
-  // writes little.
-  constexpr uint64_t kHeap = uint64_t{64} << 20, kMostStack = uint64_t{64} << 20;
-  const uint64_t unwritten = std::thread::hardware_concurrency() * (kHeap + std::min<uint64_t>(kMostStack, stack.rlim_cur));
+  // The limit is of what was asked for, written or not. Each thread asks for a stack and, with the malloc settings that `latte`
+  // gives commands that train, for a heap of 64 MB of its own; of both it writes little.
+  constexpr uint64_t kHeap = uint64_t{64} << 20, kUnlimitedStack = uint64_t{2} << 20;  // glibc's
+  const uint64_t threads = formats::count_in(environment("OMP_NUM_THREADS")).value_or(std::thread::hardware_concurrency());
+  const uint64_t of_thread = kHeap + (stack.rlim_cur == RLIM_INFINITY ? kUnlimitedStack : stack.rlim_cur);
+  const uint64_t unwritten = std::min(*allowed / 4, threads > *allowed / of_thread ? *allowed : threads * of_thread);
   data.rlim_cur = std::min<rlim_t>(data.rlim_cur, *in_use + unwritten + *allowed);
   if (::setrlimit(RLIMIT_DATA, &data) != 0) return std::nullopt;
   return data.rlim_cur > *in_use ? std::min<uint64_t>(*allowed, data.rlim_cur - *in_use) : 0;

@@ -75,6 +75,7 @@ std::vector<AttentionKind> KindsOf(const Options& options, bool stretched) {
     const bool scaled = kind == AttentionKind::kFullNtk || kind == AttentionKind::kFullYarn;
     if (!missing_source(kind, options.sources) && (stretched || !scaled)) kinds.push_back(kind);
   }
+  if (kinds.empty()) throw OptionError("no kind of attention can be had of " + options.sources.model + " alone");
   return kinds;
 }
 
@@ -174,6 +175,12 @@ class Evaluation {
 
   void prepare() {
     extend::VariantSources& sources = options_.sources;
+    for (const auto& [flag, file] :
+         {std::pair("--adapter", sources.adapter), {"--control", sources.control}, {"--full-adapter", sources.full_adapter}}) {
+      if (!file.empty() && extend::is_merged(sources.model)) {
+        throw OptionError(std::string(flag) + " is for an original model: " + sources.model + " is a converted one");
+      }
+    }
     sources.window = options_.window;
     sources.sinks = options_.sinks;
     sources.dtype = train::resolve_dtype(options_.dtype) == "bfloat16" ? torch::kBFloat16 : torch::kFloat32;

@@ -14,6 +14,7 @@
 #include "cli/memory_limit.h"
 #include "cli/shortened_file.h"
 #include "cli/torch_commands.h"
+#include "train/memory_error.h"
 
 namespace {
 
@@ -25,11 +26,6 @@ int FailForMemory(std::optional<uint64_t> allowed) {
   std::string message = "out of memory";
   if (allowed) message += ": " + std::to_string(*allowed >> 20) + " MB could be had when it began";
   return Fail(message + "; smaller sizes need less (tokens a step or a stretch, model)", 1);
-}
-
-// torch's allocator says so; oneDNN, which says no more than this, has mostly no other reason.
-bool IsForMemory(const std::string& message) {
-  return message.find("can't allocate memory") != std::string::npos || message.starts_with("could not create a primitive");
 }
 
 int Run(int argc, char** argv) {
@@ -71,10 +67,10 @@ int main(int argc, char** argv) {
     return lost && exit_code == 0 ? Fail("cannot write standard output", 1) : exit_code;
   } catch (const c10::Error& error) {
     const std::string message = error.what_without_backtrace();
-    return IsForMemory(message) ? FailForMemory(allowed) : Fail(message, 1);
+    return latte::train::tells_of_memory(message) ? FailForMemory(allowed) : Fail(message, 1);
   } catch (const std::bad_alloc&) {
     return FailForMemory(allowed);
   } catch (const std::exception& error) {
-    return IsForMemory(error.what()) ? FailForMemory(allowed) : Fail(error.what(), 1);
+    return latte::train::tells_of_memory(error.what()) ? FailForMemory(allowed) : Fail(error.what(), 1);
   }
 }

@@ -202,8 +202,6 @@ TEST_F(ExtendTest, AMergedControlIsEvaluatedAsWhatItIs) {
   EXPECT_TRUE(close(whole.model.model->forward(tokens).logits, expected.model.model->forward(tokens).logits, 1e-6));
   EXPECT_CONTAINS(missing_source(AttentionKind::kMacchiatoLatentsOff, merged).value_or(""), "has window and sinks alone");
   EXPECT_CONTAINS(missing_source(AttentionKind::kFull, merged).value_or(""), "needs the original model");
-  merged.control = both.out;
-  EXPECT_CONTAINS(missing_source(kControl, merged).value_or(""), "is a converted model already: --control");
   EXPECT_CONTAINS(missing_source(AttentionKind::kFullUptrained, apart).value_or(""), "needs --full-adapter");
 }
 

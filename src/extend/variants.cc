@@ -89,7 +89,6 @@ std::optional<std::string> missing_source(AttentionKind kind, const VariantSourc
   const auto merged = formats::merged_spec(formats::GgufFile(sources.model));
   const auto needs = [&](const std::string& source, const char* flag) -> std::optional<std::string> {
     if (merged) {  // it is its own source, of the one kind that it is
-      if (!source.empty()) return sources.model + " is a converted model already: " + flag + " is for its original";
       const AttentionKind found = kind_of(*merged);
       return found == adapter_of(kind) ? std::nullopt : std::optional(misfit(kind, sources.model, found));
     }

@@ -57,14 +57,6 @@ uint64_t least_of_groups(const std::string& membership, const std::string& root,
   return least;
 }
 
-// A whole number that isn't 0; none for anything else.
-std::optional<uint64_t> count_in(std::string_view text) {
-  uint64_t number = 0;
-  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), number);
-  if (error != std::errc() || end != text.data() + text.size() || number == 0) return std::nullopt;
-  return number;
-}
-
 }  // namespace
 
 std::optional<uint64_t> kilobyte_field(const std::string& path, std::string_view name) {
@@ -95,7 +87,8 @@ uint64_t swap_left_to_groups(const std::string& membership, const std::string& r
     const auto limit = number_in(folder + "memory.limit_in_bytes"), used = number_in(folder + "memory.usage_in_bytes");
     const auto both_limit = number_in(folder + "memory.memsw.limit_in_bytes");
     const auto both_used = number_in(folder + "memory.memsw.usage_in_bytes");
-    if (!limit || !used || !both_limit || !both_used) return std::nullopt;
+    constexpr uint64_t kNone = uint64_t{1} << 62;  // and more: how it writes that there is no limit
+    if (!limit || !used || !both_limit || !both_used || *both_limit > kNone) return std::nullopt;
     return less(less(*both_limit, *limit), less(*both_used, *used));
   });
 }
@@ -108,11 +101,19 @@ std::optional<uint64_t> free_memory() {
 
 uint64_t free_swap() { return std::min(kilobyte_field("/proc/meminfo", "SwapFree:").value_or(0), swap_left_to_groups()); }
 
+std::optional<uint64_t> count_in(std::string_view text) {
+  uint64_t number = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), number);
+  if (error != std::errc() || end != text.data() + text.size() || number == 0) return std::nullopt;
+  return number;
+}
+
 std::optional<uint64_t> memory_allowed(std::string_view asked, std::optional<uint64_t> free, std::string_view processes) {
   if (asked == "none") return std::nullopt;
   if (asked.empty()) return free ? std::optional(*free / count_in(processes).value_or(1)) : std::nullopt;
   const auto megabytes = count_in(asked);
-  if (!megabytes || *megabytes > std::numeric_limits<uint64_t>::max() >> 20) {
+  constexpr uint64_t kMost = uint64_t{1} << 40;
+  if (!megabytes || *megabytes > kMost) {
     throw std::invalid_argument("the environment's LATTE_MEMORY_LIMIT is " + quote(asked) + ", expected megabytes, or none");
   }
   return *megabytes << 20;

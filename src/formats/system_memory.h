@@ -28,6 +28,9 @@ uint64_t swap_left_to_groups(const std::string& membership = "/proc/self/cgroup"
 // std::invalid_argument where `asked` is something else.
 std::optional<uint64_t> memory_allowed(std::string_view asked, std::optional<uint64_t> free, std::string_view processes);
 
+// The whole number that `text` is; none where it is none, or 0.
+std::optional<uint64_t> count_in(std::string_view text);
+
 // Bytes of the line that begins with `name` in one of the system's files that count in kB; none where it isn't.
 std::optional<uint64_t> kilobyte_field(const std::string& path, std::string_view name);
 

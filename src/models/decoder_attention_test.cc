@@ -1,6 +1,7 @@
 // The attention of pretrained layers against torch's own operator, forward and backward.
 #include "models/decoder_attention.h"
 
+#include <ATen/Parallel.h>
 #include <gtest/gtest.h>
 
 #include <string>
@@ -17,11 +18,13 @@ struct FullAttentionCase {
   int64_t num_kv_heads;
   at::ScalarType dtype;
   double tolerance;
+  int threads;
 };
 
 class FullAttentionTest : public ::testing::TestWithParam<FullAttentionCase> {
  protected:
   FullAttentionTest() {
+    at::set_num_threads(GetParam().threads);  // decides which operator is used
     torch::manual_seed(3);
     config_.embed_dim = 24;
     config_.num_heads = 4;
@@ -42,6 +45,8 @@ class FullAttentionTest : public ::testing::TestWithParam<FullAttentionCase> {
     weights_.value = linear(24, 8 * config_.num_kv_heads);
     weights_.output = linear(32, 24);
   }
+
+  ~FullAttentionTest() override { at::set_num_threads(threads_before_); }
 
   at::Tensor expected(const at::Tensor& x) {
     const auto heads = weights_.project(x, config_.head_dim);
@@ -67,6 +72,7 @@ class FullAttentionTest : public ::testing::TestWithParam<FullAttentionCase> {
     for (size_t i = 0; i < got.size(); ++i) EXPECT_TRUE(close(got[i], correct[i], GetParam().tolerance)) << "gradient " << i;
   }
 
+  const int threads_before_ = at::get_num_threads();
   formats::DecoderConfig config_;
   std::shared_ptr<const Rope> rope_;
   AttentionWeights weights_;
@@ -96,14 +102,14 @@ TEST_P(FullAttentionTest, PiecesGiveTheWholesGradients) {
   expect_same(torch::cat(pieces, 1), x);
 }
 
-INSTANTIATE_TEST_SUITE_P(Kinds, FullAttentionTest,
-                         testing::Values(FullAttentionCase{2, torch::kFloat32, 1e-5}, FullAttentionCase{1, torch::kFloat32, 1e-5},
-                                         FullAttentionCase{4, torch::kBFloat16, 0.02},
-                                         FullAttentionCase{2, torch::kFloat64, 1e-12}),
-                         [](const auto& info) {
-                           return std::string(c10::toString(info.param.dtype)) + "KvHeads" +
-                                  std::to_string(info.param.num_kv_heads);
-                         });
+INSTANTIATE_TEST_SUITE_P(
+    Kinds, FullAttentionTest,
+    testing::Values(FullAttentionCase{2, torch::kFloat32, 1e-5, 1}, FullAttentionCase{1, torch::kFloat32, 1e-5, 4},
+                    FullAttentionCase{1, torch::kFloat32, 1e-5, 5}, FullAttentionCase{4, torch::kBFloat16, 0.02, 1},
+                    FullAttentionCase{2, torch::kFloat64, 1e-12, 1}),
+    [](const auto& info) {
+      return std::string(c10::toString(info.param.dtype)) + "KvHeads" + std::to_string(info.param.num_kv_heads);
+    });
 
 }  // namespace
 }  // namespace latte::models

@@ -27,6 +27,7 @@ double smoothed(double before, double now) { return before == 0.0 ? now : 0.8 * 
 std::string format_seconds(double seconds) {
   if (!(seconds >= 0)) seconds = 0;
   const auto whole = std::lround(seconds);
+  if (seconds < 0.001) return "0 s";
   if (seconds < 10) return format("%.2g s", seconds);
   if (whole < 60) return format("%ld s", whole);
   if (whole < 3600) return format("%ld min %02ld s", whole / 60, whole % 60);

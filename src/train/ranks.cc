@@ -26,6 +26,7 @@
 
 #include "formats/error.h"
 #include "train/heartbeat.h"
+#include "train/memory_error.h"
 #include "train/options.h"
 
 namespace latte::train {
@@ -337,7 +338,7 @@ void Ranks::explain_failure() {
     error = "out of memory";
   } catch (const std::exception& caught) {
     error = plain(caught);
-    if (error.find("can't allocate memory") != std::string::npos) {  // torch's allocator
+    if (tells_of_memory(error)) {
       own = true;
       error = "out of memory";
     }
