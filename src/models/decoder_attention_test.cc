@@ -102,14 +102,16 @@ TEST_P(FullAttentionTest, PiecesGiveTheWholesGradients) {
   expect_same(torch::cat(pieces, 1), x);
 }
 
-INSTANTIATE_TEST_SUITE_P(
-    Kinds, FullAttentionTest,
-    testing::Values(FullAttentionCase{2, torch::kFloat32, 1e-5, 1}, FullAttentionCase{1, torch::kFloat32, 1e-5, 4},
-                    FullAttentionCase{1, torch::kFloat32, 1e-5, 5}, FullAttentionCase{4, torch::kBFloat16, 0.02, 1},
-                    FullAttentionCase{2, torch::kFloat64, 1e-12, 1}),
-    [](const auto& info) {
-      return std::string(c10::toString(info.param.dtype)) + "KvHeads" + std::to_string(info.param.num_kv_heads);
-    });
+INSTANTIATE_TEST_SUITE_P(Kinds, FullAttentionTest,
+                         testing::Values(FullAttentionCase{2, torch::kFloat32, 1e-5, 1},
+                                         FullAttentionCase{1, torch::kFloat32, 1e-5, 4},
+                                         FullAttentionCase{1, torch::kFloat32, 1e-5, 5},
+                                         FullAttentionCase{4, torch::kBFloat16, 0.02, 1},
+                                         FullAttentionCase{2, torch::kFloat64, 1e-12, 1}),
+                         [](const auto& info) {
+                           return std::string(c10::toString(info.param.dtype)) + "KvHeads" +
+                                  std::to_string(info.param.num_kv_heads) + "Threads" + std::to_string(info.param.threads);
+                         });
 
 }  // namespace
 }  // namespace latte::models
