@@ -62,18 +62,18 @@ bool IsQuadratic(AttentionKind kind) {
 }
 
 // What was named, or all that the files allow.
-std::vector<AttentionKind> KindsOf(const Options& options, bool stretched) {
+std::vector<AttentionKind> KindsOf(const Options& options, std::optional<AttentionKind> merged, bool stretched) {
   std::vector<AttentionKind> kinds;
   for (const std::string& name : options.attention) kinds.push_back(extend::attention_kind_named(name));
   if (!kinds.empty()) {
     for (AttentionKind kind : kinds) {
-      if (const auto missing = missing_source(kind, options.sources)) throw OptionError(*missing);
+      if (const auto missing = missing_source(kind, options.sources, merged)) throw OptionError(*missing);
     }
     return kinds;
   }
   for (AttentionKind kind : extend::all_attention_kinds()) {
     const bool scaled = kind == AttentionKind::kFullNtk || kind == AttentionKind::kFullYarn;
-    if (!missing_source(kind, options.sources) && (stretched || !scaled)) kinds.push_back(kind);
+    if (!missing_source(kind, options.sources, merged) && (stretched || !scaled)) kinds.push_back(kind);
   }
   if (kinds.empty()) throw OptionError("no kind of attention can be had of " + options.sources.model + " alone");
   return kinds;
@@ -175,9 +175,10 @@ class Evaluation {
 
   void prepare() {
     extend::VariantSources& sources = options_.sources;
+    const auto merged = extend::merged_kind(sources.model);
     for (const auto& [flag, file] :
          {std::pair("--adapter", sources.adapter), {"--control", sources.control}, {"--full-adapter", sources.full_adapter}}) {
-      if (!file.empty() && extend::is_merged(sources.model)) {
+      if (merged && !file.empty()) {
         throw OptionError(std::string(flag) + " is for an original model: " + sources.model + " is a converted one");
       }
     }
@@ -190,12 +191,11 @@ class Evaluation {
     for (int64_t length : text ? options_.lengths : options_.task_lengths) longest = std::max(longest, length);
     const double context = static_cast<double>(config.context_length);
     sources.rope_factor = options_.rope_factor.value_or(std::max(1.0, static_cast<double>(longest) / context));
-    kinds_ = KindsOf(options_, sources.rope_factor > 1.0);
+    kinds_ = KindsOf(options_, merged, sources.rope_factor > 1.0);
     if (!text) return;
     if (options_.text.empty()) throw OptionError("--text is missing");
     models::Decoder original(nullptr);
-    if (options_.kl && !extend::is_merged(sources.model))
-      original = models::load_decoder(sources.model, models::DecoderOptions{.dtype = sources.dtype});
+    if (options_.kl && !merged) original = models::load_decoder(sources.model, models::DecoderOptions{.dtype = sources.dtype});
     evaluator_.emplace(extend::read_tokens(options_.text, tokenizer_), original);
     for (int64_t length : options_.lengths) {
       if (evaluator_->windows(length) > 0) continue;

@@ -73,10 +73,8 @@ std::vector<LatentForm> forms_in(const formats::GgufFile& file, const formats::A
   return forms;
 }
 
-bool is_merged(const std::string& model) { return formats::merged_spec(formats::GgufFile(model)).has_value(); }
-
 void require_original(const std::string& model) {
-  if (is_merged(model)) {
+  if (formats::merged_spec(formats::GgufFile(model))) {
     throw OptionError("model " + model + " is converted already: name the original, and this one's adapter with --from");
   }
 }

@@ -26,10 +26,7 @@ struct ConvertedModel {
 // doesn't fit the other.
 ConvertedModel load_converted(const std::string& model, const std::string& adapter, at::ScalarType dtype);
 
-// Whether a GGUF file is a whole converted model. Throws formats::FileError and formats::FormatError.
-bool is_merged(const std::string& model);
-
-// Throws OptionError where is_merged.
+// Throws OptionError where the file is a whole converted model, formats::FileError and formats::FormatError.
 void require_original(const std::string& model);
 
 // A freshly converted base: latents closed, so that it equals window and sinks. Throws as load_decoder.

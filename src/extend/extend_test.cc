@@ -195,14 +195,17 @@ TEST_F(ExtendTest, AMergedControlIsEvaluatedAsWhatItIs) {
   apart.model = options_.model;
   apart.control = both.out;
   constexpr auto kControl = AttentionKind::kWindowSinksUptrained;
-  EXPECT_FALSE(missing_source(kControl, merged));
+  EXPECT_FALSE(missing_source(kControl, merged, merged_kind(merged.model)));
   auto whole = load_variant(kControl, merged), expected = load_variant(kControl, apart);
   const auto tokens = torch::tensor(some_tokens(60)).unsqueeze(0);
   const torch::NoGradGuard no_grad;
   EXPECT_TRUE(close(whole.model.model->forward(tokens).logits, expected.model.model->forward(tokens).logits, 1e-6));
-  EXPECT_CONTAINS(missing_source(AttentionKind::kMacchiatoLatentsOff, merged).value_or(""), "has window and sinks alone");
-  EXPECT_CONTAINS(missing_source(AttentionKind::kFull, merged).value_or(""), "needs the original model");
-  EXPECT_CONTAINS(missing_source(AttentionKind::kFullUptrained, apart).value_or(""), "needs --full-adapter");
+  EXPECT_CONTAINS(missing_source(AttentionKind::kMacchiatoLatentsOff, merged, merged_kind(merged.model)).value_or(""),
+                  "has window and sinks alone");
+  EXPECT_CONTAINS(missing_source(AttentionKind::kFull, merged, merged_kind(merged.model)).value_or(""),
+                  "needs the original model");
+  EXPECT_CONTAINS(missing_source(AttentionKind::kFullUptrained, apart, merged_kind(apart.model)).value_or(""),
+                  "needs --full-adapter");
 }
 
 TEST_F(ExtendTest, AnEvaluationStopsWhileTheOriginalIsRead) {

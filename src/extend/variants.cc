@@ -85,12 +85,16 @@ std::vector<AttentionKind> all_attention_kinds() {
   return kinds;
 }
 
-std::optional<std::string> missing_source(AttentionKind kind, const VariantSources& sources) {
-  const auto merged = formats::merged_spec(formats::GgufFile(sources.model));
+std::optional<AttentionKind> merged_kind(const std::string& model) {
+  const auto spec = formats::merged_spec(formats::GgufFile(model));
+  return spec ? std::optional(kind_of(*spec)) : std::nullopt;
+}
+
+std::optional<std::string> missing_source(AttentionKind kind, const VariantSources& sources,
+                                          std::optional<AttentionKind> merged) {
   const auto needs = [&](const std::string& source, const char* flag) -> std::optional<std::string> {
     if (merged) {  // it is its own source, of the one kind that it is
-      const AttentionKind found = kind_of(*merged);
-      return found == adapter_of(kind) ? std::nullopt : std::optional(misfit(kind, sources.model, found));
+      return merged == adapter_of(kind) ? std::nullopt : std::optional(misfit(kind, sources.model, *merged));
     }
     if (!source.empty()) return std::nullopt;
     return std::string(name_of(kind)) + " needs " + flag + " or a merged model";
@@ -110,7 +114,7 @@ std::optional<std::string> missing_source(AttentionKind kind, const VariantSourc
 }
 
 Variant load_variant(AttentionKind kind, const VariantSources& sources) {
-  if (const auto missing = missing_source(kind, sources)) throw OptionError(*missing);
+  if (const auto missing = missing_source(kind, sources, merged_kind(sources.model))) throw OptionError(*missing);
   const models::DecoderOptions plain{.dtype = sources.dtype};
   Variant variant;
   variant.kind = kind;

@@ -47,8 +47,12 @@ struct Variant {
   bool converted(size_t block) const { return block < model.converted.size() && model.converted[block] != nullptr; }
 };
 
-// Whether the sources allow the kind; if not, what is missing: "macchiato needs --adapter".
-std::optional<std::string> missing_source(AttentionKind kind, const VariantSources& sources);
+// What a whole converted model is: kMacchiato, kWindowSinksUptrained or kFullUptrained; none of an original. Reads the file's
+// metadata. Throws formats::FileError and formats::FormatError.
+std::optional<AttentionKind> merged_kind(const std::string& model);
+
+// Whether the sources, whose model is `merged`, allow the kind; if not, what is missing: "macchiato needs --adapter".
+std::optional<std::string> missing_source(AttentionKind kind, const VariantSources& sources, std::optional<AttentionKind> merged);
 
 // Throws OptionError for what missing_source names, and as load_decoder and load_converted do.
 Variant load_variant(AttentionKind kind, const VariantSources& sources);
