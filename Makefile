@@ -32,7 +32,7 @@ build: setup  ## the programs, the library of operators, the tests
 test: build  ## every test: C++, Python, the ladder, an installed copy
 	ctest --test-dir build --output-on-failure --no-tests=error
 
-demo: build  ## checks the kernels, trains on Shakespeare for a few minutes, shows the curve, writes text
+demo: build  ## checks the kernels, trains on Shakespeare, converts SmolLM2: curves, tables, text, in ten minutes
 	@scripts/demo.sh $(DEMO)
 
 bench: build  ## attention against torch's scaled_dot_product_attention
@@ -47,6 +47,7 @@ check-format: setup  ## fails where `make format` would change something
 	clang-format --dry-run -Werror $(CPP_FILES)
 	$(PYTHON) -m ruff check $(PYTHON_FOLDERS)
 	$(PYTHON) -m ruff format --check $(PYTHON_FOLDERS)
+	$(PYTHON) -m pre_commit validate-config .pre-commit-config.yaml
 
 # All of src takes some 20 minutes of processor time; LINT names other files. clang has no omp.h beside GCC's OpenMP.
 lint: setup  ## clang-tidy over src, or over LINT="files"

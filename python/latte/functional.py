@@ -222,7 +222,8 @@ def merge_states(left: Tensor, right: Tensor) -> Tensor:
     """Joins the latent states of two stretches of tokens, `left` followed by `right`.
 
     Associative: with it a sequence may be cut anywhere, the pieces read apart (each from an empty state) and their states
-    joined, as for prompt caching or sequence parallelism.
+    joined, as for prompt caching or sequence parallelism. Of a `MacchiatoState` it joins `latents`; the window's keys and values
+    are those of the later stretch, with the end of the earlier one where that is shorter than the window.
 
     Args:
         left: [N, Hkv, L, D + 3], from `causal_attention`.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -112,6 +113,13 @@ def test_train_without_gnuplot_goes_on_without_a_curve(tmp_path, text):
     assert result.returncode == 0, result.stderr
     assert "gnuplot isn't installed" in result.stderr
     assert not (tmp_path / "run" / "loss.svg").exists()
+
+
+def test_a_progress_line_tells_step_loss_rate_and_time_left(tmp_path, text):
+    result = latte("train", "--text", text, "--out", tmp_path / "run", *SHORT)
+    assert result.returncode == 0, result.stderr
+    lines = re.findall(r"step +(\d+)/6 .*loss \d+\.\d+.* tokens/s(.*)", result.stderr)
+    assert lines and lines[-1][0] == "6", result.stderr
 
 
 def test_json_report(tmp_path, text):
@@ -522,7 +530,11 @@ def test_bench_attention_measures_a_row_once():
         ("forward", 32), ("forward", 64), ("forward + backward", 32), ("forward + backward", 64)
     ]  # fmt: skip
     assert {e["attention"] for e in result["exponents"]} == {"causal", "sdpa"}
-    assert all(isinstance(e["exponent"], float) for e in result["exponents"])
+    assert all(isinstance(e["exponent"], float) and 0 < e["memory_exponent"] < 2.5 for e in result["exponents"])
+    for row in result["rows"]:  # outputs at least: 2 heads of 8 floats a token
+        assert min(row["peak_memory_mb"], row["sdpa_peak_memory_mb"]) * 1e6 >= row["tokens"] * 64
+        assert min(row["fma_fraction"], row["bandwidth_fraction"], row["gflops"]) > 0
+    assert min(result["step_microseconds_per_head"], *result["limits"].values()) > 0
     assert bench("--tokens", "32,32", "--dtypes", "float32")["exponents"] == []
 
 

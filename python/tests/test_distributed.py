@@ -112,6 +112,7 @@ def wait_for(condition, job: Job) -> None:
     [
         (2, []),
         (4, ["--accumulate", "2"]),
+        (2, ["--embed-dim", "384"]),  # 7 MB of gradients: several buckets
         (2, ["--sequence-parallel", "2", "--window", "4", "--sinks", "2"]),
         (4, ["--sequence-parallel", "4", "--attention", "latte", "--position", "rg_lru"]),
         (4, ["--sequence-parallel", "2", "--window", "4", "--position", "vapor"]),

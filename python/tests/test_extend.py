@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import resource
 import signal
 import struct
@@ -136,6 +137,19 @@ def test_convert_and_compare(tmp_path, model, text):
     states = {row["length"]: row["state_bytes"] for row in rows if row["attention"] == "macchiato"}
     assert states[64] == states[256] > 0
     assert len(rows[-4]["latent_shares"]) == 2 and 0 < rows[-4]["latent_shares"][0][0] < 1
+
+    # As text, by position, with a picture; full attention reads a long stretch once.
+    few = ["--attention", "full,full-ntk,macchiato", "--lengths", "128,1024", "--quadratic-limit", 512, "--rope-factor", 8]
+    plot = tmp_path / "curve"
+    table = latte("eval", model, "--adapter", adapter, "--text", text, "--windows", 2, "--threads", 1, *few, "--plot", plot)
+    assert table.returncode == 0, table.stderr
+    counts = re.findall(r"^(full|full-ntk|macchiato) +1024 +(\d) ", table.stdout, re.MULTILINE)
+    assert counts == [("full", "1"), ("full-ntk", "1"), ("macchiato", "2")]
+    _, positions = table.stdout.split("perplexity up to position\n")
+    assert positions.split("\n")[0].split() == ["attention", "128", "256", "512", "1024"]
+    assert re.search(r"^macchiato( +\d+\.\d+){4}\n  standard error( +\d+\.\d+){4}$", positions, re.MULTILINE)
+    assert re.search(r"^layer 1( +\d+\.\d){4}$", positions, re.MULTILINE)
+    assert plot.with_suffix(".svg").read_text().count("macchiato") and plot.with_suffix(".png").read_bytes()[1:4] == b"PNG"
 
 
 def test_a_merged_model_goes_everywhere(tmp_path, model, text):
@@ -281,6 +295,17 @@ def test_errors_leave_nothing(tmp_path, model, text):
     assert_fails(extend(model, text, out, "--latents", 0), "latents is 0", code=2)
     assert_fails(extend(model, text, out, "--attention", "sparse"), "--attention", code=2)
     assert_fails(latte("extend", "--resume", "--out", out), "a.gguf.run")
+    config = tmp_path / "config.json"
+    for written, *said in (
+        ("[1]", "expected a JSON object"),
+        ('{"window": ' + "[" * 200000 + "]" * 200000 + "}", "nested deeper"),
+        ('{"window": 8, "window": 16}', "window", "twice"),
+        ('{"far_limit": [[8]]}', "far_limit is an array of 1, expected an integer"),
+    ):
+        config.write_text(written)
+        result = extend(model, text, out, "--config", config)
+        assert result.returncode in (1, 2)
+        assert_fails(result, *said, code=result.returncode)
     assert not out.exists()
     assert_fails(latte("eval", model, "--text", short), "too short")
     assert_fails(latte("eval", model, "--text", text, "--attention", "macchiato"), "macchiato needs --adapter", code=2)

@@ -236,7 +236,7 @@ def test_pieces_carry_gradients() -> None:
                 assert_close(a, b, TOLERANCE[dtype], f"{case.operator}, gradient of {key}")
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("dtype", TOLERANCE)
 def test_whole_is_merged_pieces(dtype: torch.dtype) -> None:
     case = attention(time=70, decay=True, mask=True)
     case.rest.pop("output_final_state", None)
@@ -257,7 +257,7 @@ def test_whole_is_merged_pieces(dtype: torch.dtype) -> None:
         for key, a, b in zip(tensors, got, expected, strict=True):
             if b is not None and key != "query_logits":
                 assert_close(a, b, TOLERANCE[dtype], f"gradient of {key}")
-    empty = fresh_state(2, 2, 5, 6).to(dtype)
+    empty = fresh_state(2, 2, 5, 6).to(state_dtype(dtype))
     for merged in (ops.merge_states(empty, whole), ops.merge_states(whole, empty)):
         assert_close(merged, whole, TOLERANCE[dtype])
     assert torch.equal(ops.merge_states(empty, empty), empty)

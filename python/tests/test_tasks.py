@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import math
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -127,6 +129,8 @@ def test_bad_configs_and_options(tmp_path, config):
     assert_fails(latte("train", "--config", broken), "broken.json", "line 2")
     broken.write_text('{"task": {"name": "listops"},\n "colours": {}}')
     assert_fails(latte("train", "--config", broken), "broken.json: line 2: unknown field")
+    broken.write_text('{"task": {"name": "listops"},\n "model": [3]}')
+    assert_fails(latte("train", "--config", broken), "broken.json: line 2: model is an array of 1, expected an object")
     assert_fails(latte("train", "--config", config, "--paper"), "paper is missing")
     assert_fails(latte("train", "--task", "listop"), "listop", "expected one of listops", code=2)
     assert_fails(latte("train", "--task", "listops", "--set", "train"), "FIELD=VALUE", code=2)
@@ -169,10 +173,30 @@ def test_compare_trains_all_and_goes_on(tmp_path, config):
     again = latte(*arguments, "--out", out, "--threads", 1)
     assert again.returncode == 0, again.stderr
     assert again.stderr.count("finished already") == 5
+    # A run that ended while nobody waited for it left its report where it was told to: that is taken, not trained again.
+    left = out / comparison["entries"][0]["runs"][0]
+    report = json.loads((left / "report.json").read_text())
+    (left / "report.json").unlink()
+    del report["config"]
+    (left / "compare-output.json").write_text(json.dumps(report))
+    saved = (left / "checkpoint.safetensors").stat().st_mtime_ns
+    again = latte(*arguments, "--out", out, "--threads", 1)
+    assert again.stderr.count("finished already") == 6, again.stderr
+    assert (left / "checkpoint.safetensors").stat().st_mtime_ns == saved
     values = [entry["values"] for entry in json.loads((out / "compare.json").read_text())["entries"]]
     assert values == [entry["values"] for entry in comparison["entries"]]
     other = latte(*arguments, "--out", out, "--steps", 5)
     assert_fails(other, "another configuration")
+
+
+def test_compare_sets_fields_of_the_task(tmp_path, config):
+    arguments = ["compare", config, "--attention", "softmax", "--seeds", 1, "--out", tmp_path / "out", "--threads", 1]
+    result = latte(*arguments, "--set", "train=7", "--set", "test=5")
+    assert result.returncode == 0, result.stderr
+    task = json.loads((tmp_path / "out" / "compare.json").read_text())["config"]["task"]
+    assert (task["train"], task["test"]) == (7, 5)
+    assert_fails(latte(*arguments, "--set", "colour=7"), "colour", code=2)
+    assert_fails(latte(*arguments, "--set", "train"), "FIELD=VALUE", code=2)
 
 
 def test_compare_takes_positions_as_a_second_axis_and_linformer(tmp_path, config):
@@ -197,6 +221,11 @@ def test_compare_on_a_text(tmp_path):
     result = latte("compare", config, "--out", tmp_path / "out", "--threads", 1)
     assert result.returncode == 0, result.stderr
     assert "perplexity" in result.stdout and "gated_linear" in result.stdout
+    for entry in json.loads((tmp_path / "out" / "compare.json").read_text())["entries"]:
+        assert entry["perplexity"]["mean"] == pytest.approx(math.exp(entry["mean"]))
+    if shutil.which("gnuplot"):
+        assert "gated_linear" in (tmp_path / "out" / "loss.svg").read_text()
+    assert_fails(latte("compare", config, "--set", "pairs=2"), "--set", "trains on a text", code=2)
     assert_fails(latte("compare", config, "--attention", "softmax,softmax"), "softmax", "twice", code=2)
     assert_fails(latte("compare", config, "--attention", "linformer"), "linformer", code=2)
 
@@ -234,6 +263,15 @@ def test_tokenize_and_train_on_it(tmp_path):
     options = ["--layers", 1, "--embed-dim", 8, "--heads", 2, "--context", 16, "--batch", 2, "--steps", 3, "--threads", 1]
     run = latte("train", "--text", corpus, "--tokens", "corpus", *options, "--out", tmp_path / "run")
     assert run.returncode == 0, run.stderr
+
+    # A token that the vocabulary hasn't got: one line before anything is trained or overwritten.
+    damaged, before = tmp_path / "damaged", (tmp_path / "run" / "checkpoint.safetensors").read_bytes()
+    contents = bytearray(corpus.read_bytes())
+    contents[-2:] = b"\xff\xff"
+    damaged.write_bytes(contents)
+    again = ["train", "--text", damaged, "--tokens", "corpus", *options, "--out", tmp_path / "run", "--overwrite"]
+    assert_fails(latte(*again), "damaged", "is 65535, expected 0 to")
+    assert (tmp_path / "run" / "checkpoint.safetensors").read_bytes() == before
 
     # The engine has the tokens' texts from the file that they were learned from, and from no other.
     generate = ["generate", tmp_path / "run", "--prompt", "The quick brown fox", "--tokens", 12, "--seed", 1, "--echo"]

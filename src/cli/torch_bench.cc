@@ -218,6 +218,7 @@ struct Row {
   std::string sdpa_note;  // why there is none
   double flops = 0.0, bytes = 0.0;
   int64_t peak_bytes = 0;
+  std::optional<int64_t> sdpa_peak_bytes;
 };
 
 // Floating-point operations of the chunked form with chunks of 32, and the bytes it must read and write. A backward pass counts
@@ -247,6 +248,8 @@ nlohmann::json ToJson(const Row& row, const Limits& limits) {
                          {"peak_memory_mb", static_cast<double>(row.peak_bytes) / 1e6}};
   json["sdpa_milliseconds"] = row.sdpa_seconds ? nlohmann::json(*row.sdpa_seconds * 1e3) : nlohmann::json(nullptr);
   json["speedup"] = row.sdpa_seconds ? nlohmann::json(*row.sdpa_seconds / row.seconds) : nlohmann::json(nullptr);
+  json["sdpa_peak_memory_mb"] =
+      row.sdpa_peak_bytes ? nlohmann::json(static_cast<double>(*row.sdpa_peak_bytes) / 1e6) : nlohmann::json(nullptr);
   if (!row.sdpa_note.empty()) json["sdpa_note"] = row.sdpa_note;
   json["gflops"] = row.flops / row.seconds / 1e9;
   json["fma_fraction"] = row.flops / row.seconds / limits.flops;
@@ -263,30 +266,34 @@ void PrintHeader(const Options& options, const Limits& limits) {
               limits.bandwidth / 1e9);
   std::printf(
       "memory is the peak of torch's allocator above the inputs: outputs, gradients and what backward needs; a kernel's own "
-      "scratch (4 MB a thread at most) comes on top\n\n");
-  std::printf("%-14s %-9s %-18s %7s %11s %11s %9s %6s %6s %10s\n", "attention", "dtype", "pass", "tokens", "latte ms", "sdpa ms",
-              "faster", "fma", "read", "memory MB");
+      "scratch (some MB a thread, whatever the length) comes on top\n\n");
+  std::printf("%-14s %-9s %-18s %7s %11s %11s %9s %6s %6s %9s %9s\n", "attention", "dtype", "pass", "tokens", "latte ms",
+              "sdpa ms", "faster", "fma", "read", "latte MB", "sdpa MB");
 }
 
 void Print(const Row& row, const Limits& limits) {
-  char sdpa[32] = "-", faster[32] = "-", fma[16] = "", read[16] = "";
+  char sdpa[32] = "-", faster[32] = "-", fma[16] = "", read[16] = "", sdpa_memory[32] = "-";
   if (row.sdpa_seconds) {
     std::snprintf(sdpa, sizeof sdpa, "%.2f", *row.sdpa_seconds * 1e3);
     std::snprintf(faster, sizeof faster, "%.1fx", *row.sdpa_seconds / row.seconds);
   }
+  if (row.sdpa_peak_bytes) {
+    std::snprintf(sdpa_memory, sizeof sdpa_memory, "%.1f", static_cast<double>(*row.sdpa_peak_bytes) / 1e6);
+  }
   std::snprintf(fma, sizeof fma, "%.0f%%", 100 * row.flops / row.seconds / limits.flops);
   std::snprintf(read, sizeof read, "%.0f%%", 100 * row.bytes / row.seconds / limits.bandwidth);
-  std::printf("%-14s %-9s %-18s %7ld %11.3f %11s %9s %6s %6s %10.1f  %s\n", row.attention.c_str(), row.dtype.c_str(),
+  std::printf("%-14s %-9s %-18s %7ld %11.3f %11s %9s %6s %6s %9.1f %9s  %s\n", row.attention.c_str(), row.dtype.c_str(),
               row.pass.c_str(), static_cast<long>(row.tokens), row.seconds * 1e3, sdpa, faster, fma, read,
-              static_cast<double>(row.peak_bytes) / 1e6, row.sdpa_note.c_str());
+              static_cast<double>(row.peak_bytes) / 1e6, sdpa_memory, row.sdpa_note.c_str());
   std::fflush(stdout);
 }
 
-// The slope of log time over log tokens between the two longest rows that a series has.
+// The slope of log time, or memory, over log tokens between the two longest rows that a series has.
 std::optional<double> Exponent(const std::vector<std::pair<int64_t, double>>& series) {
   if (series.size() < 2) return std::nullopt;
   const auto& [t0, s0] = series[series.size() - 2];
   const auto& [t1, s1] = series.back();
+  if (s0 <= 0 || s1 <= 0) return std::nullopt;
   return std::log(s1 / s0) / std::log(static_cast<double>(t1) / static_cast<double>(t0));
 }
 
@@ -324,7 +331,7 @@ int BenchAttention(const Options& options) {
   for (const std::string& dtype_name : options.dtypes) {
     const at::ScalarType dtype = dtype_name == "float32" ? at::kFloat : dtype_name == "bfloat16" ? at::kBFloat16 : at::kHalf;
     for (const bool backward : {false, true}) {
-      std::map<std::string, std::vector<std::pair<int64_t, double>>> series;
+      std::map<std::string, std::vector<std::pair<int64_t, double>>> series, memory;
       std::map<bool, std::pair<int64_t, double>> rival_last;  // causal or not: the longest run so far
       for (const int64_t tokens : options.tokens) {
         Problem problem(options, tokens, dtype);
@@ -351,17 +358,26 @@ int BenchAttention(const Options& options) {
         for (auto& [attention, contestant] : ours) contestants.push_back(&contestant);
         for (auto& [causal, contestant] : rivals) contestants.push_back(&contestant);
         Race(contestants, options.repeat_seconds);
+        std::map<bool, int64_t> rival_bytes;
         for (auto& [causal, contestant] : rivals) {
+          const std::string name = causal ? "sdpa" : "sdpa bidirectional";
           rival_last[causal] = {tokens, contestant.Median()};
-          series[causal ? "sdpa" : "sdpa bidirectional"].emplace_back(tokens, contestant.Median());
+          series[name].emplace_back(tokens, contestant.Median());
+          problem.ClearGradients();  // what was allocated outside the meter mustn't be freed inside
+          rival_bytes[causal] = PeakBytes(contestant.work);
+          memory[name].emplace_back(tokens, static_cast<double>(rival_bytes[causal]));
         }
         for (const std::string& attention : options.attention) {
           Row row{attention, dtype_name, backward ? "forward + backward" : "forward", tokens};
           const bool causal = attention != "bidirectional";
           row.seconds = ours[attention].Median();
-          problem.ClearGradients();  // what was allocated outside the meter mustn't be freed inside
+          problem.ClearGradients();
           row.peak_bytes = PeakBytes(ours[attention].work);
-          if (rivals.count(causal)) row.sdpa_seconds = rivals[causal].Median();
+          memory[attention].emplace_back(tokens, static_cast<double>(row.peak_bytes));
+          if (rivals.count(causal)) {
+            row.sdpa_seconds = rivals[causal].Median();
+            row.sdpa_peak_bytes = rival_bytes[causal];
+          }
           row.sdpa_note = note[causal];
           CountWork(options, row, dtype == at::kFloat ? 4 : 2);
           series[attention].emplace_back(tokens, row.seconds);
@@ -371,13 +387,15 @@ int BenchAttention(const Options& options) {
         time.OwnRowsDone(options.attention.size());
       }
       for (const auto& [name, points] : series) {
-        const std::optional<double> exponent = Exponent(points);
+        const std::optional<double> exponent = Exponent(points), of_memory = Exponent(memory[name]);
         if (!exponent) continue;
         exponents.push_back({{"attention", name},
                              {"dtype", dtype_name},
                              {"pass", backward ? "forward + backward" : "forward"},
-                             {"exponent", *exponent}});
-        if (!options.json) std::printf("  time grows as tokens^%.2f: %s\n", *exponent, name.c_str());
+                             {"exponent", *exponent},
+                             {"memory_exponent", of_memory ? nlohmann::json(*of_memory) : nlohmann::json(nullptr)}});
+        if (options.json) continue;
+        std::printf("  time grows as tokens^%.2f, memory as tokens^%.2f: %s\n", *exponent, of_memory.value_or(NAN), name.c_str());
       }
     }
   }

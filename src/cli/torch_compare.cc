@@ -1,7 +1,6 @@
 // latte compare: several attentions trained alike, each run in a process and a folder of its own.
 #include <fcntl.h>
 #include <spawn.h>
-#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -39,6 +38,7 @@ struct Options {
   std::vector<std::string> attentions, positions;
   std::vector<double> learning_rates;
   std::string data;
+  std::vector<std::string> settings;
   int64_t seeds = 0;
   int64_t steps = 0;
   double seconds = 0.0;
@@ -51,13 +51,8 @@ struct Options {
 
 std::string Dump(const json& object) { return object.dump(2, ' ', false, json::error_handler_t::replace) + "\n"; }
 
-struct ChildResult {
-  int exit_code = 0;
-  int64_t peak_memory = 0;  // bytes
-};
-
-// Runs this program with `arguments`, its output in `output`.
-ChildResult RunChild(const std::vector<std::string>& arguments, const std::string& output) {
+// Runs this program with `arguments`, its output in `output`; returns its exit code.
+int RunChild(const std::vector<std::string>& arguments, const std::string& output) {
   std::vector<char*> argv;
   for (const std::string& argument : arguments) argv.push_back(const_cast<char*>(argument.c_str()));
   argv.push_back(nullptr);
@@ -74,15 +69,26 @@ ChildResult RunChild(const std::vector<std::string>& arguments, const std::strin
   posix_spawn_file_actions_destroy(&actions);
   if (error != 0) throw formats::FileError("run", "/proc/self/exe", error);
   int status = 0;
-  struct rusage usage = {};
   for (bool told = false;;) {
-    const pid_t ended = wait4(child, &status, WNOHANG, &usage);
+    const pid_t ended = waitpid(child, &status, WNOHANG);
     if (ended == child) break;
     if (ended < 0 && errno != EINTR) throw formats::FileError("wait for", arguments.front(), errno);
     if (train::InterruptGuard::interrupted() && !std::exchange(told, true)) ::kill(child, SIGTERM);
     std::this_thread::sleep_for(std::chrono::milliseconds(20));
   }
-  return {WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status), int64_t{usage.ru_maxrss} * 1024};
+  return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+}
+
+// The report of a run that came to its end while nobody waited for it; null where there is none, or not all of it.
+json FinishedReport(const std::string& output) {
+  try {
+    json report = formats::read_json_object(output);
+    return report.contains("step") && !report.value("interrupted", true) ? report : json();
+  } catch (const formats::FileError&) {
+    return nullptr;
+  } catch (const formats::FormatError&) {
+    return nullptr;
+  }
 }
 
 class Runs {
@@ -106,6 +112,12 @@ class Runs {
       throw formats::FormatError(config_path, "is of another configuration: remove the folder or name another with --out");
     }
     formats::write_file(config_path, Dump(run.config));
+    const auto keep = [&](json report) {
+      report["config"] = run.config;
+      formats::write_file(report_path, Dump(report));
+      std::filesystem::remove(output);
+      return report;
+    };
     std::vector<std::string> arguments = {"latte", "train", "--config", config_path, "--out", folder, "--json"};
     if (options_.threads > 0) arguments.insert(arguments.end(), {"--threads", std::to_string(options_.threads)});
     if (options_.quiet) arguments.emplace_back("--quiet");
@@ -114,22 +126,22 @@ class Runs {
       const auto steps = run.config.at("training").value("steps", train::TrainerOptions().steps);
       const bool done = !run.config.contains("task") || std::filesystem::exists(folder + "/" + train::kResultsName);
       const bool over = done && formats::CheckpointFile(checkpoint).step() >= steps;
+      json report = over && began ? FinishedReport(output) : json();
+      if (!report.is_null() && report.at("step") == steps) {
+        Note(run.name + ": finished already");
+        return keep(std::move(report));
+      }
       arguments.emplace_back(over ? "--overwrite" : "--resume");
     }
     if (train::InterruptGuard::interrupted()) return nullptr;
     Note(run.name);
-    const ChildResult child = RunChild(arguments, output);
-    if (child.exit_code == train::InterruptGuard::kExitCode) return nullptr;
-    if (child.exit_code != 0) {
-      throw std::runtime_error(run.name + " ended with exit code " + std::to_string(child.exit_code) + ": latte train --config " +
+    const int exit_code = RunChild(arguments, output);
+    if (exit_code == train::InterruptGuard::kExitCode) return nullptr;
+    if (exit_code != 0) {
+      throw std::runtime_error(run.name + " ended with exit code " + std::to_string(exit_code) + ": latte train --config " +
                                config_path + " shows why");
     }
-    json report = formats::read_json_object(output);
-    report["config"] = run.config;
-    report["peak_memory"] = child.peak_memory;
-    formats::write_file(report_path, Dump(report));
-    std::filesystem::remove(output);
-    return report;
+    return keep(formats::read_json_object(output));
   }
 
  private:
@@ -156,6 +168,11 @@ int Compare(const Options& options) {
     if (!options.data.empty()) {
       const bool task = config.contains("task");
       config[task ? "task" : "training"][task ? "data" : "text"] = options.data;
+    }
+    if (!options.settings.empty()) {
+      if (!config.contains("task"))
+        throw train::OptionError("--set is for a task's fields, and this configuration trains on a text");
+      SetTaskFields(options.settings, config["task"]);
     }
     if (!options.learning_rates.empty()) compare.learning_rates = options.learning_rates;
     if (options.seeds > 0) compare.seeds = options.seeds;
@@ -211,6 +228,9 @@ void AddCompare(CLI::App& app, int& exit_code) {
       ->type_name("NAME,…");
   command->add_option("--data", options->data, "What the task reads, or the text, in place of the configuration's")
       ->type_name("PATH");
+  command->add_option("--set", options->settings, "A field of the task in place of the configuration's: --set pairs=16")
+      ->type_name("FIELD=VALUE")
+      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
   command->add_option("--seeds", options->seeds, "Runs of each attention at its best learning rate; by default 3")
       ->check(CLI::Range(int64_t{1}, int64_t{1000}));
   command->add_option("--lr", options->learning_rates, "Learning rates that each attention tries; by default the configuration's")
@@ -242,7 +262,8 @@ void AddCompare(CLI::App& app, int& exit_code) {
       "  latte compare configs/listops.json --attention softmax,latte --seeds 3\n"
       "  latte compare configs/characters.json --attention softmax,latte,macchiato --position none,vapor,conv,rg_lru\n"
       "  latte compare configs/text.json --attention softmax,latte --seconds 600 --seeds 2 --threads 1\n"
-      "  latte compare configs/associative_recall.json --attention latte:num_latents=8,latte:num_latents=32,macchiato:window=16");
+      "  latte compare configs/associative_recall.json --set pairs=16 --attention "
+      "latte:num_latents=8,latte:num_latents=32,macchiato:window=16");
   command->callback([options, &exit_code] { exit_code = Compare(*options); });
 }
 

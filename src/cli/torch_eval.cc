@@ -84,8 +84,11 @@ json NumberOrNull(const std::optional<double>& value) { return value && std::isf
 json ToJson(const extend::TextRow& row) {
   json buckets = json::array();
   for (const extend::Bucket& bucket : row.buckets) {
-    buckets.push_back(
-        {{"from", bucket.from}, {"to", bucket.to}, {"perplexity", std::exp(bucket.loss)}, {"kl", NumberOrNull(bucket.kl)}});
+    buckets.push_back({{"from", bucket.from},
+                       {"to", bucket.to},
+                       {"perplexity", std::exp(bucket.loss)},
+                       {"stderr", NumberOrNull(bucket.standard_error)},
+                       {"kl", NumberOrNull(bucket.kl)}});
   }
   json object = {{"attention", extend::name_of(row.attention)},
                  {"length", row.length},
@@ -131,6 +134,18 @@ std::string Format(const char* pattern, double value) {
   return text.data();
 }
 
+// One line of what buckets may have; nothing where none of them does.
+void PrintOptional(const char* name, const std::vector<extend::Bucket>& buckets, std::optional<double> extend::Bucket::*value,
+                   const char* pattern) {
+  if (std::none_of(buckets.begin(), buckets.end(), [&](const auto& bucket) { return (bucket.*value).has_value(); })) return;
+  std::printf("%-22s", name);
+  for (const extend::Bucket& bucket : buckets) {
+    const auto& held = bucket.*value;
+    std::printf("%s", held ? Format(pattern, *held).c_str() : "       -");
+  }
+  std::printf("\n");
+}
+
 void Print(const extend::TextRow& row) {
   std::printf("%-22s %7lld %3lld  %10.3f %9s %9s  %8.2f %9.2f %7s\n", std::string(extend::name_of(row.attention)).c_str(),
               static_cast<long long>(row.length), static_cast<long long>(row.windows), row.perplexity,
@@ -162,6 +177,7 @@ class Evaluation {
       print_json();
     } else {
       print_positions();
+      print_shares();
     }
     if (!options_.plot.empty() && !rows_.empty()) {
       const std::string problem = extend::plot_rows(rows_, options_.plot);
@@ -240,6 +256,25 @@ class Evaluation {
       }
       std::printf("%-22s", std::string(extend::name_of(row.attention)).c_str());
       for (const extend::Bucket& bucket : row.buckets) std::printf(" %7.2f", std::exp(bucket.loss));
+      std::printf("\n");
+      PrintOptional("  standard error", row.buckets, &extend::Bucket::standard_error, " %7.2f");
+      PrintOptional("  KL to the original", row.buckets, &extend::Bucket::kl, " %7.4f");
+    }
+  }
+
+  // Of the longest stretches, a line a layer and a column a head.
+  void print_shares() const {
+    const extend::TextRow* last = nullptr;
+    for (const extend::TextRow& row : rows_) {
+      if (!row.latent_shares.empty() && (last == nullptr || row.length >= last->length)) last = &row;
+    }
+    if (last == nullptr) return;
+    std::printf("\nlatents' share of probability, %% by head, of tokens with anything beyond the window (%lld tokens)\n",
+                static_cast<long long>(last->length));
+    for (size_t layer = 0; layer < last->latent_shares.size(); ++layer) {
+      if (last->latent_shares[layer].empty()) continue;
+      std::printf("layer %-4zu", layer);
+      for (const double share : last->latent_shares[layer]) std::printf(" %5.1f", 100 * share);
       std::printf("\n");
     }
   }

@@ -12,7 +12,7 @@
 #include "extend/run.h"
 #include "formats/adapter.h"
 #include "formats/error.h"
-#include "formats/mapped_file.h"
+#include "formats/json_file.h"
 #include "train/interrupt.h"
 #include "train/progress.h"
 
@@ -142,14 +142,7 @@ void AddFields(CLI::App& command, json& fields) {
   options.add<int64_t>("--eval-every", "eval_every", "Steps between validations on held-out text; 0: at the end", kRun);
   options.add<int64_t>("--eval-sequences", "eval_sequences", "Sequences a validation", kRun);
   options.add<double>("--held-out-fraction", "held_out_fraction", "Of each text, its end, to validate on", kRun);
-  options.add<int64_t>("--save-every", "save_every", "Steps between checkpoints; 0: at the end", kRun);
-}
-
-json ReadConfig(const std::string& path) {
-  const formats::MappedFile file(path);
-  const json object = json::parse(file.text(), nullptr, /*allow_exceptions=*/false);
-  if (!object.is_object()) throw formats::FormatError(path, "not a JSON object");
-  return object;
+  options.add<int64_t>("--save-every", "save_every", "Steps between checkpoints, and three minutes at most; 0: at the end", kRun);
 }
 
 json LossJson(const std::optional<extend::Validation>& loss) {
@@ -222,7 +215,7 @@ int Extend(Options& options) {
   try {
     json fields = json::object();
     if (options.resume) fields = extend::options_of_run(options.run.out).to_json();
-    if (!options.config_file.empty()) fields.update(ReadConfig(options.config_file));
+    if (!options.config_file.empty()) fields.update(formats::read_json_object(options.config_file));
     fields.update(options.fields);
     if (!options.resume) {
       TakeWindowOfStart(fields);

@@ -1,5 +1,6 @@
 // latte train: a language model from a plain text, or an encoder on a task (torch_train_task.cc).
 #include <ATen/Parallel.h>
+#include <sys/resource.h>
 
 #include <chrono>
 #include <cstdio>
@@ -114,19 +115,7 @@ void AddTaskOptions(CLI::App& command, json& model, json& task) {
       ->group("Task");
   command
       .add_option_function<std::vector<std::string>>(
-          "--set",
-          [&task](const std::vector<std::string>& settings) {
-            for (const std::string& setting : settings) {
-              const size_t equals = setting.find('=');
-              json value =
-                  json::parse(setting.substr(std::min(equals, setting.size() - 1) + 1), nullptr, /*allow_exceptions=*/false);
-              if (equals == 0 || equals == std::string::npos || value.is_discarded()) {
-                throw CLI::ValidationError("--set",
-                                           "expected FIELD=VALUE with a number or a list [1,2], got " + formats::quote(setting));
-              }
-              task[setting.substr(0, equals)] = std::move(value);
-            }
-          },
+          "--set", [&task](const std::vector<std::string>& settings) { SetTaskFields(settings, task); },
           "A field of the task: --set max_length=200")
       ->type_name("FIELD=VALUE")
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll)
@@ -290,8 +279,21 @@ int Train(const Options& options) {
 
 }  // namespace
 
+void SetTaskFields(const std::vector<std::string>& settings, json& task) {
+  for (const std::string& setting : settings) {
+    const size_t equals = setting.find('=');
+    json value = json::parse(setting.substr(std::min(equals, setting.size() - 1) + 1), nullptr, /*allow_exceptions=*/false);
+    if (equals == 0 || equals == std::string::npos || value.is_discarded()) {
+      throw CLI::ValidationError("--set", "expected FIELD=VALUE with a number or a list [1,2], got " + formats::quote(setting));
+    }
+    task[setting.substr(0, equals)] = std::move(value);
+  }
+}
+
 json ReportOf(const train::RunResult& result) {
   const auto optional = [](const std::optional<double>& value) { return value ? json(*value) : json(nullptr); };
+  struct rusage usage = {};
+  ::getrusage(RUSAGE_SELF, &usage);
   return {{"out", std::filesystem::path(result.checkpoint).parent_path().string()},
           {"checkpoint", result.checkpoint},
           {"step", result.step},
@@ -305,6 +307,7 @@ json ReportOf(const train::RunResult& result) {
           {"tokens", result.progress.tokens},
           {"seconds", result.progress.seconds},
           {"step_seconds", result.step_seconds},
+          {"peak_memory", int64_t{usage.ru_maxrss} * 1024},
           {"threads", result.progress.threads},
           {"dtype", result.progress.dtype}};
 }

@@ -22,6 +22,9 @@ void MergeFields(nlohmann::json& under, const nlohmann::json& over);
 // A tenth of whichever learning rate was named is min_lr, unless it was named as well.
 void FillMinLr(nlohmann::json& training);
 
+// Lays texts FIELD=VALUE over the fields of a task. Throws CLI::ValidationError.
+void SetTaskFields(const std::vector<std::string>& settings, nlohmann::json& task);
+
 nlohmann::json ReportOf(const train::RunResult& result);
 
 // A configuration file of latte train and latte compare: model, training, task; `paper` holds the published settings, such an

@@ -145,8 +145,8 @@ void RefuseTextFields(const json& training) {
 }
 
 void CheckSection(const std::string& path, const std::string& name, const json& value) {
-  if (!value.is_object())
-    throw formats::FormatError(path, LocatedMessage("", name + " is " + formats::shown(value) + ", expected an object"));
+  if (value.is_object()) return;
+  throw formats::FormatError(path, LocatedMessage(path, name + " is " + formats::shown(value) + ", expected an object"));
 }
 
 }  // namespace

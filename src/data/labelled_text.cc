@@ -59,8 +59,8 @@ struct Document {
   int32_t label = 0;
 };
 
-std::string cut(std::string_view text, int64_t length, const std::string& path, size_t line) {
-  if (text.empty()) throw FormatError(path, at_line(line) + "the text is empty");
+std::string cut(std::string_view text, int64_t length, const std::string& path, size_t line, const char* field = "text") {
+  if (text.empty()) throw FormatError(path, at_line(line) + "the " + field + " is empty");
   return std::string(text.substr(0, static_cast<size_t>(length)));
 }
 
@@ -159,8 +159,8 @@ TaskData read_retrieval(const TaskOptions& options) {
     const std::string path = (std::filesystem::path(options.data) / ("new_aan_pairs." + std::string(file) + ".tsv")).string();
     std::vector<Document> documents;
     visit_lines(path, 5, [&](size_t line, const std::vector<std::string_view>& fields) {
-      documents.push_back({cut(fields[3], options.length, path, line), cut(fields[4], options.length, path, line),
-                           label_of(fields[0], path, line)});
+      documents.push_back({cut(fields[3], options.length, path, line, "first document"),
+                           cut(fields[4], options.length, path, line, "second document"), label_of(fields[0], path, line)});
     });
     data.splits.emplace(name, split_of(documents, true));
   }

@@ -35,8 +35,11 @@ using Path = std::vector<std::pair<Point, Point>>;  // dashes
 struct Shape {
   explicit Shape(const TaskOptions& options) : size(static_cast<double>(options.size)) {
     const double scale = std::sqrt(size / 32.0);
-    dash = 2.0 * scale;
-    gap = 1.2 * scale;
+    // Dashes of long paths are shorter, so that two of them find room: 14 at 32 pixels.
+    constexpr double kLongest = 1.1;  // of a path, in sides of the image
+    const double shrink = std::min(1.0, kLongest * size / (3.2 * scale * static_cast<double>(options.contour_length)));
+    dash = 2.0 * scale * shrink;
+    gap = 1.2 * scale * shrink;
     radius = 0.45 * scale;
     dot = 1.3 * scale;
     room = 2.2 * scale;
@@ -147,8 +150,9 @@ class Generator {
     for (int i = 0; i < kMostImages; ++i) {
       if (auto example = draw(random)) return std::move(*example);
     }
-    throw formats::OptionError("contour_length is " + std::to_string(options_.contour_length) +
-                               ", expected paths that fit into " + std::to_string(options_.size) + " pixels a side");
+    throw formats::OptionError("contour_length is " + std::to_string(options_.contour_length) + " and distractors is " +
+                               std::to_string(options_.distractors) + ", expected paths that fit into " +
+                               std::to_string(options_.size) + " pixels a side");
   }
 
  private:
@@ -171,7 +175,8 @@ class Generator {
     if (!second) return std::nullopt;
     canvas.add(*second);
     const int64_t shorter = std::max<int64_t>(1, options_.contour_length / 3);
-    for (int64_t placed = 0, tries = 0; placed < options_.distractors && tries < 50 * options_.distractors; ++tries) {
+    int64_t placed = 0;
+    for (int64_t tries = 0; placed < options_.distractors && tries < 50 * options_.distractors; ++tries) {
       const Point start = anywhere(random);
       if (!canvas.inside(start)) continue;
       if (auto path = canvas.grow(random, start, shorter)) {
@@ -179,6 +184,7 @@ class Generator {
         ++placed;
       }
     }
+    if (placed < options_.distractors) return std::nullopt;
     Example example;
     example.label = static_cast<int32_t>(random.below(2));
     example.tokens = canvas.draw(begin, example.label == 1 ? end : second->front().first);

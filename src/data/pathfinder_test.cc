@@ -114,5 +114,27 @@ TEST(Pathfinder, LabelsSayWhetherAPathJoinsTheDots) {
   EXPECT_LE(joined[0], count[0] * 30 / 100);
 }
 
+double mean_light(const TaskOptions& options) {
+  return make_pathfinder(options).splits.at("train").tokens.to(at::kDouble).mean().item<double>();
+}
+
+// The sizes of Long Range Arena: two paths of 14 dashes, so many distractors, each as bright as the others.
+TEST(Pathfinder, PublishedSizesHaveAllTheirDistractors) {
+  for (const auto& [size, distractors] : {std::pair{int64_t{32}, int64_t{6}}, {int64_t{128}, int64_t{25}}}) {
+    SCOPED_TRACE(size);
+    TaskOptions options = paths_of_six(size == 32 ? 40 : 12, 0);
+    options.size = size;
+    options.contour_length = 14;
+    options.validation = options.test = 1;
+    const double none = mean_light(options);
+    options.distractors = distractors;
+    make_pathfinder(options).check("pathfinder");
+    // A distractor has 4 dashes, the two paths 28, and the dots come on top.
+    const double each = (mean_light(options) - none) / static_cast<double>(distractors);
+    EXPECT_GT(each, 0.6 * none / 7);
+    EXPECT_LT(each, 1.2 * none / 7);
+  }
+}
+
 }  // namespace
 }  // namespace latte

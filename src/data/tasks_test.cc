@@ -79,17 +79,47 @@ TEST(ListOps, LabelsAreTheValuesAndLengthsAreAsAsked) {
   EXPECT_EQ(labels.size(), 10U);
 }
 
-TEST(ListOps, SameWithAnyNumberOfThreadsAndOtherWithAnotherSeed) {
-  TaskOptions options = small_listops();
-  const int before = at::get_num_threads();
-  at::set_num_threads(1);
-  const auto one = all_of(make_listops(options).splits.at("train"));
-  at::set_num_threads(3);
-  const auto three = all_of(make_listops(options).splits.at("train"));
-  at::set_num_threads(before);
-  EXPECT_EQ(one, three);
-  options.seed = 2;
-  EXPECT_NE(one, all_of(make_listops(options).splits.at("train")));
+// As published (Long Range Arena): 500 to 2,000 tokens, and the four operators alike often.
+TEST(ListOps, PublishedLengthsAndMixOfOperators) {
+  TaskOptions options = TaskOptions::defaults("listops");
+  options.train = 100;
+  options.validation = options.test = 1;
+  EXPECT_EQ(options.min_length, 500);
+  EXPECT_EQ(options.max_length, 2000);
+  std::map<int32_t, double> operators;
+  double total = 0.0;
+  for (const auto& tokens : all_of(make_listops(options).splits.at("train"))) {
+    EXPECT_GT(tokens.size(), 500U);
+    EXPECT_LT(tokens.size(), 2000U);
+    for (const int32_t token : tokens) {
+      if (token < 10 || token > 13) continue;
+      ++operators[token];
+      ++total;
+    }
+  }
+  for (const auto& [token, count] : operators) EXPECT_NEAR(count / total, 0.25, 0.02) << token;
+  EXPECT_EQ(operators.size(), 4U);
+}
+
+TEST(Generators, SameWithAnyNumberOfThreadsAndOtherWithAnotherSeed) {
+  for (const char* name : {"listops", "pathfinder", "associative_recall", "selective_copying", "needle"}) {
+    SCOPED_TRACE(name);
+    TaskOptions options = TaskOptions::defaults(name);
+    options.train = 60;
+    options.validation = options.test = 2;
+    options.contour_length = 4;
+    if (options.name == "listops") options.min_length = 10, options.max_length = 60;
+    const int before = at::get_num_threads();
+    at::set_num_threads(1);
+    const auto one = all_of(load_task(options).splits.at("train"));
+    at::set_num_threads(3);
+    const auto three = all_of(load_task(options).splits.at("train"));
+    at::set_num_threads(before);
+    EXPECT_EQ(one.size(), 60U);
+    EXPECT_EQ(one, three);
+    options.seed = 2;
+    EXPECT_NE(one, all_of(load_task(options).splits.at("train")));
+  }
 }
 
 TEST(ListOps, ImpossibleSizesAreErrors) {
@@ -448,6 +478,10 @@ TEST_F(LoaderTest, PairsOfDocuments) {
   EXPECT_EQ(data.batch(split, std::vector<int64_t>{1}).tokens.sizes(), (std::vector<int64_t>{2, 1}));
   formats::write_bytes(folder_ / "new_aan_pairs.eval.tsv", "1.0\t12\t13\tfirst paper\n");
   EXPECT_CONTAINS(error_of(options_of("retrieval", folder_ / "")), "new_aan_pairs.eval.tsv: line 1: 4 fields");
+  formats::write_bytes(folder_ / "new_aan_pairs.eval.tsv", "2\t12\t13\tone\tother\n");
+  EXPECT_CONTAINS(error_of(options_of("retrieval", folder_ / "")), "line 1: the label is \"2\"");
+  formats::write_bytes(folder_ / "new_aan_pairs.eval.tsv", "1\t12\t13\tone\t\n");
+  EXPECT_CONTAINS(error_of(options_of("retrieval", folder_ / "")), "line 1: the second document is empty");
 }
 
 TEST_F(LoaderTest, Images) {

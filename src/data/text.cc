@@ -67,6 +67,7 @@ TextCorpus::TextCorpus(const std::string& path, const TextCorpusOptions& options
     }
     size_ = corpus.size();
     divide(path, options);
+    corpus.check();  // now: a token met on the way would cost the steps before it, and what --overwrite has replaced
     return;
   }
   const formats::MappedFile file(path);

@@ -38,7 +38,7 @@ int64_t bytes_of(const models::DecoderState& state) {
 std::vector<Bucket> buckets_of(int64_t length) {
   std::vector<Bucket> buckets;
   for (int64_t from = 0, to = kFirstBucket; from < length; from = to, to *= 2) {
-    buckets.push_back({from, std::min(to, length), 0.0, std::nullopt});
+    buckets.push_back({from, std::min(to, length), 0.0, std::nullopt, std::nullopt});
   }
   return buckets;
 }
@@ -55,12 +55,19 @@ std::vector<std::vector<double>> mean_shares(const std::vector<ConvertedAttentio
   return shares;
 }
 
+// Of exp(mean loss), from the spread of stretches' mean losses [windows]; of one stretch nothing is known.
+std::optional<double> perplexity_error(const at::Tensor& losses) {
+  if (losses.numel() < 2) return {};
+  const double spread = losses.std().item<double>() / std::sqrt(static_cast<double>(losses.numel()));
+  return std::exp(losses.mean().item<double>()) * spread;
+}
+
 }  // namespace
 
-at::Tensor head_of(const models::Decoder& model) {
+OutputHead head_of(const models::Decoder& model) {
   const auto parameters = model->named_parameters();
   const at::Tensor* output = parameters.find("output.weight");
-  return output ? *output : parameters["token_embd.weight"];
+  return {output ? *output : parameters["token_embd.weight"], model->config().logit_softcap};
 }
 
 int64_t read_in_pieces(models::Decoder& model, const at::Tensor& tokens,
@@ -119,7 +126,7 @@ TextRow TextEvaluator::evaluate(Variant& variant, int64_t length, int64_t window
   for (const auto& attention : converted) {
     if (attention) attention->record_shares(variant.kind == AttentionKind::kMacchiato);
   }
-  const at::Tensor head = head_of(variant.model.model);
+  const OutputHead head = head_of(variant.model.model);
   std::vector<at::Tensor> losses, kls;  // [length] each
   double seconds = 0.0;
   bool stopped = false;
@@ -165,14 +172,13 @@ TextRow TextEvaluator::evaluate(Variant& variant, int64_t length, int64_t window
   row.perplexity = std::exp(row.loss);
   const auto each = all.mean(1);
   row.stretch_losses.assign(each.data_ptr<double>(), each.data_ptr<double>() + each.numel());
-  if (row.windows > 1) {
-    const double spread = each.std().item<double>() / std::sqrt(static_cast<double>(row.windows));
-    row.standard_error = row.perplexity * spread;
-  }
+  row.standard_error = perplexity_error(each);
   if (all_kl.defined()) row.kl = all_kl.mean().item<double>();
   row.buckets = buckets_of(length);
   for (Bucket& bucket : row.buckets) {
-    bucket.loss = all.slice(1, bucket.from, bucket.to).mean().item<double>();
+    const auto losses_there = all.slice(1, bucket.from, bucket.to).mean(1);
+    bucket.loss = losses_there.mean().item<double>();
+    bucket.standard_error = perplexity_error(losses_there);
     if (all_kl.defined()) bucket.kl = all_kl.slice(1, bucket.from, bucket.to).mean().item<double>();
   }
   return row;

@@ -11,13 +11,15 @@
 #include <utility>
 #include <vector>
 
+#include "extend/kl_loss.h"
 #include "extend/variants.h"
 
 namespace latte::extend {
 
 struct Bucket {
-  int64_t from = 0, to = 0;  // positions
-  double loss = 0.0;         // nats a token
+  int64_t from = 0, to = 0;              // positions
+  double loss = 0.0;                     // nats a token
+  std::optional<double> standard_error;  // of exp(loss), as a row's
   std::optional<double> kl;
 };
 
@@ -68,6 +70,6 @@ class TextEvaluator {
 int64_t read_in_pieces(models::Decoder& model, const at::Tensor& tokens,
                        const std::function<bool(int64_t, const at::Tensor&)>& visit);
 
-at::Tensor head_of(const models::Decoder& model);  // [V, E]
+OutputHead head_of(const models::Decoder& model);
 
 }  // namespace latte::extend

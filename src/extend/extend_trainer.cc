@@ -5,6 +5,7 @@
 #include <limits>
 #include <random>
 
+#include "extend/evaluate.h"
 #include "extend/kl_loss.h"
 #include "formats/error.h"
 #include "formats/hash.h"
@@ -197,12 +198,6 @@ void ExtendTrainer::masters_to_model() {
   for (Master& master : masters_) master.weight.copy_(master.value());
 }
 
-at::Tensor ExtendTrainer::head() const {
-  const auto parameters = original_->named_parameters();
-  const at::Tensor* output = parameters.find("output.weight");
-  return output ? *output : parameters["token_embd.weight"];
-}
-
 at::Tensor ExtendTrainer::teacher_hidden(const at::Tensor& tokens) {
   const torch::NoGradGuard no_grad;
   const auto compute = [&] {
@@ -244,11 +239,11 @@ StepResult ExtendTrainer::step() {
   const auto hidden = student_.model->forward(inputs_of(tokens), forward).hidden.flatten(0, 1);
   at::Tensor loss;
   if (options_.loss == "text") {
-    loss = next_token_loss(hidden, targets_of(tokens), head());
+    loss = next_token_loss(hidden, targets_of(tokens), head_of(original_));
   } else if (options_.text_share > 0) {
-    loss = mixed_loss(hidden, teacher_hidden(tokens), targets_of(tokens), options_.text_share, head());
+    loss = mixed_loss(hidden, teacher_hidden(tokens), targets_of(tokens), options_.text_share, head_of(original_));
   } else {
-    loss = kl_to_teacher(hidden, teacher_hidden(tokens), head());
+    loss = kl_to_teacher(hidden, teacher_hidden(tokens), head_of(original_));
   }
   loss.backward();
   for (const auto& attention : student_.converted) {
@@ -285,7 +280,7 @@ Validation ExtendTrainer::validate(bool latents_off) {
   for (int64_t i = 0; i < held_out_.size(0); ++i) {
     const auto tokens = held_out_.slice(0, i, i + 1);
     const auto hidden = student_.model->forward(inputs_of(tokens), forward).hidden.flatten(0, 1);
-    const TokenLosses losses = token_losses(hidden, targets_of(tokens), head(), held_out_hidden_[i]);
+    const TokenLosses losses = token_losses(hidden, targets_of(tokens), head_of(original_), held_out_hidden_[i]);
     total.kl += losses.kl.mean().item<double>() / static_cast<double>(held_out_.size(0));
     total.next_token += losses.next_token.mean().item<double>() / static_cast<double>(held_out_.size(0));
   }

@@ -81,7 +81,6 @@ class ExtendTrainer {
   void collect_parameters();
   void start_from(const std::string& path, const std::vector<LatentForm>& forms);
   void masters_to_model();
-  at::Tensor head() const;
   at::Tensor teacher_hidden(const at::Tensor& tokens);
   train::AdamW::NamedTensors state() const;
 

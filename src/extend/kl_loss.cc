@@ -14,8 +14,8 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 constexpr int64_t kRows = 256;  // 50 MB of float32 logits for 49,152 tokens of vocabulary
 
-at::Tensor log_probabilities(const at::Tensor& hidden, const at::Tensor& head) {
-  return at::log_softmax(at::linear(hidden, head), -1, at::kFloat);
+at::Tensor log_probabilities(const at::Tensor& hidden, const OutputHead& head) {
+  return at::log_softmax(head.logits(hidden), -1, at::kFloat);
 }
 
 // The mean over rows of (1 − share) KL(teacher ‖ student) − share log p(targets). The gradient of each row is known as soon as
@@ -23,20 +23,23 @@ at::Tensor log_probabilities(const at::Tensor& hidden, const at::Tensor& head) {
 class RowLoss : public torch::autograd::Function<RowLoss> {
  public:
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& student, const OptionalTensor& teacher,
-                            const OptionalTensor& targets, double share, const at::Tensor& head) {
+                            const OptionalTensor& targets, double share, const at::Tensor& weight, double softcap) {
+    const OutputHead head{weight, softcap};
     const int64_t count = student.size(0);
     const auto gradient = at::empty_like(student);
-    const bool fused = student.device().is_cpu() && (head.scalar_type() == at::kFloat || head.scalar_type() == at::kBFloat16);
+    const bool fused = student.device().is_cpu() && (weight.scalar_type() == at::kFloat || weight.scalar_type() == at::kBFloat16);
     double total = 0.0;
     for (int64_t begin = 0; begin < count; begin += kRows) {
       const int64_t end = std::min(count, begin + kRows);
-      auto logits = at::linear(student.slice(0, begin, end), head);
-      const auto teacher_logits = teacher ? at::linear(teacher->slice(0, begin, end), head) : at::Tensor();
+      auto logits = head.logits(student.slice(0, begin, end));
+      const auto slope = softcap > 0 ? 1 - (logits / softcap).square() : at::Tensor();  // of the cap: 1 − tanh²
+      const auto teacher_logits = teacher ? head.logits(teacher->slice(0, begin, end)) : at::Tensor();
       const auto rows = targets ? targets->slice(0, begin, end).contiguous() : at::Tensor();
       total += (fused ? losses_in_place : composed_losses)(logits, teacher_logits, rows, share, 1.0 / static_cast<double>(count))
                    .sum(at::kDouble)
                    .item<double>();
-      gradient.slice(0, begin, end).copy_(at::matmul(logits, head));
+      if (slope.defined()) logits.mul_(slope);
+      gradient.slice(0, begin, end).copy_(at::matmul(logits, weight));
     }
     ctx->save_for_backward({gradient});
     return at::full({}, total / static_cast<double>(count), student.options().dtype(at::kFloat));
@@ -44,7 +47,7 @@ class RowLoss : public torch::autograd::Function<RowLoss> {
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, torch::autograd::variable_list grads) {
     const auto gradient = ctx->get_saved_variables()[0];
-    return {gradient * grads[0].to(gradient.scalar_type()), {}, {}, {}, {}};
+    return {gradient * grads[0].to(gradient.scalar_type()), {}, {}, {}, {}, {}};
   }
 
  private:
@@ -92,29 +95,34 @@ class RowLoss : public torch::autograd::Function<RowLoss> {
 
 }  // namespace
 
-at::Tensor kl_to_teacher(const at::Tensor& student, const at::Tensor& teacher, const at::Tensor& head) {
+at::Tensor OutputHead::logits(const at::Tensor& hidden) const {
+  const auto logits = at::linear(hidden, weight);
+  return softcap > 0 ? (logits / softcap).tanh() * softcap : logits;
+}
+
+at::Tensor kl_to_teacher(const at::Tensor& student, const at::Tensor& teacher, const OutputHead& head) {
   TORCH_CHECK_VALUE(student.dim() == 2 && student.sizes() == teacher.sizes() && student.size(0) > 0, "[latte.kl_to_teacher] got ",
                     student.sizes(), " and ", teacher.sizes(), ", expected [N, E] twice, N > 0");
-  return RowLoss::apply(student, teacher, std::nullopt, 0.0, head);
+  return RowLoss::apply(student, teacher, std::nullopt, 0.0, head.weight, head.softcap);
 }
 
 at::Tensor mixed_loss(const at::Tensor& student, const at::Tensor& teacher, const at::Tensor& targets, double share,
-                      const at::Tensor& head) {
+                      const OutputHead& head) {
   TORCH_CHECK_VALUE(student.dim() == 2 && student.sizes() == teacher.sizes() && targets.dim() == 1 &&
                         student.size(0) == targets.size(0) && student.size(0) > 0,
                     "[latte.mixed_loss] got ", student.sizes(), ", ", teacher.sizes(), " and ", targets.sizes(),
                     ", expected [N, E] twice and [N], N > 0");
-  return RowLoss::apply(student, teacher, targets, share, head);
+  return RowLoss::apply(student, teacher, targets, share, head.weight, head.softcap);
 }
 
-at::Tensor next_token_loss(const at::Tensor& student, const at::Tensor& targets, const at::Tensor& head) {
+at::Tensor next_token_loss(const at::Tensor& student, const at::Tensor& targets, const OutputHead& head) {
   TORCH_CHECK_VALUE(student.dim() == 2 && targets.dim() == 1 && student.size(0) == targets.size(0) && student.size(0) > 0,
                     "[latte.next_token_loss] got ", student.sizes(), " and ", targets.sizes(),
                     ", expected [N, E] and [N], N > 0");
-  return RowLoss::apply(student, std::nullopt, targets, 1.0, head);
+  return RowLoss::apply(student, std::nullopt, targets, 1.0, head.weight, head.softcap);
 }
 
-TokenLosses token_losses(const at::Tensor& student, const at::Tensor& targets, const at::Tensor& head,
+TokenLosses token_losses(const at::Tensor& student, const at::Tensor& targets, const OutputHead& head,
                          const at::Tensor& teacher) {
   const torch::NoGradGuard no_grad;
   std::vector<at::Tensor> next_token, kl;

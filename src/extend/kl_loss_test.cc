@@ -15,15 +15,15 @@ constexpr int64_t kTokens = 300, kEmbed = 8, kVocabulary = 21;
 struct Inputs {
   at::Tensor student = torch::randn({kTokens, kEmbed}).requires_grad_();
   at::Tensor teacher = torch::randn({kTokens, kEmbed});
-  at::Tensor head = torch::randn({kVocabulary, kEmbed});
+  OutputHead head{torch::randn({kVocabulary, kEmbed})};
   at::Tensor targets = torch::randint(kVocabulary, {kTokens});
 };
 
 TEST(KlLoss, EqualsTorchs) {
   torch::manual_seed(1);
   Inputs in;
-  const auto log_p = torch::log_softmax(torch::linear(in.student, in.head), -1);
-  const auto log_q = torch::log_softmax(torch::linear(in.teacher, in.head), -1);
+  const auto log_p = torch::log_softmax(torch::linear(in.student, in.head.weight), -1);
+  const auto log_q = torch::log_softmax(torch::linear(in.teacher, in.head.weight), -1);
   const auto expected = (log_q.exp() * (log_q - log_p)).sum(-1).mean();
   const auto expected_grad = torch::autograd::grad({expected * 3}, {in.student})[0];
   const auto loss = kl_to_teacher(in.student, in.teacher, in.head);
@@ -36,7 +36,7 @@ TEST(KlLoss, EqualsTorchs) {
 TEST(NextTokenLoss, EqualsTorchs) {
   torch::manual_seed(2);
   Inputs in;
-  const auto expected = torch::nn::functional::cross_entropy(torch::linear(in.student, in.head), in.targets);
+  const auto expected = torch::nn::functional::cross_entropy(torch::linear(in.student, in.head.weight), in.targets);
   const auto expected_grad = torch::autograd::grad({expected}, {in.student})[0];
   const auto loss = next_token_loss(in.student, in.targets, in.head);
   EXPECT_TRUE(close(loss, expected));
@@ -58,12 +58,41 @@ TEST(MixedLoss, IsTheTwoLossesInTheirShares) {
 TEST(KlLoss, HasAComposedPath) {
   torch::manual_seed(5);
   Inputs in;
-  const auto student = in.student.detach().to(torch::kFloat64).requires_grad_(), head = in.head.to(torch::kFloat64);
+  const auto student = in.student.detach().to(torch::kFloat64).requires_grad_();
+  const OutputHead head{in.head.weight.to(torch::kFloat64)};
   const auto loss = mixed_loss(student, in.teacher.to(torch::kFloat64), in.targets, 0.3, head);
   const auto narrow = mixed_loss(in.student, in.teacher, in.targets, 0.3, in.head);
   EXPECT_TRUE(close(narrow, loss.to(torch::kFloat32)));
   EXPECT_TRUE(
       close(torch::autograd::grad({narrow}, {in.student})[0], torch::autograd::grad({loss}, {student})[0].to(torch::kFloat32)));
+}
+
+// The definition by torch's operators, in double; the losses in float32 and double against it.
+TEST(MixedLoss, CapsLogitsSoftly) {
+  torch::manual_seed(6);
+  Inputs in;
+  constexpr double kCap = 2.0;  // most logits here are well within its bend
+  const auto capped = [&](const at::Tensor& hidden, const at::Tensor& weight) {
+    return torch::tanh(torch::linear(hidden, weight) / kCap) * kCap;
+  };
+  const auto student = in.student.detach().to(torch::kFloat64).requires_grad_(), teacher = in.teacher.to(torch::kFloat64);
+  const auto weight = in.head.weight.to(torch::kFloat64);
+  const auto log_p = torch::log_softmax(capped(student, weight), -1), log_q = torch::log_softmax(capped(teacher, weight), -1);
+  const auto kl = (log_q.exp() * (log_q - log_p)).sum(-1);
+  const auto next_token = log_p.gather(-1, in.targets.unsqueeze(-1)).neg().squeeze(-1);
+  const auto expected = (kl * 0.7 + next_token * 0.3).mean();
+  const auto expected_grad = torch::autograd::grad({expected}, {student})[0];
+
+  const auto loss = mixed_loss(student, teacher, in.targets, 0.3, {weight, kCap});
+  EXPECT_TRUE(close(loss.to(torch::kFloat64), expected, 1e-6));
+  EXPECT_TRUE(close(torch::autograd::grad({loss}, {student})[0], expected_grad));
+  const auto narrow = mixed_loss(in.student, in.teacher, in.targets, 0.3, {in.head.weight, kCap});
+  EXPECT_TRUE(close(narrow, expected.to(torch::kFloat32)));
+  EXPECT_TRUE(close(torch::autograd::grad({narrow}, {in.student})[0], expected_grad.to(torch::kFloat32)));
+
+  const auto each = token_losses(student.detach(), in.targets, {weight, kCap}, teacher);
+  EXPECT_TRUE(close(each.kl.to(torch::kFloat32), kl.to(torch::kFloat32)));
+  EXPECT_TRUE(close(each.next_token.to(torch::kFloat32), next_token.to(torch::kFloat32)));
 }
 
 TEST(TokenLosses, AreThoseOfEachToken) {

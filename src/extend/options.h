@@ -84,7 +84,7 @@ struct ExtendOptions {
   std::string storage = "q8_0";  // of the adapter's matrices: q8_0 | bf16 | f32
   int64_t eval_every = 25;       // steps; 0: at the end only
   int64_t eval_sequences = 2;    // a validation
-  int64_t save_every = 25;       // steps; 0: at the end only
+  int64_t save_every = 25;       // steps, fewer where they take more than three minutes; 0: at the end only
   std::string teacher_cache;     // a folder for what the original says of each stretch, which other runs on them read; "": none
 
   int64_t latents_of(int64_t block) const;

@@ -128,7 +128,7 @@ RetrievalScore score_answers(models::Decoder& model, const RetrievalCase& retrie
     if (!here.empty()) hidden.push_back(piece.index_select(0, torch::tensor(here, torch::kLong)));
     return true;
   });
-  const auto guesses = at::linear(at::cat(hidden), head_of(model)).argmax(-1);
+  const auto guesses = head_of(model).logits(at::cat(hidden)).argmax(-1);
   RetrievalScore score;
   int64_t at = 0;
   for (const auto& [begin, end] : retrieval.answers) {

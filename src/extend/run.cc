@@ -26,7 +26,9 @@ using Clock = std::chrono::steady_clock;
 using nlohmann::json;
 using train::InterruptGuard;
 
-constexpr double kSecondsBetweenSaves = 60.0;  // of matching, at the end of a layer
+// At the end of a layer, or of a step, that comes so long after the last save.
+constexpr double kSecondsBetweenMatchSaves = 60.0;
+constexpr double kSecondsBetweenSaves = 180.0;
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
@@ -144,7 +146,7 @@ class Run {
       note("layer " + std::to_string(result.layer) + ": " + shown(100 * result.far_share) +
            "% of attention beyond window and sinks; error " + shown(result.window_error) + " -> " + shown(result.error));
       record_.matched_layers = result.layer + 1;
-      if (seconds_since(start) - saved > kSecondsBetweenSaves) {
+      if (seconds_since(start) - saved > kSecondsBetweenMatchSaves) {
         count_seconds();
         trainer_.save(folder_.checkpoint(), record_.to_json());
         saved = seconds_since(start);
@@ -166,6 +168,7 @@ class Run {
     const int64_t steps = options_.steps();
     const int64_t tokens_a_step = options_.context * options_.batch;
     train::ProgressLine line(trainer_.steps_done(), steps, run_.quiet);
+    auto saved = Clock::now();
     while (trainer_.steps_done() < steps && !interrupted()) {
       const auto start = Clock::now();
       const StepResult step = trainer_.step();
@@ -187,7 +190,11 @@ class Run {
       if (trainer_.has_validation() && due(options_.eval_every)) metrics.val_loss = trainer_.validate().kl;
       log.append(metrics);
       line.update(metrics);
-      if (interrupted() || due(options_.save_every)) save();
+      const bool late = options_.save_every > 0 && seconds_since(saved) > kSecondsBetweenSaves;
+      if (interrupted() || due(options_.save_every) || late) {
+        save();
+        saved = Clock::now();
+      }
     }
   }
 

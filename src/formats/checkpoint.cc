@@ -3,12 +3,12 @@
 #include <algorithm>
 #include <charconv>
 #include <filesystem>
-#include <nlohmann/json.hpp>
 #include <stdexcept>
 #include <vector>
 
 #include "formats/error.h"
 #include "formats/hash.h"
+#include "formats/json_file.h"
 
 namespace latte::formats {
 namespace {
@@ -32,11 +32,6 @@ std::string checksum_of(const Metadata& metadata, const std::vector<const Tensor
     checksum.add(tensor->data);
   }
   return checksum.digits();
-}
-
-// An accepting parser keeps no document, so that a hostile config costs no memory. It takes a NUL for the end of the text.
-bool is_json_object(const std::string& text) {
-  return text.starts_with('{') && text.find('\0') == text.npos && nlohmann::json::accept(text);
 }
 
 }  // namespace

@@ -146,8 +146,9 @@ TEST_F(CheckpointTest, SwappedTensorsAreDamage) {
 TEST_F(CheckpointTest, WriterRefusesWhatItCouldNotRead) {
   write_checkpoint(path_, header_, tensors_);
   const std::string bytes = read_bytes(path_);
-  for (const std::string& config : {std::string(), std::string("[]"), std::string("{"), std::string("{} {}"), std::string("3"),
-                                    std::string("{\"a\":\xff}"), std::string("{}\0{}", 5)}) {
+  for (const std::string& config :
+       {std::string(), std::string("[]"), std::string("{"), std::string("{} {}"), std::string("3"), std::string("{\"a\":\xff}"),
+        std::string("{}\0{}", 5), "{\"a\":" + std::string(100'000, '[') + std::string(100'000, ']') + "}"}) {
     EXPECT_CONTAINS(error_text<std::invalid_argument>([&] {
                       write_checkpoint(path_, {config, 1}, tensors_);
                     }),
@@ -155,6 +156,12 @@ TEST_F(CheckpointTest, WriterRefusesWhatItCouldNotRead) {
   }
   EXPECT_CONTAINS(error_text<std::invalid_argument>([&] { write_checkpoint(path_, {"{}", -1}, tensors_); }), "step is -1");
   EXPECT_EQ(read_bytes(path_), bytes);
+}
+
+TEST_F(CheckpointTest, BracketsInTextsDontNest) {
+  const std::string config = "{\"a\":\"" + std::string(200, '[') + "\\\"{" + "\",\"b\":[[1]]}";
+  write_checkpoint(path_, {config, 1}, tensors_);
+  EXPECT_EQ(CheckpointFile(path_).config(), config);
 }
 
 TEST_F(CheckpointTest, AFullDiskLeavesThePreviousCheckpoint) {

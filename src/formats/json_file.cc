@@ -13,9 +13,38 @@ namespace latte::formats {
 
 using nlohmann::json;
 
+namespace {
+
+// Deeper than any model's file: what is nested is also copied and written by recursion.
+constexpr int kDeepest = 64;
+
+// Of a valid JSON text: the most arrays and objects that are open at a time.
+int depth_of(std::string_view text) {
+  int depth = 0, deepest = 0;
+  bool quoted = false;
+  for (size_t i = 0; i < text.size(); ++i) {
+    const char c = text[i];
+    if (quoted && c == '\\') {
+      ++i;
+    } else if (c == '"') {
+      quoted = !quoted;
+    } else if (!quoted && (c == '{' || c == '[')) {
+      deepest = std::max(deepest, ++depth);
+    } else if (!quoted && (c == '}' || c == ']')) {
+      --depth;
+    }
+  }
+  return deepest;
+}
+
+}  // namespace
+
+bool is_json_object(std::string_view text) {
+  // The parser would take a NUL for the end, whatever follows.
+  return text.starts_with('{') && text.find('\0') == text.npos && json::accept(text) && depth_of(text) <= kDeepest;
+}
+
 json parse_json_object(const std::string& path, std::string_view text) {
-  // Deeper than any model's file: what is nested is also taken apart by recursion.
-  constexpr int kDeepest = 64;
   std::vector<std::set<std::string>> keys;  // of the objects that are open
   const auto watch = [&](int depth, json::parse_event_t event, json& value) {
     if (depth > kDeepest) throw FormatError(path, "JSON nested deeper than " + std::to_string(kDeepest));

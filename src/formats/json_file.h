@@ -15,6 +15,9 @@ constexpr uint64_t kLargestJson = 64'000'000;  // bytes, unless a caller says le
 nlohmann::json read_json_object(const std::string& path, uint64_t largest = kLargestJson);
 nlohmann::json parse_json_object(const std::string& path, std::string_view text);  // the same of a text; `path` is for errors
 
+// Whether a text is one JSON object nested no deeper than those take. Keeps no document, so that a hostile text costs no memory.
+bool is_json_object(std::string_view text);
+
 // A value on one line, in ASCII, cut short: for messages.
 std::string shown(const nlohmann::json& value);
 

@@ -1,5 +1,6 @@
 #include "formats/token_corpus.h"
 
+#include <algorithm>
 #include <charconv>
 #include <cstring>
 #include <stdexcept>
@@ -67,6 +68,12 @@ TokenCorpus::TokenCorpus(const std::string& path) : file_(path) {
   }
   data_ = view.data.data();
   size_ = view.shape[0];
+}
+
+void TokenCorpus::check() const {
+  constexpr int64_t kPiece = 1 << 16;
+  std::vector<int64_t> tokens(static_cast<size_t>(std::min(kPiece, size_)));
+  for (int64_t begin = 0; begin < size_; begin += kPiece) copy(begin, std::min(kPiece, size_ - begin), tokens.data());
 }
 
 void TokenCorpus::copy(int64_t begin, int64_t count, int64_t* out) const {

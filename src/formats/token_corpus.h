@@ -31,6 +31,9 @@ class TokenCorpus {
   // at.
   explicit TokenCorpus(const std::string& path);
 
+  // Looks at all tokens, as fast as they are read. Throws FormatError for one that is none of the vocabulary's.
+  void check() const;
+
   const std::string& path() const { return file_.path(); }
   const Vocabulary& vocabulary() const { return vocabulary_; }
   int64_t size() const { return size_; }

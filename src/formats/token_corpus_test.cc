@@ -52,6 +52,8 @@ TEST(TokenCorpus, DefectsAreErrors) {
   EXPECT_CONTAINS(error("format", "latte.task"), "format is \"latte.task\", expected latte.tokens");
   EXPECT_CONTAINS(error("version", "2"), "version is \"2\"");
   EXPECT_CONTAINS(error("vocab_size", "300"), "token 2 is 300, expected 0 to 299");
+  EXPECT_CONTAINS(error_text<FormatError>([&] { TokenCorpus(folder / "bad").check(); }), "token 2 is 300");
+  TokenCorpus(folder / "good").check();
   EXPECT_CONTAINS(error("vocab_size", "70000"), "is I16 [3], expected a vector of I32");
   EXPECT_CONTAINS(error("vocab_size", "1e3"), "vocab_size is \"1e3\"");
   EXPECT_CONTAINS(error("tokenizer", "x"), "tokens:301:x");

@@ -9,6 +9,9 @@
 
 namespace latte::kernels {
 
+// A sequence of one token is a step of decoding, of the window (window.h says what the caller moves) and of the latents (their
+// state in, their state out).
+//
 // Runs the slices [first, last), numbered as LatentSlices() and WindowSlices() are. `window` and `latent` describe the same
 // tensors and sequences; latent.query_logits is [B, T, H, L + 1], latent.window_out is not read. Nothing is kept for a backward
 // pass: outputs.saved is null. A thread does best with neighbouring slices in one call.

@@ -7,6 +7,10 @@
 // A sink that has left the window (s <= t - W) is scored with `sink_query` where that is given. Masked keys are read by nobody; a
 // token whose set is empty has out = 0 and lse = -inf.
 //
+// One token of a sequence (T = 1 with a past) is a step of decoding, which takes a path of its own: no tiles, each row read once.
+// What the next one reads is the caller's to move: rows position − P + 1 … position into past_key and past_values (a ring of W
+// rows that the caller turns costs one row a token), and rows below S into sink_key and sink_values.
+//
 // Work is split in slices, one per sequence and key-value head, as in latent.h.
 #pragma once
 

@@ -369,11 +369,12 @@ TEST_F(EngineTest, RefusesModelsThatLackSomething) {
   };
   EXPECT_EQ(text([](auto&, auto&) {}), "");
   EXPECT_CONTAINS(text([](auto& metadata, auto&) { metadata.set("general.architecture", std::string("mamba")); }),
-                  "isn't known here");
+                  "expected one of \"llama\"");
   EXPECT_CONTAINS(text([](auto& metadata, auto&) { metadata.set("llama.attention.head_count_kv", uint32_t{3}); }), "divisor");
   EXPECT_CONTAINS(text([](auto& metadata, auto&) { metadata.set("llama.block_count", uint32_t{4}); }), "blk.3.");
   EXPECT_CONTAINS(text([](auto& metadata, auto&) { metadata.set("llama.feed_forward_length", uint32_t{63}); }), "expected [");
-  EXPECT_CONTAINS(text([](auto&, auto& tensors) { tensors.erase(tensors.begin() + 5); }), "is missing");
+  EXPECT_CONTAINS(text([](auto&, auto& tensors) { tensors.erase(tensors.begin() + 5); }),
+                  "missing tensors: \"blk.0.attn_q.weight\"");
   ModelOptions adapter_alone;
   EXPECT_CONTAINS(error_text<ModelError>([&] { Model::open(tiny_.adapter()); }), "an adapter, not a model");
 }

@@ -1,89 +1,34 @@
 #include "runtime/model_shape.h"
 
 #include <algorithm>
-#include <array>
 #include <cmath>
-#include <string_view>
 
-#include "formats/error.h"
+#include "formats/decoder_config.h"
 #include "runtime/error.h"
 
 namespace latte::runtime {
 namespace {
 
-constexpr int64_t kLargest = int64_t{1} << 24;  // of any size here: products of two fit easily
 constexpr int64_t kLargestHead = 4096;
 
-// What all architectures have in common.
-ModelShape common(const formats::GgufFile& file, const std::string& name) {
-  const formats::GgufMetadata& metadata = file.metadata();
-  const auto key = [&](std::string_view rest) { return name + "." + std::string(rest); };
-  const auto size = [&](std::string_view rest) { return metadata.integer(key(rest), 1, kLargest); };
-  ModelShape shape;
-  shape.architecture = name;
-  shape.embed_dim = size("embedding_length");
-  shape.num_heads = metadata.integer(key("attention.head_count"), 1, 4096);
-  shape.num_kv_heads = metadata.integer_or(key("attention.head_count_kv"), shape.num_heads, 1, 4096);
-  if (shape.num_heads % shape.num_kv_heads != 0) {
-    metadata.refuse(key("attention.head_count_kv"), "a divisor of " + std::to_string(shape.num_heads) + " heads");
+// The engine has no code for these, and would be silently wrong with them.
+void require_known(const std::string& path, const formats::DecoderConfig& config) {
+  const auto refuse = [&](const std::string& what) { throw ModelError(path + ": " + what + " isn't known here"); };
+  if (config.attention_softcap > 0 || config.logit_softcap > 0)
+    refuse("a soft cap on scores or logits (of " + config.architecture + ")");
+  for (const formats::RopeConfig* rope : {&config.rope, &config.local_rope}) {
+    const auto kind = rope->scaling.kind;
+    if (kind == formats::RopeScalingKind::kNone || kind == formats::RopeScalingKind::kLinear) continue;
+    refuse("rotary scaling other than none or linear");
   }
-  const int64_t default_dim = std::max<int64_t>(1, shape.embed_dim / shape.num_heads);
-  shape.key_dim = metadata.integer_or(key("attention.key_length"), default_dim, 1, kLargestHead);
-  shape.head_dim = metadata.integer_or(key("attention.value_length"), default_dim, 1, kLargestHead);
-  shape.hidden_dim = size("feed_forward_length");
-  shape.context = size("context_length");
-  shape.epsilon = static_cast<float>(metadata.number(key("attention.layer_norm_rms_epsilon")));
-  shape.attention_scale = 1.0f / std::sqrt(static_cast<float>(shape.key_dim));
-  shape.rotary_dims = metadata.integer_or(key("rope.dimension_count"), shape.key_dim, 2, shape.key_dim) / 2 * 2;
-  shape.layers.resize(static_cast<size_t>(metadata.integer(key("block_count"), 1, 1024)));
-  const std::string scaling = metadata.string_or(key("rope.scaling.type"), "none");
-  if (scaling != "none" && scaling != "linear") metadata.refuse(key("rope.scaling.type"), "none or linear");
-  Rotary rotary;
-  rotary.base = metadata.number_or(key("rope.freq_base"), 10000.0);
-  if (!(rotary.base > 0.0)) metadata.refuse(key("rope.freq_base"), "a number above 0");
-  if (scaling == "linear") {
-    const double factor = metadata.number_or(key("rope.scaling.factor"), 1.0);
-    if (!(factor > 0.0)) metadata.refuse(key("rope.scaling.factor"), "a number above 0");
-    rotary.scale = 1.0 / factor;
+  if (config.head_dim > kLargestHead) {
+    refuse("heads of " + std::to_string(config.head_dim) + " channels, more than " + std::to_string(kLargestHead) + ",");
   }
-  shape.rotary = {rotary};
-  const formats::GgufTensor& embedding = file.at("token_embd.weight");
-  if (embedding.shape.size() != 2) throw ModelError(file.path() + ": token_embd.weight isn't a matrix");
-  shape.vocab_size = embedding.shape[0];
-  return shape;
 }
 
-ModelShape llama(const formats::GgufFile& file) {
-  ModelShape shape = common(file, "llama");
-  if (file.metadata().integer_or("llama.expert_count", 0, 0, kLargest) > 0) {
-    throw ModelError(file.path() + ": mixtures of experts aren't known here");
-  }
-  return shape;
+Rotary rotary_of(const formats::RopeConfig& rope) {
+  return {rope.base, rope.scaling.kind == formats::RopeScalingKind::kLinear ? 1.0 / rope.scaling.factor : 1.0};
 }
-
-ModelShape gemma3(const formats::GgufFile& file) {
-  constexpr size_t kPattern = 6;  // the last of so many layers reads every token
-  ModelShape shape = common(file, "gemma3");
-  shape.gate = kernels::Gate::kGeluTanh;
-  shape.post_norms = true;
-  shape.query_norms = true;
-  shape.pairs = kernels::RotaryPairs::kHalves;
-  shape.embedding_scale = std::sqrt(static_cast<float>(shape.embed_dim));
-  const int64_t window = file.metadata().integer("gemma3.attention.sliding_window", 0, kLargest);
-  shape.rotary.push_back({10000.0, 1.0});
-  for (size_t i = 0; i < shape.layers.size(); ++i) {
-    if (window == 0 || i % kPattern == kPattern - 1) continue;
-    shape.layers[i].window = window;
-    shape.layers[i].rotary = 1;
-  }
-  return shape;
-}
-
-struct Architecture {
-  std::string_view name;
-  ModelShape (*read)(const formats::GgufFile&);
-};
-constexpr std::array kArchitectures = {Architecture{"llama", llama}, Architecture{"gemma3", gemma3}};
 
 }  // namespace
 
@@ -139,13 +84,34 @@ ModelShape ModelShape::from(const formats::LanguageModelConfig& config) {
 }
 
 ModelShape ModelShape::from(const formats::GgufFile& file) {
-  const std::string& name = file.metadata().string("general.architecture");
-  std::string known;
-  for (const Architecture& architecture : kArchitectures) {
-    if (name == architecture.name) return architecture.read(file);
-    known += (known.empty() ? "" : ", ") + std::string(architecture.name);
+  const formats::DecoderConfig config = formats::decoder_config(file);
+  require_known(file.path(), config);
+  ModelShape shape;
+  shape.architecture = config.architecture;
+  shape.embed_dim = config.embed_dim;
+  shape.num_heads = config.num_heads;
+  shape.num_kv_heads = config.num_kv_heads;
+  shape.key_dim = shape.head_dim = config.head_dim;
+  shape.hidden_dim = config.hidden_dim;
+  shape.vocab_size = config.vocab_size;
+  shape.context = config.context_length;
+  shape.epsilon = static_cast<float>(config.norm_eps);
+  shape.embedding_scale = static_cast<float>(config.embedding_scale);
+  shape.attention_scale = static_cast<float>(config.attention_scale);
+  shape.gate = config.activation == formats::Activation::kGelu ? kernels::Gate::kGeluTanh : kernels::Gate::kSilu;
+  shape.post_norms = config.post_norms;
+  shape.query_norms = config.qk_norm;
+  shape.pairs =
+      config.rope.pairs == formats::RopePairs::kHalves ? kernels::RotaryPairs::kHalves : kernels::RotaryPairs::kNeighbours;
+  shape.rotary_dims = config.rope.dims;
+  shape.rotary = {rotary_of(config.rope), rotary_of(config.local_rope)};
+  shape.layers.resize(static_cast<size_t>(config.num_layers));
+  for (int64_t i = 0; i < config.num_layers; ++i) {
+    if (!config.is_local(i)) continue;
+    shape.layers[static_cast<size_t>(i)].window = config.window;
+    shape.layers[static_cast<size_t>(i)].rotary = 1;
   }
-  throw ModelError(file.path() + ": architecture " + formats::quote(name) + " isn't known here; these are: " + known);
+  return shape;
 }
 
 }  // namespace latte::runtime

@@ -1,5 +1,5 @@
-// What a model computes, read from a GGUF file's metadata (one table of architectures) or from the config of a checkpoint of
-// latte train.
+// What a model computes: of a GGUF file by the table of architectures (formats/decoder_config.h), or of a checkpoint of latte
+// train by its config.
 #pragma once
 
 #include <cstdint>
@@ -87,7 +87,8 @@ struct ModelShape {
   bool mixes_heads(const LayerShape& layer) const { return mixer != Mixer::kNone && layer.latents == 0; }
   bool turns_tokens(const LayerShape& layer) const { return vapor >= 0 && layer.latents == 0; }
 
-  // Throws ModelError for an architecture that isn't in the table, FormatError for metadata that lack something or don't fit.
+  // Throws FormatError for an architecture that isn't in the table, metadata that lack something or don't fit, and tensors that
+  // are missing or too many; ModelError for what the table knows and the engine doesn't (soft caps, YaRN).
   static ModelShape from(const formats::GgufFile& file);
   // Throws ModelError for heads that are too large.
   static ModelShape from(const formats::LanguageModelConfig& config);

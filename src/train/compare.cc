@@ -98,13 +98,16 @@ json summary_of(const std::string& title, const std::vector<json>& reports, bool
   double squares = 0.0;
   for (const double value : values) squares += (value - mean) * (value - mean);
   const auto count = static_cast<double>(values.size());
+  const auto [least, most] = std::minmax_element(values.begin(), values.end());
+  const json perplexity = {{"mean", std::exp(mean)}, {"least", std::exp(*least)}, {"most", std::exp(*most)}};
   return {{"title", title},
           {"accuracy_by_length", task ? accuracy_by_length(reports) : json::array()},
           {"parameters", reports.front().at("parameters")},
           {"values", values},
           {"mean", mean},
-          {"least", *std::min_element(values.begin(), values.end())},
-          {"most", *std::max_element(values.begin(), values.end())},
+          {"least", *least},
+          {"most", *most},
+          {"perplexity", task ? json() : perplexity},  // exp of the losses' mean, least and most
           {"deviation", values.size() > 1 ? std::sqrt(squares / (count - 1)) : 0.0},
           {"val_loss", mean_of(losses)},
           {"seconds", mean_of(seconds)},
@@ -267,6 +270,7 @@ void check_training(const json& config) {
   json training = config.value("training", json::object());
   if (!training.contains("min_lr")) training["min_lr"] = 0;
   (void)TrainerOptions::from_json(training);
+  if (config.contains("task")) (void)TaskOptions::from_json(config.at("task"));
 }
 
 // The runs of one comparison: the same configuration, but for the model, the rate, the seed and, with seconds, the steps.
@@ -380,11 +384,21 @@ json compare(const json& config, const CompareOptions& options, const CompareRun
   return {{"metric", task ? "accuracy" : "loss"}, {"seeds", options.seeds}, {"entries", rows}};
 }
 
+namespace {
+
+std::string perplexity_text(const json& entry) {
+  const json& perplexity = entry.at("perplexity");
+  const auto shown = [&](const char* field) { return number(perplexity.at(field).get<double>(), "%.2f"); };
+  return shown("mean") + (entry.at("values").size() > 1 ? ", " + shown("least") + " … " + shown("most") : "");
+}
+
+}  // namespace
+
 std::string comparison_table(const json& comparison) {
   const bool accuracy = comparison.at("metric") == "accuracy";
   std::string table =
       accuracy ? "| attention | parameters | learning rate | steps | accuracy, % | its range over seeds | validation loss "
-               : "| attention | parameters | learning rate | steps | loss | its range over seeds | perplexity ";
+               : "| attention | parameters | learning rate | steps | loss | its range over seeds | perplexity, its range ";
   table += "| a step, ms | training, s | tokens/s | peak memory, MB |";
   std::string rule = "|---|---|---|---|---|---|---|---|---|---|---|";
   for (const json& length : comparison.at("entries").at(0).at("accuracy_by_length")) {
@@ -399,15 +413,14 @@ std::string comparison_table(const json& comparison) {
     table += "| " + entry.at("title").get<std::string>() + " | " + std::to_string(entry.at("parameters").get<int64_t>()) + " | " +
              entry.at("lr").dump() + " | " + std::to_string(entry.at("steps").get<int64_t>()) + " | " + shown("mean") +
              (entry.at("values").size() > 1 ? " ± " + shown("deviation") : "") + " | " + shown("least") + " … " + shown("most") +
-             " | " +
-             (accuracy ? number(entry.at("val_loss").get<double>(), "%.4f")
-                       : number(std::exp(entry.at("mean").get<double>()), "%.2f")) +
-             " | " + number(1e3 * entry.at("step_seconds").get<double>(), "%.4g") + " | " +
+             " | " + (accuracy ? number(entry.at("val_loss").get<double>(), "%.4f") : perplexity_text(entry)) + " | " +
+             number(1e3 * entry.at("step_seconds").get<double>(), "%.4g") + " | " +
              number(entry.at("seconds").get<double>(), "%.0f") + " | " +
              number(entry.at("tokens_per_second").get<double>(), "%.0f") + " | " +
              number(entry.at("peak_memory").get<double>() / 1e6, "%.0f") + " |";
-    for (const json& length : entry.at("accuracy_by_length"))
-      table += " " + number(100 * length.at(1).get<double>(), "%.2f") + " |";
+    for (const json& length : entry.at("accuracy_by_length")) {
+      table.append(" ").append(number(100 * length.at(1).get<double>(), "%.2f")).append(" |");
+    }
     table += "\n";
   }
   return table;

@@ -59,8 +59,9 @@ nlohmann::json match_parameters(nlohmann::json model, bool task, int64_t paramet
 // With options.seconds, a run of kTrialSteps first, named …-trial, which says how many steps an entry gets. Then seed 0 of every
 // entry at each learning rate, then the other seeds at the rate with the best validation. Returns
 //   {"metric": "accuracy" or "loss", "seeds":…, "entries": [{"title", "lr", "steps", "parameters", "mean", "least", "most",
-//    "deviation", "values": […], "val_loss" (mean), "seconds", "step_seconds", "tokens_per_second", "peak_memory", "sweep":
-//    [{"lr", "value"}], "runs": [names], "accuracy_by_length": [[length, mean]] of splits test_LENGTH}]}
+//    "perplexity" (of a text: exp of "mean", "least" and "most"), "deviation", "values": […], "val_loss" (mean), "seconds",
+//    "step_seconds", "tokens_per_second", "peak_memory", "sweep": [{"lr", "value"}], "runs": [names], "accuracy_by_length":
+//    [[length, mean]] of splits test_LENGTH}]}
 // or null where a run was interrupted. A task's metric is the accuracy on its test split, a text's the loss on its test part, or
 // on its validation part where it has no test_fraction.
 nlohmann::json compare(const nlohmann::json& config, const CompareOptions& options, const CompareRunner& run);

@@ -145,6 +145,53 @@ TEST_F(RecoveryTest, EveryWriteMayFailAndNothingIsLost) {
   }
 }
 
+// The same of a run that goes on from its checkpoint, and rewrites the metrics that came after it.
+TEST_F(RecoveryTest, EveryWriteOfAResumedRunMayFailToo) {
+  setenv("PATH", "/nowhere", 1);  // no gnuplot: it takes longer than everything else here
+  const RunOptions undisturbed{.out = folder_ / "undisturbed", .quiet = true};
+  start_run(model_, options_, undisturbed);
+  const auto expected = tensors_of(undisturbed.out + "/checkpoint.safetensors");
+  // A run that a failing disk has stopped behind its first checkpoint.
+  const RunOptions half{.out = folder_ / "half", .quiet = true};
+  for (int64_t failing = 0;; ++failing) {
+    RunOptions run = half;
+    FailingDisk disk(failing, EIO);
+    run.files = &disk;
+    ASSERT_THROW(start_run(model_, options_, run), formats::FileError) << failing;
+    const std::string metrics = run.out + "/metrics.jsonl";
+    if (std::filesystem::exists(metrics) && read_metrics(metrics).size() == 3) break;
+    std::filesystem::remove_all(run.out);
+  }
+  for (const int error_number : {ENOSPC, EIO}) {
+    int64_t failures = 0;
+    for (bool over = false; !over; ++failures) {
+      SCOPED_TRACE(std::string(std::strerror(error_number)) + " at call " + std::to_string(failures));
+      RunOptions run{.out = folder_ / "run", .quiet = true};
+      std::filesystem::copy(half.out, run.out, std::filesystem::copy_options::recursive);
+      FailingDisk disk(failures, error_number);
+      run.files = &disk;
+      bool failed = false;
+      try {
+        resume_run(options_, run);
+      } catch (const formats::FileError& error) {
+        failed = true;
+        EXPECT_EQ(error.error_number(), error_number);
+      }
+      over = disk.calls() <= failures;
+      EXPECT_EQ(failed, !over);
+      run.files = &formats::FileOperations::system();
+      const std::string checkpoint = run.out + "/checkpoint.safetensors";
+      EXPECT_GE(formats::CheckpointFile(checkpoint).step(), 2);
+      if (formats::CheckpointFile(checkpoint).step() < options_.steps) resume_run(options_, run);
+      EXPECT_EQ(tensors_of(checkpoint), expected);
+      EXPECT_EQ(read_metrics(run.out + "/metrics.jsonl").size(), 4U);
+      std::filesystem::remove_all(run.out);
+      if (HasFailure()) return;
+    }
+    EXPECT_GT(failures, 20);
+  }
+}
+
 // The same of a task, whose examples and results are written as well.
 TEST_F(RecoveryTest, EveryWriteOfATasksRunMayFailToo) {
   setenv("PATH", "/nowhere", 1);  // no gnuplot: it takes longer than everything else here

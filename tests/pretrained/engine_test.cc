@@ -17,6 +17,7 @@
 #include "formats/test_files.h"
 #include "formats/test_models.h"
 #include "formats/tokenizer.h"
+#include "runtime/error.h"
 #include "runtime/quantize.h"
 #include "small_model.h"
 
@@ -119,6 +120,57 @@ TEST(EngineAgainstLibtorch, SmallModelsOfEveryArchitecture) {
       expect_equal(engine, session, tokens, plain, piece);
     }
   }
+}
+
+// What Gemma 3's metadata may say besides, each of which changes the logits: both engines read one table.
+TEST(EngineAgainstLibtorch, MetadataBeyondTheDefaults) {
+  const formats::TestFolder folder;
+  auto metadata = small_metadata("gemma3");
+  write_small_model(folder / "base.gguf", metadata);
+  const auto tokens = narrow(small_tokens(150));
+  const auto read = [&] { return Converted(folder / "base.gguf", folder / "a.gguf", 13, 3, 5, 0.3).plain_reference(tokens); };
+  auto before = read();
+  const auto changed = [&](const char* key, auto value) {
+    SCOPED_TRACE(key);
+    metadata.set(key, value);
+    write_small_model(folder / "base.gguf", metadata);
+    const Converted converted(folder / "base.gguf", folder / "adapter.gguf", 13, 3, 5, 0.3);
+    const auto expected = converted.plain_reference(tokens);
+    EXPECT_GT((expected - before).abs().max().item<double>(), 1e-3);
+    before = expected;
+    const auto model = converted.open(false);
+    Engine engine(model, {2, {}, 256});
+    Session session(model, exact());
+    expect_equal(engine, session, tokens, expected, 150);
+  };
+  changed("gemma3.attention.scale", 0.4f);
+  changed("gemma3.attention.sliding_window_pattern", uint32_t{2});
+  changed("gemma3.rope.freq_base_swa", 300.0f);
+  changed("gemma3.rope.freq_base", 1e5f);
+  metadata.set("gemma3.rope.scaling.type", std::string("linear"));
+  changed("gemma3.rope.scaling.factor", 4.0f);
+}
+
+// The table knows these and the engine doesn't: an error, not other logits.
+TEST(EngineAgainstLibtorch, RefusesWhatItHasNoCodeFor) {
+  const formats::TestFolder folder;
+  const auto refusal = [&](const formats::GgufMetadata& metadata) {
+    write_small_model(folder / "model.gguf", metadata);
+    try {
+      Model::open(folder / "model.gguf");
+    } catch (const runtime::ModelError& error) {
+      return std::string(error.what());
+    }
+    return std::string("no error");
+  };
+  auto capped = small_metadata("gemma3");
+  capped.set("gemma3.final_logit_softcapping", 30.0f);
+  EXPECT_NE(refusal(capped).find("soft cap"), std::string::npos) << refusal(capped);
+  EXPECT_NE(refusal(small_metadata("gemma2")).find("soft cap"), std::string::npos);
+  auto yarn = small_metadata("llama");
+  yarn.set("llama.rope.scaling.type", std::string("yarn"));
+  yarn.set("llama.rope.scaling.factor", 4.0f);
+  EXPECT_NE(refusal(yarn).find("rotary scaling"), std::string::npos) << refusal(yarn);
 }
 
 std::vector<int32_t> text_tokens(const std::string& path, size_t count) {

@@ -8,6 +8,8 @@
 #include <vector>
 
 #include "compare.h"
+#include "extend/evaluate.h"
+#include "extend/kl_loss.h"
 #include "formats/test_files.h"
 #include "models/decoder.h"
 #include "small_model.h"
@@ -89,6 +91,15 @@ TEST_F(SmallModels, Gemma2WithSoftCaps) {
   metadata.set("gemma2.final_logit_softcapping", 3.0f);
   write_small_model(path_, metadata);
   expect_faithful();
+
+  // What evaluation and training read from hidden states is capped alike.
+  const torch::NoGradGuard no_grad;
+  models::Decoder model = models::load_decoder(path_);
+  const auto tokens = torch::tensor(small_tokens(40));
+  const auto result = model->forward(tokens.slice(0, 0, 39).unsqueeze(0));
+  const auto losses = extend::token_losses(result.hidden[0], tokens.slice(0, 1), extend::head_of(model));
+  const auto expected = torch::nn::functional::cross_entropy(result.logits[0], tokens.slice(0, 1));
+  EXPECT_NEAR(losses.next_token.mean().item<double>(), expected.item<double>(), 1e-5);
 }
 
 TEST_F(SmallModels, Gemma3WithLocalLayers) {
