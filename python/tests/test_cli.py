@@ -119,7 +119,15 @@ def test_a_progress_line_tells_step_loss_rate_and_time_left(tmp_path, text):
     result = latte("train", "--text", text, "--out", tmp_path / "run", *SHORT)
     assert result.returncode == 0, result.stderr
     lines = re.findall(r"step +(\d+)/6 .*loss \d+\.\d+.* tokens/s(.*)", result.stderr)
-    assert lines and lines[-1][0] == "6", result.stderr
+    assert lines and lines[-1][0] == "6" and re.fullmatch(r"  took .+", lines[-1][1]), result.stderr
+    # Not the first line, which knows nothing of time: the second comes seconds later.
+    process = start("train", "--text", text, "--out", tmp_path / "long", *SHORT, "--steps", 100000000)
+    for line in process.stderr:
+        if " left" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    process.communicate()
+    assert re.search(r"step +\d+/100000000 .*loss \d+\.\d+.* \d+ tokens/s  .+ left$", line)
 
 
 def test_json_report(tmp_path, text):

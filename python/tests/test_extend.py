@@ -5,6 +5,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import struct
 import subprocess
@@ -149,7 +150,9 @@ def test_convert_and_compare(tmp_path, model, text):
     assert positions.split("\n")[0].split() == ["attention", "128", "256", "512", "1024"]
     assert re.search(r"^macchiato( +\d+\.\d+){4}\n  standard error( +\d+\.\d+){4}$", positions, re.MULTILINE)
     assert re.search(r"^layer 1( +\d+\.\d){4}$", positions, re.MULTILINE)
-    assert plot.with_suffix(".svg").read_text().count("macchiato") and plot.with_suffix(".png").read_bytes()[1:4] == b"PNG"
+    if shutil.which("gnuplot"):
+        assert "macchiato" in plot.with_suffix(".svg").read_text()
+        assert plot.with_suffix(".png").read_bytes()[1:4] == b"PNG"
 
 
 def test_a_merged_model_goes_everywhere(tmp_path, model, text):

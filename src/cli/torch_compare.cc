@@ -83,7 +83,8 @@ int RunChild(const std::vector<std::string>& arguments, const std::string& outpu
 json FinishedReport(const std::string& output) {
   try {
     json report = formats::read_json_object(output);
-    return report.contains("step") && !report.value("interrupted", true) ? report : json();
+    return report.contains("step") && report.contains("peak_memory") && report.value("interrupted", json()) == false ? report
+                                                                                                                     : json();
   } catch (const formats::FileError&) {
     return nullptr;
   } catch (const formats::FormatError&) {
@@ -230,6 +231,7 @@ void AddCompare(CLI::App& app, int& exit_code) {
       ->type_name("PATH");
   command->add_option("--set", options->settings, "A field of the task in place of the configuration's: --set pairs=16")
       ->type_name("FIELD=VALUE")
+      ->allow_extra_args(false)  // what follows may be the configuration
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
   command->add_option("--seeds", options->seeds, "Runs of each attention at its best learning rate; by default 3")
       ->check(CLI::Range(int64_t{1}, int64_t{1000}));

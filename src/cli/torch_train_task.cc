@@ -144,9 +144,11 @@ void RefuseTextFields(const json& training) {
   }
 }
 
-void CheckSection(const std::string& path, const std::string& name, const json& value) {
+// `top`: not within `paper`, whose lines aren't told from those of the sections outside.
+void CheckSection(const std::string& path, const std::string& name, const json& value, bool top) {
   if (value.is_object()) return;
-  throw formats::FormatError(path, LocatedMessage(path, name + " is " + formats::shown(value) + ", expected an object"));
+  throw formats::FormatError(path,
+                             LocatedMessage(top ? path : "", name + " is " + formats::shown(value) + ", expected an object"));
 }
 
 }  // namespace
@@ -171,7 +173,7 @@ json ReadTrainConfig(const std::string& path, bool paper) {
         throw formats::FormatError(path, LocatedMessage(path, "unknown field " + formats::quote(key) +
                                                                   ", expected model, training, task, compare, paper or about"));
       }
-      CheckSection(path, key, value);
+      CheckSection(path, key, value, top);
     }
   };
   check(object, true);

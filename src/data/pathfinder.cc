@@ -147,8 +147,10 @@ class Generator {
 
   Example operator()(RandomStream& random) const {
     constexpr int kMostImages = 100'000;
-    for (int i = 0; i < kMostImages; ++i) {
-      if (auto example = draw(random)) return std::move(*example);
+    constexpr int64_t kMostPlacements = 2'000'000;  // of distractors: some seconds
+    int64_t placements = 0;
+    for (int i = 0; i < kMostImages && placements < kMostPlacements; ++i) {
+      if (auto example = draw(random, placements)) return std::move(*example);
     }
     throw formats::OptionError("contour_length is " + std::to_string(options_.contour_length) + " and distractors is " +
                                std::to_string(options_.distractors) + ", expected paths that fit into " +
@@ -158,7 +160,7 @@ class Generator {
  private:
   Point anywhere(RandomStream& random) const { return {random.uniform(0.0, shape_.size), random.uniform(0.0, shape_.size)}; }
 
-  std::optional<Example> draw(RandomStream& random) const {
+  std::optional<Example> draw(RandomStream& random, int64_t& placements) const {
     Canvas canvas(shape_);
     const auto first = canvas.grow(random, anywhere(random), options_.contour_length);
     if (!first || !canvas.inside(first->front().first)) return std::nullopt;
@@ -178,6 +180,7 @@ class Generator {
     int64_t placed = 0;
     for (int64_t tries = 0; placed < options_.distractors && tries < 50 * options_.distractors; ++tries) {
       const Point start = anywhere(random);
+      ++placements;
       if (!canvas.inside(start)) continue;
       if (auto path = canvas.grow(random, start, shorter)) {
         canvas.add(std::move(*path));

@@ -39,7 +39,7 @@ class RowLoss : public torch::autograd::Function<RowLoss> {
                    .sum(at::kDouble)
                    .item<double>();
       if (slope.defined()) logits.mul_(slope);
-      gradient.slice(0, begin, end).copy_(at::matmul(logits, weight));
+      gradient.slice(0, begin, end).copy_(at::matmul(logits.to(weight.scalar_type()), weight));
     }
     ctx->save_for_backward({gradient});
     return at::full({}, total / static_cast<double>(count), student.options().dtype(at::kFloat));
@@ -97,7 +97,9 @@ class RowLoss : public torch::autograd::Function<RowLoss> {
 
 at::Tensor OutputHead::logits(const at::Tensor& hidden) const {
   const auto logits = at::linear(hidden, weight);
-  return softcap > 0 ? (logits / softcap).tanh() * softcap : logits;
+  if (softcap <= 0) return logits;
+  const auto wide = logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  return (logits.to(wide) / softcap).tanh_().mul_(softcap);
 }
 
 at::Tensor kl_to_teacher(const at::Tensor& student, const at::Tensor& teacher, const OutputHead& head) {

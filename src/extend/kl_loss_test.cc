@@ -90,6 +90,12 @@ TEST(MixedLoss, CapsLogitsSoftly) {
   EXPECT_TRUE(close(narrow, expected.to(torch::kFloat32)));
   EXPECT_TRUE(close(torch::autograd::grad({narrow}, {in.student})[0], expected_grad.to(torch::kFloat32)));
 
+  const auto half = in.student.detach().to(torch::kBFloat16).requires_grad_();
+  const auto coarse =
+      mixed_loss(half, in.teacher.to(torch::kBFloat16), in.targets, 0.3, {in.head.weight.to(torch::kBFloat16), kCap});
+  EXPECT_TRUE(close(coarse, expected.to(torch::kFloat32), 5e-3));
+  EXPECT_TRUE(close(torch::autograd::grad({coarse}, {half})[0], expected_grad, 2e-2));
+
   const auto each = token_losses(student.detach(), in.targets, {weight, kCap}, teacher);
   EXPECT_TRUE(close(each.kl.to(torch::kFloat32), kl.to(torch::kFloat32)));
   EXPECT_TRUE(close(each.next_token.to(torch::kFloat32), next_token.to(torch::kFloat32)));

@@ -24,6 +24,9 @@ class Keys {
 
   bool has(const char* key) const { return metadata_.has(prefix_ + key); }
   int64_t integer(const char* key, int64_t most) const { return metadata_.integer(prefix_ + key, 1, most); }
+  int64_t count_or(const char* key, int64_t otherwise, int64_t most) const {
+    return metadata_.integer_or(prefix_ + key, otherwise, 0, most);
+  }
   int64_t integer_or(const char* key, int64_t otherwise, int64_t most) const { return has(key) ? integer(key, most) : otherwise; }
   double positive(const char* key) const {
     const double value = metadata_.number(prefix_ + key);
@@ -89,7 +92,7 @@ void read_common(const Keys& keys, DecoderConfig& config) {
 
 void read_llama(const Keys& keys, DecoderConfig& config) {
   config.rope.pairs = RopePairs::kNeighbours;
-  if (keys.integer_or("expert_count", 1, kLargestDim) != 1) keys.refuse("expert_count", "no mixture of experts");
+  if (keys.count_or("expert_count", 0, kLargestDim) > 1) keys.refuse("expert_count", "no mixture of experts");
 }
 
 // What Gemma's generations share: scaled embeddings, norms around everything, layers that read a window.
@@ -100,7 +103,7 @@ void read_gemma(const Keys& keys, DecoderConfig& config) {
   config.rope.pairs = RopePairs::kHalves;
   config.logit_softcap = keys.positive_or("final_logit_softcapping", 0.0);
   config.attention_scale = keys.positive_or("attention.scale", config.attention_scale);
-  config.window = keys.integer_or("attention.sliding_window", 0, kLargestDim);
+  config.window = keys.count_or("attention.sliding_window", 0, kLargestDim);
   config.local_rope = config.rope;
 }
 

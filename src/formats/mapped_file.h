@@ -23,6 +23,8 @@ class MappedFile {
   const std::string& path() const { return path_; }
   size_t size() const { return bytes_.size(); }
   std::span<const std::byte> bytes() const { return bytes_; }
+  // Gives the memory of whole pages of `part`, a part of bytes(), back to the system: they are read again where they are needed.
+  void release(std::span<const std::byte> part) const;
   std::string_view text() const { return {reinterpret_cast<const char*>(bytes_.data()), bytes_.size()}; }
 
  private:

@@ -27,7 +27,7 @@ constexpr int64_t kLargestCount = int64_t{1} << 40;
 inline std::string shown(const nlohmann::json& value) {
   if (value.is_string()) return quote(value.get_ref<const std::string&>());
   // Not taken apart: what is nested may be nested deeper than a stack.
-  if (value.is_object()) return "an object of " + std::to_string(value.size());
+  if (value.is_object()) return "an object";
   if (value.is_array()) return "an array of " + std::to_string(value.size());
   const std::string text = value.dump(-1, ' ', true, nlohmann::json::error_handler_t::replace);
   constexpr size_t kLongest = 64;

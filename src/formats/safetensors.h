@@ -52,6 +52,8 @@ class SafetensorsFile {
   const TensorView& at(std::string_view name) const;             // throws FormatError where there is none
   const std::string& metadata_at(const std::string& key) const;  // likewise
 
+  void release(std::span<const std::byte> part) const { file_.release(part); }  // of a tensor's data: MappedFile
+
   // Throws one FormatError that lists the tensors of `expected` that are missing or of another dtype or shape, and the file's
   // tensors that `expected` doesn't have.
   void require(std::span<const TensorSpec> expected) const;

@@ -71,9 +71,14 @@ TokenCorpus::TokenCorpus(const std::string& path) : file_(path) {
 }
 
 void TokenCorpus::check() const {
-  constexpr int64_t kPiece = 1 << 16;
+  constexpr int64_t kPiece = 1 << 20;
+  const int64_t element = narrow_ ? 2 : 4;
   std::vector<int64_t> tokens(static_cast<size_t>(std::min(kPiece, size_)));
-  for (int64_t begin = 0; begin < size_; begin += kPiece) copy(begin, std::min(kPiece, size_ - begin), tokens.data());
+  for (int64_t begin = 0; begin < size_; begin += kPiece) {
+    const int64_t count = std::min(kPiece, size_ - begin);
+    copy(begin, count, tokens.data());
+    file_.release({data_ + begin * element, static_cast<size_t>(count * element)});
+  }
 }
 
 void TokenCorpus::copy(int64_t begin, int64_t count, int64_t* out) const {

@@ -5,7 +5,8 @@
 
 namespace latte::runtime {
 
-// A model that this engine can't run: an unknown architecture, a tensor that is missing or has another shape.
+// A model that this engine can't run, though it may be one: soft caps, YaRN, a type of weights, an adapter without its base.
+// (What is no model at all is formats::FormatError.)
 class ModelError : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;

@@ -157,9 +157,6 @@ void Model::load_layer(int64_t index, ThreadPool& pool) {
   layer.gate = matrix(block + "ffn_gate.weight", s.hidden_dim, s.embed_dim, pool);
   layer.up = matrix(block + "ffn_up.weight", s.hidden_dim, s.embed_dim, pool);
   layer.down = matrix(block + "ffn_down.weight", s.embed_dim, s.hidden_dim, pool);
-  for (const char* name : {"attn_q.bias", "attn_k.bias", "attn_v.bias"}) {
-    if (file_->find(block + name) != nullptr) throw ModelError(path_ + ": " + block + name + ": biases aren't known here");
-  }
   if (s.layers[static_cast<size_t>(index)].latents > 0) {
     if (find(block + "latte_query.weight") != nullptr) {
       load_latents(index, pool);

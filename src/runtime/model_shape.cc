@@ -10,6 +10,7 @@ namespace latte::runtime {
 namespace {
 
 constexpr int64_t kLargestHead = 4096;
+constexpr int64_t kLargestContext = int64_t{1} << 24;  // so that sizes of sessions fit 63 bits
 
 // The engine has no code for these, and would be silently wrong with them.
 void require_known(const std::string& path, const formats::DecoderConfig& config) {
@@ -20,6 +21,11 @@ void require_known(const std::string& path, const formats::DecoderConfig& config
     const auto kind = rope->scaling.kind;
     if (kind == formats::RopeScalingKind::kNone || kind == formats::RopeScalingKind::kLinear) continue;
     refuse("rotary scaling other than none or linear");
+  }
+  if (config.rope_factors && config.window > 0) refuse("a divisor of frequencies beside local layers");
+  if (config.context_length > kLargestContext) {
+    refuse("a context of " + std::to_string(config.context_length) + " tokens, more than " + std::to_string(kLargestContext) +
+           ",");
   }
   if (config.head_dim > kLargestHead) {
     refuse("heads of " + std::to_string(config.head_dim) + " channels, more than " + std::to_string(kLargestHead) + ",");
@@ -104,7 +110,8 @@ ModelShape ModelShape::from(const formats::GgufFile& file) {
   shape.pairs =
       config.rope.pairs == formats::RopePairs::kHalves ? kernels::RotaryPairs::kHalves : kernels::RotaryPairs::kNeighbours;
   shape.rotary_dims = config.rope.dims;
-  shape.rotary = {rotary_of(config.rope), rotary_of(config.local_rope)};
+  shape.rotary = {rotary_of(config.rope)};
+  if (config.window > 0) shape.rotary.push_back(rotary_of(config.local_rope));
   shape.layers.resize(static_cast<size_t>(config.num_layers));
   for (int64_t i = 0; i < config.num_layers; ++i) {
     if (!config.is_local(i)) continue;
