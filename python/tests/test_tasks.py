@@ -91,9 +91,9 @@ def test_a_generated_tasks_file_is_kept(tmp_path, config):
         ("model", {"num_heads": 3}, ["config.json: line 13: model config: num_heads is 3, expected a divisor of embed_dim"]),
         ("model", {"colour": 1}, ["config.json: line 15: model config: unknown field", "colour"]),
         ("model", {"train": 1}, ["config.json: line 15: model config: unknown field", "train"]),  # a field of task's name
-        ("model", {"position": "learned", "max_positions": 5}, ["max_positions is 5, expected at least"]),
-        ("model", {"pooling": "max"}, ["pooling is"]),
-        ("model", {"attention": "macchiato", "sinks": 2}, ["sinks is 2, expected 0 unless causal"]),
+        ("model", {"position": "learned", "max_positions": 5}, ["config.json: line ", "max_positions is 5, expected at least"]),
+        ("model", {"pooling": "max"}, ["config.json: line ", "pooling is"]),
+        ("model", {"attention": "macchiato", "sinks": 2}, ["config.json: line ", "sinks is 2, expected 0 unless causal"]),
         ("training", {"batch": 0}, ["config.json: line ", "batch is 0"]),
         ("training", {"context": 16}, ["config.json: line ", "context is for --text"]),
         ("training", {"lr": -1}, ["config.json: line ", "lr is -1.0, expected"]),
@@ -106,6 +106,17 @@ def test_bad_fields_are_named_with_file_and_line(tmp_path, config, section, fiel
     changed[section].update(fields)
     config.write_text(json.dumps(changed, indent=1))
     assert_fails(latte("train", "--config", config, "--out", tmp_path / "run"), *parts, code=2)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_texts_context_must_fit_its_positions(tmp_path):
+    (tmp_path / "text.txt").write_text("To be, or not to be: that is the question.\n" * 40)
+    fields = {"model": {"position": "learned", "max_positions": 8, "num_layers": 1, "embed_dim": 16, "num_heads": 2}}
+    fields["training"] = {"text": str(tmp_path / "text.txt"), "context": 16, "steps": 2}
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(fields, indent=1))
+    result = latte("train", "--config", config, "--out", tmp_path / "run")
+    assert_fails(result, "config.json: line 11: context is 16, expected at most max_positions, 8", code=2)
     assert not (tmp_path / "run").exists()
 
 

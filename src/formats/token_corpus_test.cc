@@ -59,6 +59,26 @@ TEST(TokenCorpus, DefectsAreErrors) {
   EXPECT_CONTAINS(error("tokenizer", "x"), "tokens:301:x");
 }
 
+// More than one piece, whose pages are given back behind it.
+TEST(TokenCorpus, WhatWasLookedAtIsThereStill) {
+  const TestFolder folder;
+  std::vector<int64_t> tokens(2'500'000);
+  for (size_t i = 0; i < tokens.size(); ++i) tokens[i] = static_cast<int64_t>(i * i % 301);
+  write_token_corpus(folder / "corpus", tokens, 301, kId);
+  const TokenCorpus corpus(folder / "corpus");
+  corpus.check();
+  std::vector<int64_t> read(tokens.size());
+  corpus.copy(0, corpus.size(), read.data());
+  EXPECT_EQ(read, tokens);
+  tokens.back() = 400;
+  write_token_corpus(folder / "other", tokens, 401, kId);
+  const SafetensorsFile other(folder / "other");
+  auto metadata = other.metadata();
+  metadata["vocab_size"] = "301";
+  write_safetensors(folder / "bad", other.tensors(), metadata);
+  EXPECT_CONTAINS(error_text<FormatError>([&] { TokenCorpus(folder / "bad").check(); }), "token 2499999 is 400");
+}
+
 TEST(TokenCorpus, PiecesMakeTheFileOfTheWhole) {
   const TestFolder folder;
   std::vector<int64_t> tokens;
