@@ -153,8 +153,11 @@ json LossJson(const std::optional<extend::Validation>& loss) {
 json ReportJson(const extend::Report& report) {
   json layers = json::array();
   for (const auto& layer : report.layers) {
-    layers.push_back(
-        {{"layer", layer.layer}, {"far_share", layer.far_share}, {"window_error", layer.window_error}, {"error", layer.error}});
+    layers.push_back({{"layer", layer.layer},
+                      {"far_share", layer.far_share},
+                      {"far_shares", layer.far_shares},
+                      {"window_error", layer.window_error},
+                      {"error", layer.error}});
   }
   return {{"out", report.out},
           {"interrupted", report.interrupted},

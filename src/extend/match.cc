@@ -256,7 +256,9 @@ class LayerMatcher {
       key.push_back(heads_[i].key[0].slice(0, first_read, time, kKeyStride));
     }
     const LayerSamples samples{at::cat(x), at::cat(query), at::cat(share), at::cat(count), at::cat(key)};
-    result.far_share = samples.far_share.mean().item<double>();
+    const auto shares = samples.far_share.to(torch::kFloat64).mean(0).contiguous();
+    result.far_share = shares.mean().item<double>();
+    result.far_shares.assign(shares.data_ptr<double>(), shares.data_ptr<double>() + shares.numel());
     start_latents(converted_->latents(), samples, rope, model_->config().attention_scale, static_cast<uint64_t>(options_.seed),
                   options_.form_anew());
   }

@@ -1,6 +1,9 @@
 // The first stage: latents that are fitted to what softmax attention reads.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <numeric>
+
 #include "extend/converted_model.h"
 #include "extend/test_extend.h"
 #include "formats/error.h"
@@ -32,6 +35,8 @@ TEST_F(MatchTest, MatchingLowersTheError) {
   ASSERT_EQ(layers.size(), 2U);
   for (const MatchResult& layer : layers) {
     EXPECT_GT(layer.far_share, 0.3);
+    ASSERT_EQ(layer.far_shares.size(), 4U);
+    EXPECT_NEAR(std::accumulate(layer.far_shares.begin(), layer.far_shares.end(), 0.0) / 4, layer.far_share, 1e-6);
     EXPECT_LT(layer.error, 0.6 * layer.window_error) << "layer " << layer.layer;
   }
 }
