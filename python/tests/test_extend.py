@@ -149,6 +149,7 @@ def test_convert_and_compare(tmp_path, model, text):
     _, positions = table.stdout.split("perplexity up to position\n")
     assert positions.split("\n")[0].split() == ["attention", "128", "256", "512", "1024"]
     assert re.search(r"^macchiato( +\d+\.\d+){4}\n  standard error( +\d+\.\d+){4}$", positions, re.MULTILINE)
+    assert re.search(r"^  KL to the original +\d+\.\d+ +- +- +-$", positions, re.MULTILINE)
     assert re.search(r"^layer 1( +\d+\.\d){4}$", positions, re.MULTILINE)
     if shutil.which("gnuplot"):
         assert "macchiato" in plot.with_suffix(".svg").read_text()

@@ -134,13 +134,14 @@ std::string Format(const char* pattern, double value) {
   return text.data();
 }
 
-// One line of what buckets have; nothing where they haven't.
+// One line of what buckets may have; nothing where none of them does.
 void PrintOptional(const char* name, const std::vector<extend::Bucket>& buckets, std::optional<double> extend::Bucket::*value,
                    const char* pattern) {
-  if (!std::all_of(buckets.begin(), buckets.end(), [&](const auto& bucket) { return (bucket.*value).has_value(); })) return;
+  if (std::none_of(buckets.begin(), buckets.end(), [&](const auto& bucket) { return (bucket.*value).has_value(); })) return;
   std::printf("%-22s", name);
   for (const extend::Bucket& bucket : buckets) {
-    std::printf("%s", Format(pattern, *(bucket.*value)).c_str());
+    const auto& held = bucket.*value;
+    std::printf("%s", held ? Format(pattern, *held).c_str() : "       -");  // beyond the trained context
   }
   std::printf("\n");
 }

@@ -97,11 +97,12 @@ int64_t TextEvaluator::windows(int64_t length) const {
 }
 
 at::Tensor TextEvaluator::original_hidden(int64_t length, int64_t window, const std::function<bool()>& goes_on) {
-  if (!original_ || length > original_->config().context_length) return {};
+  if (!original_) return {};
   if (const auto known = original_hidden_.find({length, window}); known != original_hidden_.end()) return known->second;
   std::vector<at::Tensor> pieces;
   bool stopped = false;
-  read_in_pieces(original_, tokens_.slice(0, window * length, (window + 1) * length), [&](int64_t, const at::Tensor& piece) {
+  const int64_t known = std::min(length, original_->config().context_length);
+  read_in_pieces(original_, tokens_.slice(0, window * length, window * length + known), [&](int64_t, const at::Tensor& piece) {
     pieces.push_back(piece);
     stopped = !goes_on();
     return !stopped;
@@ -144,10 +145,16 @@ TextRow TextEvaluator::evaluate(Variant& variant, int64_t length, int64_t window
     const int64_t state_bytes = read_in_pieces(variant.model.model, tokens, [&](int64_t begin, const at::Tensor& hidden) {
       const auto pause = Clock::now();
       const int64_t end = begin + hidden.size(0);
-      const auto piece = token_losses(hidden, targets.slice(0, begin, end), head,
-                                      original.defined() ? original.slice(0, begin, end) : at::Tensor());
-      next_token.push_back(piece.next_token);
-      if (piece.kl.defined()) kl.push_back(piece.kl);
+      const int64_t known = original.defined() ? std::clamp(original.size(0), begin, end) : begin;  // the original reads so far
+      if (known > begin) {
+        const auto piece = token_losses(hidden.slice(0, 0, known - begin), targets.slice(0, begin, known), head,
+                                        original.slice(0, begin, known));
+        next_token.push_back(piece.next_token);
+        kl.push_back(piece.kl);
+      }
+      if (end > known) {
+        next_token.push_back(token_losses(hidden.slice(0, known - begin), targets.slice(0, known, end), head).next_token);
+      }
       stopped = !goes_on(window * length + end);
       elsewhere += std::chrono::duration<double>(Clock::now() - pause).count();
       return !stopped;
@@ -166,20 +173,21 @@ TextRow TextEvaluator::evaluate(Variant& variant, int64_t length, int64_t window
   if (row.windows == 0) return row;
   row.seconds = seconds / static_cast<double>(row.windows);
 
-  const auto all = at::stack(losses).to(torch::kFloat64);  // [windows, length]
-  const auto all_kl = kls.empty() ? at::Tensor() : at::stack(kls).to(torch::kFloat64);
+  const auto all = at::stack(losses).to(torch::kFloat64);                               // [windows, length]
+  const auto all_kl = kls.empty() ? at::Tensor() : at::stack(kls).to(torch::kFloat64);  // [windows, of length what is known]
+  const int64_t known = all_kl.defined() ? all_kl.size(1) : 0;
   row.loss = all.mean().item<double>();
   row.perplexity = std::exp(row.loss);
   const auto each = all.mean(1);
   row.stretch_losses.assign(each.data_ptr<double>(), each.data_ptr<double>() + each.numel());
   row.standard_error = perplexity_error(each);
-  if (all_kl.defined()) row.kl = all_kl.mean().item<double>();
+  if (known == length) row.kl = all_kl.mean().item<double>();
   row.buckets = buckets_of(length);
   for (Bucket& bucket : row.buckets) {
     const auto losses_there = all.slice(1, bucket.from, bucket.to).mean(1);
     bucket.loss = losses_there.mean().item<double>();
     bucket.standard_error = perplexity_error(losses_there);
-    if (all_kl.defined()) bucket.kl = all_kl.slice(1, bucket.from, bucket.to).mean().item<double>();
+    if (bucket.to <= known) bucket.kl = all_kl.slice(1, bucket.from, bucket.to).mean().item<double>();
   }
   return row;
 }

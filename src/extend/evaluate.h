@@ -20,7 +20,7 @@ struct Bucket {
   int64_t from = 0, to = 0;              // positions
   double loss = 0.0;                     // nats a token
   std::optional<double> standard_error;  // of exp(loss), as a row's
-  std::optional<double> kl;
+  std::optional<double> kl;              // as a row's
 };
 
 struct TextRow {
@@ -43,8 +43,8 @@ struct TextRow {
 // Reads texts in pieces with a state between them, so that memory beyond the state's doesn't grow.
 class TextEvaluator {
  public:
-  // Stretches are taken from the start of `tokens`, one after the other. `original` reads those within its trained context, for
-  // KL; without it there is none.
+  // Stretches are taken from the start of `tokens`, one after the other. `original` reads what of each is within its trained
+  // context, for KL; without it there is none.
   TextEvaluator(const std::vector<int64_t>& tokens, models::Decoder original);
 
   // How many stretches of `length` tokens, each followed by one more, the text has.
@@ -57,7 +57,7 @@ class TextEvaluator {
       const std::function<bool(int64_t tokens)>& goes_on = [](int64_t) { return true; });
 
  private:
-  // Undefined where there is no original, where the stretch is beyond its context, and once goes_on() returned false.
+  // Of a stretch's tokens within the original's context. Undefined where there is no original, and once goes_on() returned false.
   at::Tensor original_hidden(int64_t length, int64_t window, const std::function<bool()>& goes_on);
 
   at::Tensor tokens_;

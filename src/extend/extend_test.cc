@@ -228,6 +228,22 @@ TEST_F(ExtendTest, AnEvaluationStopsWhileTheOriginalIsRead) {
   EXPECT_EQ(whole.stretch_losses[0], stopped.stretch_losses[0]);
 }
 
+TEST_F(ExtendTest, DivergenceIsToldAsFarAsTheOriginalReads) {
+  VariantSources sources;
+  sources.model = options_.model;
+  sources.dtype = torch::kFloat32;
+  sources.window = 32;
+  Variant variant = load_variant(AttentionKind::kWindowSinks, sources);
+  TextEvaluator evaluator(some_tokens(2 * 1024 + 1), models::load_decoder(options_.model));  // a context of 256
+  const TextRow within = evaluator.evaluate(variant, 256, 1), beyond = evaluator.evaluate(variant, 1024, 2);
+  EXPECT_TRUE(within.kl.has_value());
+  EXPECT_FALSE(beyond.kl.has_value());
+  ASSERT_EQ(beyond.buckets.size(), 4U);  // to 128, 256, 512 and 1,024
+  for (size_t i = 0; i < 4; ++i) EXPECT_EQ(beyond.buckets[i].kl.has_value(), i < 2) << i;
+  EXPECT_NEAR(evaluator.evaluate(variant, 1024, 1).buckets[1].kl.value(), within.buckets[1].kl.value(), 1e-6);
+  EXPECT_EQ(beyond.stretch_losses.size(), 2U);
+}
+
 TEST_F(ExtendTest, SharesAreOfWholeStretches) {
   run_extend(options_, run());
   VariantSources sources;
