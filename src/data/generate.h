@@ -3,6 +3,7 @@
 
 #include <ATen/Parallel.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 #include <string>
@@ -25,24 +26,17 @@ struct Example {
 constexpr uint64_t kSplitStride = uint64_t{1} << 48;
 constexpr uint64_t kRetryStride = uint64_t{1} << 32;
 
-// `count` examples of split number `split`, made by `make(random)`. With `seen`, no sequence comes twice, in this split or
-// another that was given the same set: a second one is drawn again.
+// `count` examples of split number `split`, made by `make(random)` and packed block by block, so that no more than a block is
+// held unpacked. `wide`: tokens beyond 255. With `seen`, no sequence comes twice, in this split or another that was given the
+// same set: a second one is drawn again.
 template <typename Make>
-std::vector<Example> make_examples(int64_t count, uint64_t seed, uint64_t split, const Make& make,
-                                   std::unordered_set<std::string>* seen = nullptr) {
-  std::vector<Example> examples(static_cast<size_t>(count));
+TaskExamples make_split(int64_t count, uint64_t seed, uint64_t split, const Make& make, bool wide = false,
+                        std::unordered_set<std::string>* seen = nullptr) {
+  constexpr int64_t kBlock = 4096;
   const auto stream = [&](int64_t i, uint64_t attempt) {
     return RandomStream(seed, split * kSplitStride + attempt * kRetryStride + static_cast<uint64_t>(i));
   };
-  at::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      RandomStream random = stream(i, 0);
-      examples[static_cast<size_t>(i)] = make(random);
-    }
-  });
-  if (!seen) return examples;
-  for (int64_t i = 0; i < count; ++i) {
-    Example& example = examples[static_cast<size_t>(i)];
+  const auto make_new = [&](Example& example, int64_t i) {
     const auto key = [&] { return std::string(example.tokens.begin(), example.tokens.end()); };
     for (uint64_t attempt = 1; !seen->insert(key()).second; ++attempt) {
       constexpr uint64_t kMostAttempts = 1000;
@@ -52,17 +46,25 @@ std::vector<Example> make_examples(int64_t count, uint64_t seed, uint64_t split,
       RandomStream random = stream(i, attempt);
       example = make(random);
     }
-  }
-  return examples;
-}
-
-inline TaskExamples split_of(const std::vector<Example>& examples, bool wide = false) {
+  };
   TaskBuilder builder(wide);
-  for (const Example& example : examples) {
-    if (example.targets.empty()) {
-      builder.add(example.tokens, example.label);
-    } else {
-      builder.add(example.tokens, example.targets);
+  std::vector<Example> block;
+  for (int64_t first = 0; first < count; first += kBlock) {
+    block.assign(static_cast<size_t>(std::min(kBlock, count - first)), Example());
+    at::parallel_for(0, static_cast<int64_t>(block.size()), 16, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        RandomStream random = stream(first + i, 0);
+        block[static_cast<size_t>(i)] = make(random);
+      }
+    });
+    for (size_t i = 0; i < block.size(); ++i) {
+      Example& example = block[i];
+      if (seen) make_new(example, first + static_cast<int64_t>(i));
+      if (example.targets.empty()) {
+        builder.add(example.tokens, example.label);
+      } else {
+        builder.add(example.tokens, example.targets);
+      }
     }
   }
   return builder.finish();

@@ -92,7 +92,7 @@ TaskData make_listops(const TaskOptions& options) {
   uint64_t number = 0;
   for (const auto& [name, count] :
        {std::pair{"train", options.train}, {"validation", options.validation}, {"test", options.test}}) {
-    data.splits.emplace(name, split_of(make_examples(count, static_cast<uint64_t>(options.seed), number++, generator, &seen)));
+    data.splits.emplace(name, make_split(count, static_cast<uint64_t>(options.seed), number++, generator, false, &seen));
   }
   return data;
 }

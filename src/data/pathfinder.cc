@@ -207,7 +207,7 @@ TaskData make_pathfinder(const TaskOptions& options) {
   uint64_t number = 0;
   for (const auto& [name, count] :
        {std::pair{"train", options.train}, {"validation", options.validation}, {"test", options.test}}) {
-    data.splits.emplace(name, split_of(make_examples(count, static_cast<uint64_t>(options.seed), number++, generator)));
+    data.splits.emplace(name, make_split(count, static_cast<uint64_t>(options.seed), number++, generator));
   }
   return data;
 }

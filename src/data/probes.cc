@@ -14,9 +14,8 @@ template <typename Make>
 void add_splits(TaskData& data, const TaskOptions& options, bool wide, const Make& make) {
   uint64_t number = 0;
   const auto add = [&](const std::string& name, int64_t count, int64_t length) {
-    const auto examples = make_examples(count, static_cast<uint64_t>(options.seed), number++,
-                                        [&](RandomStream& random) { return make(random, length); });
-    data.splits.emplace(name, split_of(examples, wide));
+    const auto one = [&](RandomStream& random) { return make(random, length); };
+    data.splits.emplace(name, make_split(count, static_cast<uint64_t>(options.seed), number++, one, wide));
   };
   add("train", options.train, options.length);
   add("validation", options.validation, options.length);
