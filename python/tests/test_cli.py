@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -120,13 +121,16 @@ def test_a_progress_line_tells_step_loss_rate_and_time_left(tmp_path, text):
     assert result.returncode == 0, result.stderr
     lines = re.findall(r"step +(\d+)/6 .*loss \d+\.\d+.* tokens/s(.*)", result.stderr)
     assert lines and lines[-1][0] == "6" and re.fullmatch(r"  took .+", lines[-1][1]), result.stderr
-    # Not the first line, which knows nothing of time: the second comes seconds later.
-    process = start("train", "--text", text, "--out", tmp_path / "long", *SHORT, "--steps", 100000000)
+    # The first line knows nothing of time yet.
+    process, line = start("train", "--text", text, "--out", tmp_path / "long", *SHORT, "--steps", 100000000), ""
+    stop = threading.Timer(60, process.kill)
+    stop.start()
     for line in process.stderr:
         if " left" in line:
             break
-    process.send_signal(signal.SIGINT)
+    process.kill()
     process.communicate()
+    stop.cancel()
     assert re.search(r"step +\d+/100000000 .*loss \d+\.\d+.* \d+ tokens/s  .+ left$", line)
 
 

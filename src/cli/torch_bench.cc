@@ -85,15 +85,19 @@ class RivalTime {
     own_rows_ = static_cast<int64_t>(rows);
   }
 
-  void OwnRowsDone(size_t count) { own_rows_ -= static_cast<int64_t>(count); }
+  void OwnRowsDone(size_t count) {
+    own_rows_ -= static_cast<int64_t>(count);
+    admitted_ = 0.0;
+  }
 
   // Why a row that may take `expected` seconds (none: nothing is known of it) isn't run; empty where it is.
-  std::string WhyNot(std::optional<double> expected) const {
+  std::string WhyNot(std::optional<double> expected) {
     if (expected && *expected > options_.rival_seconds) return Skipped("over", options_.rival_seconds);
     const double turn = 2 * options_.repeat_seconds;  // a measurement of something short, with its warming up
     constexpr double kRuns = 2.0;                     // timed, and once more for its memory
     const double needed = std::max(kRuns * expected.value_or(0.0), turn) + turn * static_cast<double>(own_rows_);
-    if (spent() + needed > options_.total_seconds) return Skipped("no time left of", options_.total_seconds);
+    if (spent() + admitted_ + needed > options_.total_seconds) return Skipped("no time left of", options_.total_seconds);
+    admitted_ += kRuns * expected.value_or(0.0);
     return "";
   }
 
@@ -108,6 +112,7 @@ class RivalTime {
   const Options& options_;
   std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
   int64_t own_rows_;
+  double admitted_ = 0.0;  // seconds of rivals that were let in and haven't run
 };
 
 // Peak of what torch's CPU allocator hands out on this thread, above what it held at the start.

@@ -387,7 +387,9 @@ void AddEval(CLI::App& app, int& exit_code) {
       ->check(positive)
       ->capture_default_str()
       ->group("Text");
-  command->add_flag("!--no-kl", options->kl, "Leave out KL to the full model, which reads everything a second time")
+  command
+      ->add_flag("!--no-kl", options->kl,
+                 "Leave out KL to the full model, which reads every stretch as well, as far as it was trained")
       ->group("Text");
   command->add_option("--plot", options->plot, "Draw perplexity, time and state against length as PREFIX.svg and PREFIX.png")
       ->type_name("PREFIX")

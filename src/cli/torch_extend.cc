@@ -155,6 +155,7 @@ json ReportJson(const extend::Report& report) {
   for (const auto& layer : report.layers) {
     layers.push_back({{"layer", layer.layer},
                       {"far_share", layer.far_share},
+                      {"heads", layer.heads},
                       {"far_shares", layer.far_shares},
                       {"window_error", layer.window_error},
                       {"error", layer.error}});

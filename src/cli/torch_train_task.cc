@@ -170,8 +170,10 @@ json ReadTrainConfig(const std::string& path, bool paper) {
       if (top && key == "about") continue;
       const bool section = key == "model" || key == "training" || key == "task" || (top && (key == "paper" || key == "compare"));
       if (!section) {
-        throw formats::FormatError(path, LocatedMessage(path, "unknown field " + formats::quote(key) +
-                                                                  ", expected model, training, task, compare, paper or about"));
+        const bool only_here = top || !object.contains(key);  // else the line would be the other's
+        throw formats::FormatError(
+            path, LocatedMessage(only_here ? path : "", "unknown field " + formats::quote(key) +
+                                                            ", expected model, training, task, compare, paper or about"));
       }
       CheckSection(path, key, value, top);
     }

@@ -98,17 +98,17 @@ int64_t TextEvaluator::windows(int64_t length) const {
 
 at::Tensor TextEvaluator::original_hidden(int64_t length, int64_t window, const std::function<bool()>& goes_on) {
   if (!original_) return {};
-  if (const auto known = original_hidden_.find({length, window}); known != original_hidden_.end()) return known->second;
+  const int64_t begin = window * length, known = std::min(length, original_->config().context_length);
+  if (const auto before = original_hidden_.find({begin, known}); before != original_hidden_.end()) return before->second;
   std::vector<at::Tensor> pieces;
   bool stopped = false;
-  const int64_t known = std::min(length, original_->config().context_length);
-  read_in_pieces(original_, tokens_.slice(0, window * length, window * length + known), [&](int64_t, const at::Tensor& piece) {
+  read_in_pieces(original_, tokens_.slice(0, begin, begin + known), [&](int64_t, const at::Tensor& piece) {
     pieces.push_back(piece);
     stopped = !goes_on();
     return !stopped;
   });
   if (stopped) return {};
-  return original_hidden_[{length, window}] = at::cat(pieces);
+  return original_hidden_[{begin, known}] = at::cat(pieces);
 }
 
 TextRow TextEvaluator::evaluate(Variant& variant, int64_t length, int64_t windows, const std::function<bool(int64_t)>& goes_on) {

@@ -40,7 +40,8 @@ struct TextRow {
   std::vector<std::vector<double>> latent_shares;
 };
 
-// Reads texts in pieces with a state between them, so that memory beyond the state's doesn't grow.
+// Reads texts in pieces with a state between them, so that memory beyond the state's doesn't grow, but for the original's hidden
+// states of what is compared with it, which are kept for the next kind of attention.
 class TextEvaluator {
  public:
   // Stretches are taken from the start of `tokens`, one after the other. `original` reads what of each is within its trained
@@ -62,7 +63,7 @@ class TextEvaluator {
 
   at::Tensor tokens_;
   models::Decoder original_{nullptr};
-  std::map<std::pair<int64_t, int64_t>, at::Tensor> original_hidden_;
+  std::map<std::pair<int64_t, int64_t>, at::Tensor> original_hidden_;  // by first token and number
 };
 
 // Reads `tokens` [T] in pieces and calls `visit` with each piece's first position and hidden states [n, E], until it returns

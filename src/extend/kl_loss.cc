@@ -32,7 +32,7 @@ class RowLoss : public torch::autograd::Function<RowLoss> {
     for (int64_t begin = 0; begin < count; begin += kRows) {
       const int64_t end = std::min(count, begin + kRows);
       auto logits = head.logits(student.slice(0, begin, end));
-      const auto slope = softcap > 0 ? 1 - (logits / softcap).square() : at::Tensor();  // of the cap: 1 − tanh²
+      const auto slope = softcap > 0 ? (logits / softcap).square_().neg_().add_(1) : at::Tensor();  // of the cap: 1 − tanh²
       const auto teacher_logits = teacher ? head.logits(teacher->slice(0, begin, end)) : at::Tensor();
       const auto rows = targets ? targets->slice(0, begin, end).contiguous() : at::Tensor();
       total += (fused ? losses_in_place : composed_losses)(logits, teacher_logits, rows, share, 1.0 / static_cast<double>(count))
@@ -99,7 +99,7 @@ at::Tensor OutputHead::logits(const at::Tensor& hidden) const {
   const auto logits = at::linear(hidden, weight);
   if (softcap <= 0) return logits;
   const auto wide = logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  return (logits.to(wide) / softcap).tanh_().mul_(softcap);
+  return logits.to(wide).div_(softcap).tanh_().mul_(softcap);
 }
 
 at::Tensor kl_to_teacher(const at::Tensor& student, const at::Tensor& teacher, const OutputHead& head) {

@@ -94,7 +94,12 @@ TEST(MixedLoss, CapsLogitsSoftly) {
   const auto coarse =
       mixed_loss(half, in.teacher.to(torch::kBFloat16), in.targets, 0.3, {in.head.weight.to(torch::kBFloat16), kCap});
   EXPECT_TRUE(close(coarse, expected.to(torch::kFloat32), 5e-3));
-  EXPECT_TRUE(close(torch::autograd::grad({coarse}, {half})[0], expected_grad, 2e-2));
+  EXPECT_TRUE(close(torch::autograd::grad({coarse * kTokens}, {half})[0], expected_grad * kTokens, 2e-2));
+  // What bfloat16's products are is capped in float32.
+  const OutputHead half_head{in.head.weight.to(torch::kBFloat16), kCap};
+  const auto product = torch::linear(half, half_head.weight).detach();
+  EXPECT_EQ(OutputHead{half_head.weight}.logits(half.detach()).scalar_type(), torch::kBFloat16);
+  EXPECT_TRUE(torch::equal(half_head.logits(half.detach()), torch::tanh(product.to(torch::kFloat32) / kCap) * kCap));
 
   const auto each = token_losses(student.detach(), in.targets, {weight, kCap}, teacher);
   EXPECT_TRUE(close(each.kl.to(torch::kFloat32), kl.to(torch::kFloat32)));

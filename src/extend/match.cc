@@ -82,6 +82,9 @@ class MatchedHeads {
   }
 
   const ConvertedAttention& attention() const { return attention_; }
+  at::Tensor numbers() const {  // int64 [H]
+    return all() ? torch::arange(whole_->latents()->sizes().num_heads, torch::kLong) : heads_;
+  }
   bool all() const { return !heads_.defined(); }
   // Those of a tensor whose dimension `dim` is heads of queries, or of keys and values.
   at::Tensor of_queries(const at::Tensor& x, int64_t dim) const { return all() ? x : x.index_select(dim, heads_); }
@@ -259,6 +262,8 @@ class LayerMatcher {
     const auto shares = samples.far_share.to(torch::kFloat64).mean(0).contiguous();
     result.far_share = shares.mean().item<double>();
     result.far_shares.assign(shares.data_ptr<double>(), shares.data_ptr<double>() + shares.numel());
+    const auto numbers = matched_.numbers().contiguous();
+    result.heads.assign(numbers.data_ptr<int64_t>(), numbers.data_ptr<int64_t>() + numbers.numel());
     start_latents(converted_->latents(), samples, rope, model_->config().attention_scale, static_cast<uint64_t>(options_.seed),
                   options_.form_anew());
   }

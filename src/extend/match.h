@@ -18,7 +18,8 @@ namespace latte::extend {
 struct MatchResult {
   int64_t layer = 0;
   double far_share = 0.0;          // of softmax attention's probability, beyond window and sinks, mean over the heads matched
-  std::vector<double> far_shares;  // of each of these heads
+  std::vector<int64_t> heads;      // these
+  std::vector<double> far_shares;  // of each of them
   double window_error = 0.0;  // ‖window and sinks − softmax‖² / ‖softmax‖² of what these heads add to the attention's output
   double error = 0.0;         // the same with the latents
 };

@@ -36,6 +36,7 @@ TEST_F(MatchTest, MatchingLowersTheError) {
   for (const MatchResult& layer : layers) {
     EXPECT_GT(layer.far_share, 0.3);
     ASSERT_EQ(layer.far_shares.size(), 4U);
+    EXPECT_EQ(layer.heads, (std::vector<int64_t>{0, 1, 2, 3}));
     EXPECT_NEAR(std::accumulate(layer.far_shares.begin(), layer.far_shares.end(), 0.0) / 4, layer.far_share, 1e-6);
     EXPECT_LT(layer.error, 0.6 * layer.window_error) << "layer " << layer.layer;
   }

@@ -96,19 +96,19 @@ void read_llama(const Keys& keys, DecoderConfig& config) {
 }
 
 // What Gemma's generations share: scaled embeddings, norms around everything, layers that read a window.
-void read_gemma(const Keys& keys, DecoderConfig& config) {
+void read_gemma(const Keys& keys, DecoderConfig& config, int64_t default_window) {
   config.activation = Activation::kGelu;
   config.embedding_scale = std::sqrt(static_cast<double>(config.embed_dim));
   config.post_norms = true;
   config.rope.pairs = RopePairs::kHalves;
   config.logit_softcap = keys.positive_or("final_logit_softcapping", 0.0);
   config.attention_scale = keys.positive_or("attention.scale", config.attention_scale);
-  config.window = keys.count_or("attention.sliding_window", 0, kLargestDim);
+  config.window = keys.count_or("attention.sliding_window", default_window, kLargestDim);
   config.local_rope = config.rope;
 }
 
 void read_gemma2(const Keys& keys, DecoderConfig& config) {
-  read_gemma(keys, config);
+  read_gemma(keys, config, /*default_window=*/4096);
   constexpr int64_t kLayersOf27B = 46;
   if (config.num_layers == kLayersOf27B && !keys.has("attention.scale")) {
     config.attention_scale = 1.0 / std::sqrt(static_cast<double>(config.embed_dim) / static_cast<double>(config.num_heads));
@@ -116,11 +116,10 @@ void read_gemma2(const Keys& keys, DecoderConfig& config) {
   config.attention_softcap = keys.positive_or("attn_logit_softcapping", 50.0);
   config.logit_softcap = keys.positive_or("final_logit_softcapping", 30.0);
   config.global_every = 2;
-  if (config.window == 0) config.window = 4096;
 }
 
 void read_gemma3(const Keys& keys, DecoderConfig& config) {
-  read_gemma(keys, config);
+  read_gemma(keys, config, /*default_window=*/0);
   constexpr int64_t kLayersOf27B = 62;
   if (config.num_layers == kLayersOf27B && !keys.has("attention.scale")) {
     config.attention_scale = 1.0 / std::sqrt(static_cast<double>(config.embed_dim) / static_cast<double>(config.num_heads));

@@ -126,6 +126,11 @@ TEST(DecoderConfig, RefusesWhatNoModelHas) {
   EXPECT_CONTAINS(refuse("llama.rope.scaling.type", std::string("longrope")), "expected \"none\", \"linear\" or \"yarn\"");
   EXPECT_CONTAINS(refuse("llama.rope.scaling.type", std::string("linear")), "\"llama.rope.scaling.factor\" is missing");
   EXPECT_CONTAINS(refuse("llama.expert_count", uint32_t{8}), "expected no mixture of experts");
+  for (const uint32_t experts : {0U, 1U}) {
+    GgufMetadata metadata = small_llama();
+    metadata.set("llama.expert_count", experts);
+    EXPECT_NO_THROW(decoder_config(metadata, kEmbedding)) << experts;
+  }
   EXPECT_CONTAINS(refuse("llama.vocab_size", uint32_t{11}), "expected 10, the rows of \"token_embd.weight\"");
   EXPECT_CONTAINS(error_text<FormatError>([&] { decoder_config(small_llama(), {}); }), "\"token_embd.weight\" is missing");
 }

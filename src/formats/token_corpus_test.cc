@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "formats/error.h"
+#include "formats/system_memory.h"
 #include "formats/test_files.h"
 #include "formats/token_corpus_writer.h"
 
@@ -66,7 +67,10 @@ TEST(TokenCorpus, WhatWasLookedAtIsThereStill) {
   for (size_t i = 0; i < tokens.size(); ++i) tokens[i] = static_cast<int64_t>(i * i % 301);
   write_token_corpus(folder / "corpus", tokens, 301, kId);
   const TokenCorpus corpus(folder / "corpus");
+  const auto resident = [] { return kilobyte_field("/proc/self/status", "RssFile:").value_or(0); };
+  const auto before = resident();
   corpus.check();
+  EXPECT_LT(resident(), before + tokens.size());  // bytes; the file has twice as many, and 8 MB more of int64 aren't of a file
   std::vector<int64_t> read(tokens.size());
   corpus.copy(0, corpus.size(), read.data());
   EXPECT_EQ(read, tokens);

@@ -119,7 +119,9 @@ at::Tensor DecoderImpl::final_norm(const at::Tensor& x) const { return output_no
 at::Tensor DecoderImpl::logits(const at::Tensor& hidden) const {
   const auto logits = torch::linear(hidden, output_ ? output_->weight : token_embd_->weight);
   const double cap = config_.logit_softcap;
-  return cap > 0 ? (logits / cap).tanh() * cap : logits;
+  if (cap <= 0) return logits;
+  const auto wide = logits.scalar_type() == torch::kFloat64 ? torch::kFloat64 : torch::kFloat32;
+  return (logits.to(wide) / cap).tanh() * cap;
 }
 
 DecoderResult DecoderImpl::forward(const at::Tensor& tokens, const DecoderForwardOptions& options) {

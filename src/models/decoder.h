@@ -82,7 +82,7 @@ class DecoderImpl : public torch::nn::Module {
   // The parts of forward(), for a caller that takes its own way through the layers.
   at::Tensor embed(const at::Tensor& tokens) const;   // -> [B, T, E]
   at::Tensor final_norm(const at::Tensor& x) const;   // -> hidden
-  at::Tensor logits(const at::Tensor& hidden) const;  // [..., E] -> [..., vocab_size]
+  at::Tensor logits(const at::Tensor& hidden) const;  // [..., E] -> [..., vocab_size]; capped ones are float32 at least
   DecoderLayerImpl& layer(int64_t index);
 
   // The pretrained model's own attention for a layer, and putting it (or another one) in place. set_attention() registers its

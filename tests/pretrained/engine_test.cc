@@ -149,6 +149,7 @@ TEST(EngineAgainstLibtorch, MetadataBeyondTheDefaults) {
   changed("gemma3.rope.freq_base", 1e5f);
   metadata.set("gemma3.rope.scaling.type", std::string("linear"));
   changed("gemma3.rope.scaling.factor", 4.0f);
+  changed("gemma3.attention.sliding_window", uint32_t{0});  // no layer is local
 }
 
 // The table knows these and the engine doesn't: an error, not other logits.
@@ -167,6 +168,9 @@ TEST(EngineAgainstLibtorch, RefusesWhatItHasNoCodeFor) {
   capped.set("gemma3.final_logit_softcapping", 30.0f);
   EXPECT_NE(refusal(capped).find("soft cap"), std::string::npos) << refusal(capped);
   EXPECT_NE(refusal(small_metadata("gemma2")).find("soft cap"), std::string::npos);
+  auto endless = small_metadata("llama");
+  endless.set("llama.context_length", uint32_t{1} << 30);
+  EXPECT_NE(refusal(endless).find("a context of 1073741824"), std::string::npos) << refusal(endless);
   auto yarn = small_metadata("llama");
   yarn.set("llama.rope.scaling.type", std::string("yarn"));
   yarn.set("llama.rope.scaling.factor", 4.0f);
