@@ -17,7 +17,7 @@ CPP_FILES = $(shell find src tests bench -name '*.cc' -o -name '*.h')
 PYTHON_FOLDERS := python scripts bench
 LINT ?= $(shell find src -name '*.cc')
 
-.PHONY: help setup build test demo bench format check-format lint ladder sanitize threads fuzz install clean
+.PHONY: help setup build test demo bench format check-format lint ladder sanitize threads fuzz kills install clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -70,6 +70,10 @@ threads: setup  ## kernels on several threads under the thread sanitizer
 
 fuzz: setup  ## every parser of files under libFuzzer, a minute each
 	@scripts/fuzz.sh 60
+
+kills: build  ## kill -9 at 50 moments of training on a text, and at 50 on a task
+	$(PYTHON) scripts/kill_training.py --kills 50
+	$(PYTHON) scripts/kill_training.py --kills 50 --task
 
 install: build  ## to PREFIX (/usr/local)
 	cmake --install build --prefix "$(PREFIX)"

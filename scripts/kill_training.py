@@ -55,7 +55,7 @@ def tensors_of(checkpoint: Path) -> dict[str, bytes]:
 
 
 def results_of(run: Path) -> dict:
-    """A task's on each split."""
+    """A task's on each split, a text's on its test part."""
     return json.loads((run / "results.json").read_text()) if (run / "results.json").exists() else {}
 
 
@@ -78,12 +78,12 @@ class Trial:
         return self.run / "checkpoint.safetensors"
 
     def reads(self) -> list[str]:
-        return TASK if self.task else ["--text", str(self.text), "--context", "32"]
+        return TASK if self.task else ["--text", str(self.text), "--context", "32", "--test-fraction", "0.1"]
 
     def is_over(self) -> bool:
-        # Killed while it drew its curve, a run on a text has nothing left to do; one on a task owes its results.
+        # Killed while it drew its curve, a run has nothing left to do; killed before that it owes its results.
         steps = int(tensors_of(self.checkpoint)["__metadata__"]) if self.checkpoint.exists() else 0
-        return steps == STEPS and (not self.task or (self.run / "results.json").exists())
+        return steps == STEPS and (self.run / "results.json").exists()
 
     def command(self) -> list[str]:
         arguments = ["--resume"] if self.checkpoint.exists() else [*self.reads(), *TRAINING]

@@ -292,8 +292,17 @@ def test_an_error_of_one_rank_is_told_by_the_others(tmp_path: Path, text: Path) 
     job = Job(2, "--text", text, *ENDLESS, "--out", run, "--quiet")
     wait_for(lambda: (run / "metrics.jsonl").exists() and len(metrics_of(run)) > 1, job)
     job.ranks[1].send_signal(signal.SIGSTOP)  # so that the first can't go on before the folder has changed
-    (run / "checkpoint.safetensors").unlink()
-    (run / "checkpoint.safetensors").mkdir()
+    checkpoint = run / "checkpoint.safetensors"
+
+    def blocked() -> bool:
+        checkpoint.unlink(missing_ok=True)
+        try:
+            checkpoint.mkdir()
+        except FileExistsError:  # the first was just saving
+            return False
+        return True
+
+    wait_for(blocked, job)
     job.ranks[1].send_signal(signal.SIGCONT)
     ends = job.finish()
     assert [code for code, _, _ in ends] == [1, 1]

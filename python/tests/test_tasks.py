@@ -161,6 +161,9 @@ def test_every_configuration_of_the_project_is_sound(tmp_path):
             option = "--data" if "task" in fields else "--text"
             run = latte("train", "--config", path, *paper, option, data, "--out", tmp_path / "run")
             assert run.returncode != 0 and str(data) in run.stderr, (path, paper, run.stderr)
+        if "compare" in fields:  # all of its entries are looked at before the first one trains
+            run = latte("compare", path, "--data", tmp_path / "missing" / "x", "--out", tmp_path / "out", "--threads", 1)
+            assert run.returncode == 1 and "missing" in run.stderr and "ended with exit code" in run.stderr, (path, run.stderr)
 
 
 def test_compare_trains_all_and_goes_on(tmp_path, config):
@@ -202,6 +205,7 @@ def test_compare_trains_all_and_goes_on(tmp_path, config):
 
 def test_compare_sets_fields_of_the_task(tmp_path, config):
     arguments = ["compare", config, "--attention", "softmax", "--seeds", 1, "--out", tmp_path / "out", "--threads", 1]
+    arguments += ["--lr", "1e-3"]
     result = latte(*arguments, "--set", "train=7", "--set", "test=5")
     assert result.returncode == 0, result.stderr
     task = json.loads((tmp_path / "out" / "compare.json").read_text())["config"]["task"]
@@ -210,9 +214,32 @@ def test_compare_sets_fields_of_the_task(tmp_path, config):
     assert_fails(latte(*arguments, "--set", "train"), "FIELD=VALUE", code=2)
 
 
+def test_compare_sweeps_three_rates_into_a_folder_of_the_budget(tmp_path, config):
+    arguments = ["compare", config, "--attention", "softmax", "--seeds", 1, "--threads", 1]
+    # Other steps, and other fields of the task, are no run that could be gone on with.
+    for more in (["--steps", 3], ["--steps", 2], ["--steps", 2, "--set", "train=7"]):
+        result = latte(*arguments, *more, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    folders = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert folders == ["compare-config-steps=2", "compare-config-steps=3", "compare-config-train=7-steps=2"]
+    (entry,) = json.loads((tmp_path / "runs" / folders[0] / "compare.json").read_text())["entries"]
+    assert [row["lr"] for row in entry["sweep"]] == [0.002, 0.004, 0.008]
+
+
+def test_long_classifiers_have_a_norm_by_default(tmp_path):
+    data = tmp_path / "reviews.tsv"
+    data.write_text("".join(f"{i % 2}\tsome text {i}\n" for i in range(40)))
+    tiny = ["--layers", 1, "--embed-dim", 8, "--heads", 2, "--steps", 1, "--batch", 4, "--threads", 1]
+    for options, norm in ([], "batch"), (["--pooled-norm", "none"], "none"), (["--pooling", "last"], "none"):
+        run = latte("train", "--task", "text", "--data", data, *tiny, *options, "--out", tmp_path / "run", "--overwrite")
+        assert run.returncode == 0, run.stderr
+        assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["pooled_norm"] == norm
+
+
 def test_compare_takes_positions_as_a_second_axis_and_linformer(tmp_path, config):
     kept = tmp_path / "listops.task"
     arguments = ["--attention", "softmax,linformer:projected=4,latte", "--position", "none,conv", "--seeds", 1, "--data", kept]
+    arguments += ["--lr", "1e-3"]
     result = latte("compare", config, *arguments, "--out", tmp_path / "out", "--threads", 1)
     assert result.returncode == 0, result.stderr
     titles = [line.split(" | ")[0].strip("| ") for line in result.stdout.splitlines()[2:]]
@@ -227,13 +254,16 @@ def test_compare_on_a_text(tmp_path):
     config = tmp_path / "config.json"
     fields = {"model": {"num_layers": 1, "embed_dim": 16, "num_heads": 2}}
     fields["training"] = {"text": str(text), "context": 16, "batch": 2, "steps": 4, "test_fraction": 0.1}
-    fields["compare"] = {"attentions": ["softmax", "linear", "gated_linear", "window:sinks=2"], "seeds": 1}
+    attentions = ["softmax", "linear", "gated_linear", "window:sinks=2"]
+    fields["compare"] = {"attentions": attentions, "seeds": 1, "learning_rates": [0.004]}
     config.write_text(json.dumps(fields))
     result = latte("compare", config, "--out", tmp_path / "out", "--threads", 1)
     assert result.returncode == 0, result.stderr
     assert "perplexity" in result.stdout and "gated_linear" in result.stdout
     for entry in json.loads((tmp_path / "out" / "compare.json").read_text())["entries"]:
         assert entry["perplexity"]["mean"] == pytest.approx(math.exp(entry["mean"]))
+        results = json.loads((tmp_path / "out" / entry["runs"][0] / "results.json").read_text())
+        assert results["test"]["loss"] == entry["mean"]
     if shutil.which("gnuplot"):
         assert "gated_linear" in (tmp_path / "out" / "loss.svg").read_text()
     assert_fails(latte("compare", config, "--set", "pairs=2"), "--set", "trains on a text", code=2)
@@ -244,6 +274,7 @@ def test_compare_on_a_text(tmp_path):
 def test_a_killed_comparison_goes_on(tmp_path, config):
     out = tmp_path / "out"
     arguments = ["compare", config, "--attention", "softmax", "--seeds", 1, "--steps", 300, "--out", out, "--threads", 1]
+    arguments += ["--lr", "1e-3"]
     process = start(*arguments)
     while not list(out.glob("*/metrics.jsonl")):
         assert process.poll() is None, process.communicate()

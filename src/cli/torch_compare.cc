@@ -4,6 +4,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <chrono>
 #include <csignal>
@@ -11,6 +12,7 @@
 #include <filesystem>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -92,6 +94,19 @@ json FinishedReport(const std::string& output) {
   }
 }
 
+// Runs of another task or budget are none that could be gone on with.
+std::string DefaultFolder(const Options& options) {
+  std::string name = "runs/compare-" + std::filesystem::path(options.config_file).stem().string();
+  if (options.paper) name += "-paper";
+  for (const std::string& setting : options.settings) name += "-" + setting;
+  if (options.steps > 0) name += "-steps=" + std::to_string(options.steps);
+  if (options.seconds > 0) name += "-seconds=" + json(options.seconds).dump();
+  const size_t base = std::string_view("runs/").size();
+  std::replace_if(
+      name.begin() + static_cast<std::ptrdiff_t>(base), name.end(), [](char c) { return c == '/' || c == '\0'; }, '_');
+  return name;
+}
+
 class Runs {
  public:
   Runs(const Options& options, std::string out) : options_(options), out_(std::move(out)) {}
@@ -125,7 +140,8 @@ class Runs {
     if (const std::string checkpoint = formats::checkpoint_path(folder); std::filesystem::exists(checkpoint)) {
       // A run that ended before its report was written has nothing left to go on with.
       const auto steps = run.config.at("training").value("steps", train::TrainerOptions().steps);
-      const bool done = !run.config.contains("task") || std::filesystem::exists(folder + "/" + train::kResultsName);
+      const bool owes = run.config.contains("task") || run.config.at("training").value("test_fraction", 0.0) > 0;
+      const bool done = !owes || std::filesystem::exists(folder + "/" + train::kResultsName);
       const bool over = done && formats::CheckpointFile(checkpoint).step() >= steps;
       json report = over && began ? FinishedReport(output) : json();
       if (!report.is_null() && report.at("step") == steps) {
@@ -182,7 +198,7 @@ int Compare(const Options& options) {
       compare.seconds = 0.0;
     }
     if (options.seconds > 0) compare.seconds = options.seconds;
-    if (out.empty()) out = "runs/compare-" + std::filesystem::path(options.config_file).stem().string();
+    if (out.empty()) out = DefaultFolder(options);
     const train::InterruptGuard interrupt;
     result = train::compare(config, compare, Runs(options, out));
   } catch (const std::invalid_argument& error) {  // OptionError, ConfigError
@@ -235,7 +251,9 @@ void AddCompare(CLI::App& app, int& exit_code) {
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
   command->add_option("--seeds", options->seeds, "Runs of each attention at its best learning rate; by default 3")
       ->check(CLI::Range(int64_t{1}, int64_t{1000}));
-  command->add_option("--lr", options->learning_rates, "Learning rates that each attention tries; by default the configuration's")
+  command
+      ->add_option("--lr", options->learning_rates,
+                   "Learning rates that each attention tries; by default half, once and twice the configuration's")
       ->delimiter(',')
       ->type_name("LR,…");
   CLI::Option* steps = command->add_option("--steps", options->steps, "Steps of a run, in place of the configuration's")
@@ -249,7 +267,8 @@ void AddCompare(CLI::App& app, int& exit_code) {
       ->excludes(steps);
   command
       ->add_option("--out", options->out,
-                   "The folder of all runs, compare.json, compare.md and loss.svg; by default runs/compare-CONFIG")
+                   "The folder of all runs, compare.json, compare.md and loss.svg; by default runs/compare-CONFIG, with --set, "
+                   "--steps, --seconds and --paper in its name")
       ->type_name("FOLDER");
   command->add_option("--threads", options->threads, "Threads of a run; by default torch's choice")->check(CLI::Range(1, 4096));
   command->add_flag("--paper", options->paper,

@@ -3,6 +3,7 @@
 #include <sys/resource.h>
 
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <filesystem>
 #include <map>
@@ -125,7 +126,9 @@ void AddTaskOptions(CLI::App& command, json& model, json& task) {
       ->check(CLI::IsMember({"mean", "first", "last"}))
       ->group("Task");
   Add<std::string>(command, model, "--pooled-norm", "pooled_norm",
-                   "Of what a classifier has pooled: none, or batch norm, which the mean over a long sequence needs", "none")
+                   "Of what a classifier has pooled: none, or batch norm, which the mean over a long sequence needs; by default "
+                   "none, and without --config batch norm for text, retrieval, image and pathfinder",
+                   json())
       ->check(CLI::IsMember({"none", "batch"}))
       ->group("Task");
   command
@@ -217,8 +220,54 @@ train::RunResult Start(const json& model, const json& training, train::RunOption
     fields["max_positions"] = options.context;
   const auto config = formats::LanguageModelConfig::from_json(fields);
   if (run.out.empty()) run.out = "runs/" + std::filesystem::path(options.text).stem().string() + "-" + config.attention;
-  if (Restarted(run)) return Resume(model, training, run);
+  if (Restarted(run)) {
+    run.restarted = true;
+    return Resume(model, training, run);
+  }
   return train::start_run(config, options, run);
+}
+
+json ReportOf(const train::RunResult& result) {
+  const auto optional = [](const std::optional<double>& value) { return value ? json(*value) : json(nullptr); };
+  const bool tested = result.splits.is_object() && result.splits.contains("test");
+  struct rusage usage = {};
+  ::getrusage(RUSAGE_SELF, &usage);
+  return {{"out", std::filesystem::path(result.checkpoint).parent_path().string()},
+          {"checkpoint", result.checkpoint},
+          {"step", result.step},
+          {"interrupted", result.interrupted},
+          {"parameters", result.parameters},
+          {"loss", result.loss},
+          {"val_loss", optional(result.progress.val_loss)},
+          {"best_val_loss", optional(result.progress.best_val_loss)},
+          {"test_loss", tested ? result.splits.at("test").at("loss") : json()},
+          {"splits", result.splits},
+          {"val_accuracy", optional(result.progress.val_accuracy)},
+          {"tokens", result.progress.tokens},
+          {"seconds", result.progress.seconds},
+          {"step_seconds", result.step_seconds},
+          {"peak_memory", int64_t{usage.ru_maxrss} * 1024},
+          {"threads", result.progress.threads},
+          {"dtype", result.progress.dtype}};
+}
+
+// A task's or a text's, a line each on standard error.
+void ShowSplits(const json& splits) {
+  for (const auto& [name, split] : splits.items()) {
+    const double loss = split.at("loss");
+    if (split.contains("accuracy")) {
+      std::fprintf(stderr, "%s: %.2f%% right of %lld examples (the most frequent answer: %.2f%%), loss %.4f\n", name.c_str(),
+                   100 * split.at("accuracy").get<double>(), static_cast<long long>(split.at("examples").get<int64_t>()),
+                   100 * split.at("majority").get<double>(), loss);
+    } else {
+      std::fprintf(stderr, "%s: loss %.4f on %lld tokens, perplexity %.4f", name.c_str(), loss,
+                   static_cast<long long>(split.at("tokens").get<int64_t>()), std::exp(loss));
+      if (split.contains("bits_per_byte")) {
+        std::fprintf(stderr, ", %.4f bits a byte", split.at("bits_per_byte").get<double>());
+      }
+      std::fputc('\n', stderr);
+    }
+  }
 }
 
 int Train(const Options& options) {
@@ -236,22 +285,24 @@ int Train(const Options& options) {
   MergeFields(request.training, options.training);
   MergeFields(request.task, options.task);
   request.resume = options.resume;
+  request.configured = !options.config_file.empty();
   std::unique_ptr<train::Ranks> ranks;
   train::RunResult result;
-  json report;
   try {
     if (options.resume && options.out.empty()) throw OptionError("--resume needs --out, the folder of the run");
     ranks = train::Ranks::from_environment(
         {.sequence_parallel = options.sequence_parallel, .timeout = std::chrono::seconds(options.timeout)});
-    request.run = {options.out, options.overwrite, options.quiet, ranks.get()};
+    request.run.out = options.out;
+    request.run.overwrite = options.overwrite;
+    request.run.quiet = options.quiet;
+    request.run.ranks = ranks.get();
     try {
       if (options.resume ? IsTaskRun(request.run) : !request.task.empty()) {
-        report = TrainTask(request, result);
+        result = TrainTask(request);
       } else {
         if (!request.task.empty()) throw OptionError("the run in --out isn't a task's");
         result = options.resume ? Resume(request.model, request.training, request.run)
                                 : Start(request.model, request.training, request.run);
-        report = ReportOf(result);
       }
     } catch (...) {
       if (ranks) ranks->explain_failure();
@@ -263,16 +314,11 @@ int Train(const Options& options) {
   }
   if (ranks && !ranks->leads()) return result.interrupted ? train::InterruptGuard::kExitCode : 0;
   if (options.json_output) {
-    std::printf("%s\n", report.dump(2, ' ', false, json::error_handler_t::replace).c_str());
+    std::printf("%s\n", ReportOf(result).dump(2, ' ', false, json::error_handler_t::replace).c_str());
   } else if (!options.quiet) {
     std::fprintf(stderr, "%s at step %lld in %s\n", result.interrupted ? "interrupted and saved" : "saved",
                  static_cast<long long>(result.step), result.checkpoint.c_str());
-    const json splits = report.value("splits", json::object());
-    for (const auto& [name, split] : splits.items()) {
-      std::fprintf(stderr, "%s: %.2f%% right of %lld examples (the most frequent answer: %.2f%%), loss %.4f\n", name.c_str(),
-                   100 * split.at("accuracy").get<double>(), static_cast<long long>(split.at("examples").get<int64_t>()),
-                   100 * split.at("majority").get<double>(), split.at("loss").get<double>());
-    }
+    ShowSplits(result.splits);
   }
   return result.interrupted ? train::InterruptGuard::kExitCode : 0;
 }
@@ -290,28 +336,6 @@ void SetTaskFields(const std::vector<std::string>& settings, json& task) {
   }
 }
 
-json ReportOf(const train::RunResult& result) {
-  const auto optional = [](const std::optional<double>& value) { return value ? json(*value) : json(nullptr); };
-  struct rusage usage = {};
-  ::getrusage(RUSAGE_SELF, &usage);
-  return {{"out", std::filesystem::path(result.checkpoint).parent_path().string()},
-          {"checkpoint", result.checkpoint},
-          {"step", result.step},
-          {"interrupted", result.interrupted},
-          {"parameters", result.parameters},
-          {"loss", result.loss},
-          {"val_loss", optional(result.progress.val_loss)},
-          {"best_val_loss", optional(result.progress.best_val_loss)},
-          {"test_loss", optional(result.test_loss)},
-          {"val_accuracy", optional(result.progress.val_accuracy)},
-          {"tokens", result.progress.tokens},
-          {"seconds", result.progress.seconds},
-          {"step_seconds", result.step_seconds},
-          {"peak_memory", int64_t{usage.ru_maxrss} * 1024},
-          {"threads", result.progress.threads},
-          {"dtype", result.progress.dtype}};
-}
-
 void AddTrain(CLI::App& app, int& exit_code) {
   auto options = std::make_shared<Options>();
   CLI::App* command = app.add_subcommand("train", "Train a language model on a text, or an encoder on a task");
@@ -321,7 +345,7 @@ void AddTrain(CLI::App& app, int& exit_code) {
   AddTaskOptions(*command, options->model, options->task);
   command
       ->add_option("--out", options->out,
-                   "The run's folder: checkpoint, metrics.jsonl, config.json, loss.svg and loss.png; by default "
+                   "The run's folder: checkpoint, metrics.jsonl, config.json, results.json, loss.svg and loss.png; by default "
                    "runs/TEXT-ATTENTION")
       ->type_name("FOLDER")
       ->group("Run");

@@ -14,6 +14,7 @@ struct TrainRequest {
   nlohmann::json task = nlohmann::json::object();      // of TaskOptions
   train::RunOptions run;
   bool resume = false;
+  bool configured = false;  // a configuration file was given: what it leaves out is left to the library's defaults
 };
 
 // Lays `over` over `under`, field by field.
@@ -24,8 +25,6 @@ void FillMinLr(nlohmann::json& training);
 
 // Lays texts FIELD=VALUE over the fields of a task. Throws CLI::ValidationError.
 void SetTaskFields(const std::vector<std::string>& settings, nlohmann::json& task);
-
-nlohmann::json ReportOf(const train::RunResult& result);
 
 // A configuration file of latte train and latte compare: model, training, task; `paper` holds the published settings, such an
 // object as well, which are laid over the rest with `paper`. Throws formats::FormatError, with the line.
@@ -40,7 +39,7 @@ bool IsTaskRun(const train::RunOptions& run);
 // Whether torchrun has started this job again, and it had saved something before: it goes on from there. Collective.
 bool Restarted(const train::RunOptions& run);
 
-// Trains on a task; returns ReportOf() with the splits' results beside. Throws as start_task_run and resume_task_run do.
-nlohmann::json TrainTask(const TrainRequest& request, train::RunResult& result);
+// Trains on a task. Throws as start_task_run and resume_task_run do.
+train::RunResult TrainTask(const TrainRequest& request);
 
 }  // namespace latte::cli

@@ -138,12 +138,6 @@ std::optional<size_t> PlaceOf(std::string_view text, const std::string& field, c
   return {};
 }
 
-void RefuseTextFields(const json& training) {
-  for (const char* field : train::kTextFields) {
-    if (training.contains(field)) throw train::OptionError(std::string(field) + " is for --text, not for a task");
-  }
-}
-
 // `top`: not within `paper`, whose lines aren't told from those of the sections outside.
 void CheckSection(const std::string& path, const std::string& name, const json& value, bool top) {
   if (value.is_object()) return;
@@ -237,7 +231,7 @@ void CheckSame(const json& asked, const json& found, const std::string& whose) {
   }
 }
 
-train::TaskRunResult ResumeTask(const TrainRequest& request, const train::RunOptions& run) {
+train::RunResult ResumeTask(const TrainRequest& request, const train::RunOptions& run) {
   const auto record = train::read_task_record(run);
   json all = record.options.to_json();
   if (request.training.contains("lr")) all.erase("min_lr");
@@ -248,12 +242,16 @@ train::TaskRunResult ResumeTask(const TrainRequest& request, const train::RunOpt
   return train::resume_task_run(train::TrainerOptions::from_json(all), run);
 }
 
-train::TaskRunResult StartTask(const TrainRequest& request, train::RunOptions run) {
+train::RunResult StartTask(const TrainRequest& request, train::RunOptions run) {
   json training = request.training;
   FillMinLr(training);
   const auto options = train::TrainerOptions::from_json(training);
   const auto task = TaskOptions::from_json(request.task);
   json fields = kDefaultEncoder;
+  // The mean over a long sequence is nearly the same for all: without a norm what is left of it isn't learned from.
+  const bool is_long = task.name == "text" || task.name == "retrieval" || task.name == "image" || task.name == "pathfinder";
+  const bool by_mean = request.model.value("pooling", json("mean")) == "mean";
+  if (!request.configured && is_long && by_mean && options.batch > 1) fields["pooled_norm"] = "batch";
   MergeFields(fields, request.model);
   for (const char* field : {"vocab_size", "num_outputs"}) {
     if (fields.contains(field)) throw train::OptionError(std::string(field) + " is the task's to say");
@@ -261,19 +259,18 @@ train::TaskRunResult StartTask(const TrainRequest& request, train::RunOptions ru
   }
   const auto model = models::EncoderConfig::from_json(fields);
   if (run.out.empty()) run.out = "runs/" + task.name + "-" + model.attention;
-  if (Restarted(run)) return ResumeTask(request, run);
+  if (Restarted(run)) {
+    run.restarted = true;
+    return ResumeTask(request, run);
+  }
   return train::start_task_run(model, fields.contains("max_positions"), options, task, run);
 }
 
 }  // namespace
 
-json TrainTask(const TrainRequest& request, train::RunResult& result) {
-  RefuseTextFields(request.training);
-  const auto task_result = request.resume ? ResumeTask(request, request.run) : StartTask(request, request.run);
-  result = task_result.run;
-  json report = ReportOf(result);
-  report["splits"] = task_result.splits;
-  return report;
+train::RunResult TrainTask(const TrainRequest& request) {
+  train::refuse_text_fields(request.training);
+  return request.resume ? ResumeTask(request, request.run) : StartTask(request, request.run);
 }
 
 }  // namespace latte::cli

@@ -32,7 +32,8 @@ constexpr uint64_t kRetryStride = uint64_t{1} << 32;
 template <typename Make>
 TaskExamples make_split(int64_t count, uint64_t seed, uint64_t split, const Make& make, bool wide = false,
                         std::unordered_set<std::string>* seen = nullptr) {
-  constexpr int64_t kBlock = 4096;
+  constexpr int64_t kFewest = 64, kMost = 4096;  // examples a block
+  constexpr int64_t kTokens = int64_t{1} << 22;  // and its tokens, more or less
   const auto stream = [&](int64_t i, uint64_t attempt) {
     return RandomStream(seed, split * kSplitStride + attempt * kRetryStride + static_cast<uint64_t>(i));
   };
@@ -49,8 +50,9 @@ TaskExamples make_split(int64_t count, uint64_t seed, uint64_t split, const Make
   };
   TaskBuilder builder(wide);
   std::vector<Example> block;
-  for (int64_t first = 0; first < count; first += kBlock) {
-    block.assign(static_cast<size_t>(std::min(kBlock, count - first)), Example());
+  int64_t size = kFewest;
+  for (int64_t first = 0; first < count; first += static_cast<int64_t>(block.size())) {
+    block.assign(static_cast<size_t>(std::min(size, count - first)), Example());
     at::parallel_for(0, static_cast<int64_t>(block.size()), 16, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         RandomStream random = stream(first + i, 0);
@@ -66,6 +68,9 @@ TaskExamples make_split(int64_t count, uint64_t seed, uint64_t split, const Make
         builder.add(example.tokens, example.targets);
       }
     }
+    const auto longest = std::max_element(block.begin(), block.end(),
+                                          [](const Example& a, const Example& b) { return a.tokens.size() < b.tokens.size(); });
+    size = std::clamp(kTokens / std::max<int64_t>(1, static_cast<int64_t>(longest->tokens.size())), kFewest, kMost);
   }
   return builder.finish();
 }

@@ -27,9 +27,9 @@ int32_t label_of(std::string_view text, const std::string& path, size_t line) {
   throw FormatError(path, at_line(line) + "the label is " + formats::quote(text) + ", expected 0 or 1");
 }
 
-// Calls visit(line number, fields) for each line of tab-separated fields, the last of which may hold tabs.
+// Calls visit(line number, fields) for each line of tab-separated fields; `open`: the last of them may hold tabs.
 template <typename Visit>
-void visit_lines(const std::string& path, size_t fields, const Visit& visit) {
+void visit_lines(const std::string& path, size_t fields, bool open, const Visit& visit) {
   const formats::MappedFile file(path);
   std::string_view rest = file.text();
   if (rest.empty()) throw FormatError(path, "the file is empty");
@@ -46,9 +46,10 @@ void visit_lines(const std::string& path, size_t fields, const Visit& visit) {
       line.remove_prefix(tab + 1);
     }
     found.push_back(line);
-    if (found.size() != fields) {
-      throw FormatError(
-          path, at_line(number) + std::to_string(found.size()) + " fields between tabs, expected " + std::to_string(fields));
+    const size_t more = open ? 0 : static_cast<size_t>(std::count(line.begin(), line.end(), '\t'));
+    if (found.size() + more != fields) {
+      throw FormatError(path, at_line(number) + std::to_string(found.size() + more) + " fields between tabs, expected " +
+                                  std::to_string(fields));
     }
     visit(number, found);
   }
@@ -66,7 +67,7 @@ std::string cut(std::string_view text, int64_t length, const std::string& path, 
 
 std::vector<Document> read_tsv(const std::string& path, int64_t length) {
   std::vector<Document> documents;
-  visit_lines(path, 2, [&](size_t line, const std::vector<std::string_view>& fields) {
+  visit_lines(path, 2, /*open=*/true, [&](size_t line, const std::vector<std::string_view>& fields) {
     documents.push_back({cut(fields[1], length, path, line), {}, label_of(fields[0], path, line)});
   });
   return documents;
@@ -138,6 +139,12 @@ TaskData read_labelled_text(const TaskOptions& options) {
       throw FormatError(options.data, std::to_string(train.size()) + " examples are too few to train and to test on");
     test.assign(train.end() - count, train.end());
     train.erase(train.end() - count, train.end());
+    const auto other = [&](const Document& document) { return document.label != test.front().label; };
+    if (std::none_of(test.begin(), test.end(), other) && std::any_of(train.begin(), train.end(), other)) {
+      throw FormatError(options.data, "the last tenth of its lines, the test part, has label " +
+                                          std::to_string(test.front().label) + " alone: shuffle the lines, or divide them into " +
+                                          "PREFIX.train.tsv and PREFIX.test.tsv and name PREFIX");
+    }
   }
   TaskData data{.name = options.name,
                 .kind = TaskKind::kClassify,
@@ -152,13 +159,13 @@ TaskData read_labelled_text(const TaskOptions& options) {
 }
 
 // `data`: a folder with new_aan_pairs.train.tsv, .eval.tsv and .test.tsv, as Long Range Arena's release has it: label, two
-// numbers, two documents a line.
+// names of documents, which nothing reads, and the two documents a line.
 TaskData read_retrieval(const TaskOptions& options) {
   TaskData data{.name = options.name, .kind = TaskKind::kPairs, .vocab_size = 256, .num_classes = 2};
   for (const auto& [name, file] : {std::pair{"train", "train"}, {"validation", "eval"}, {"test", "test"}}) {
     const std::string path = (std::filesystem::path(options.data) / ("new_aan_pairs." + std::string(file) + ".tsv")).string();
     std::vector<Document> documents;
-    visit_lines(path, 5, [&](size_t line, const std::vector<std::string_view>& fields) {
+    visit_lines(path, 5, /*open=*/false, [&](size_t line, const std::vector<std::string_view>& fields) {
       documents.push_back({cut(fields[3], options.length, path, line, "first document"),
                            cut(fields[4], options.length, path, line, "second document"), label_of(fields[0], path, line)});
     });

@@ -1,6 +1,7 @@
 // Synthetic probes of what a causal reader remembers. In all of them a token's target is the token that should follow it.
 #include <algorithm>
 #include <cmath>
+#include <unordered_set>
 #include <utility>
 
 #include "data/generate.h"
@@ -28,9 +29,11 @@ std::vector<int32_t> empty_targets(size_t size) { return std::vector<int32_t>(si
 // `count` different numbers below `all`, in random order.
 std::vector<int64_t> draw_different(RandomStream& random, int64_t all, int64_t count) {
   std::vector<int64_t> drawn;
+  std::unordered_set<int64_t> known;
   for (int64_t i = all - count; i < all; ++i) {  // Floyd's
     const int64_t value = random.below(i + 1);
-    drawn.push_back(std::find(drawn.begin(), drawn.end(), value) == drawn.end() ? value : i);
+    drawn.push_back(known.contains(value) ? i : value);
+    known.insert(drawn.back());
   }
   for (size_t i = drawn.size(); i > 1; --i)
     std::swap(drawn[i - 1], drawn[static_cast<size_t>(random.below(static_cast<int64_t>(i)))]);

@@ -7,6 +7,7 @@
 #include <charconv>
 #include <cstring>
 #include <memory>
+#include <string_view>
 #include <utility>
 
 #include "formats/error.h"
@@ -57,6 +58,17 @@ at::Tensor vector_at(const std::shared_ptr<SafetensorsFile>& file, const std::st
   at::Tensor copy = at::empty(view.shape, torch_dtype);
   if (!view.data.empty()) std::memcpy(copy.mutable_data_ptr(), view.data.data(), view.data.size());
   return copy;
+}
+
+// train, validation, test or test_LENGTH.
+bool is_split(std::string_view name) {
+  if (name == "train" || name == "validation" || name == "test") return true;
+  constexpr std::string_view kAtLength = "test_";
+  if (!name.starts_with(kAtLength)) return false;
+  name.remove_prefix(kAtLength.size());
+  int64_t length = 0;
+  const auto [end, error] = std::from_chars(name.data(), name.data() + name.size(), length);
+  return error == std::errc() && end == name.data() + name.size() && length > 0;
 }
 
 }  // namespace
@@ -114,6 +126,10 @@ TaskFile read_task(const std::string& path) {
     const size_t dot = view.name.rfind('.');
     const std::string split = view.name.substr(0, dot), part = dot == std::string::npos ? "" : view.name.substr(dot);
     if (part == ".tokens") {
+      if (!is_split(split)) {
+        throw FormatError(path,
+                          "a split is named " + formats::quote(split) + ", expected train, validation, test or test_LENGTH");
+      }
       TaskExamples& examples = task.data.splits[split];
       const bool narrow = view.dtype == DType::kUInt8;
       examples.tokens = vector_at(file, view.name, narrow ? DType::kUInt8 : DType::kInt32, narrow ? at::kByte : at::kInt);

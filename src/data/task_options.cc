@@ -128,11 +128,11 @@ void TaskOptions::validate() const {
     int64_t least = 4;
     if (name == "associative_recall") {
       check_range("keys", keys, 1, 1 << 20);
-      check_range("pairs", pairs, 1, keys);
+      check_range("pairs", pairs, 1, std::min(keys, kLargestSize / 4));
       least = 4 * pairs;
     }
     if (name == "selective_copying") {
-      check_range("copies", copies, 1, kLargestSize);
+      check_range("copies", copies, 1, kLargestSize / 2 - 1);
       least = 2 * copies + 1;
     }
     if (name != "associative_recall") check_range("symbols", symbols, 2, 128);

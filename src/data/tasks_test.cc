@@ -240,6 +240,12 @@ TEST_F(TaskFileTest, EveryDefectIsAnErrorThatNamesIt) {
   EXPECT_CONTAINS(error_of([&](Tensors& tensors, Metadata&) { replace(tensors, "train.labels", labels); }),
                   "1 labels, expected 2");
   EXPECT_CONTAINS(error_of([&](Tensors& tensors, Metadata&) { drop(tensors, "train.labels"); }), "train.labels");
+  EXPECT_CONTAINS(error_of([&](Tensors& tensors, Metadata&) {
+                    for (auto& tensor : tensors) {
+                      if (tensor.name.starts_with("test.")) tensor.name = "test_long" + tensor.name.substr(4);
+                    }
+                  }),
+                  "a split is named \"test_long\"");
   EXPECT_CONTAINS(error_of([&](Tensors& tensors, Metadata&) { drop(tensors, "test.tokens"); }),
                   "unexpected tensor \"test.labels\"");
   EXPECT_CONTAINS(error_of([&](Tensors&, Metadata& metadata) { metadata["vocab_size"] = "4"; }), "token 3 is 4, expected 0 to 3");
@@ -258,6 +264,21 @@ TEST_F(TaskFileTest, AGeneratedTaskIsKeptAndReadAgain) {
   EXPECT_EQ(made, all_of(load_task(options).splits.at("train")));
   options.max_length = 50;
   EXPECT_CONTAINS(formats::error_text<formats::FormatError>([&] { load_task(options); }), "made with max_length \"60\", not 50");
+}
+
+TEST_F(TaskFileTest, ExamplesOfAnEarlierGeneratorAreNotTakenForTodays) {
+  TaskOptions options = TaskOptions::defaults("associative_recall");
+  options.length = 32;
+  options.pairs = 4;
+  options.keys = 8;
+  options.train = options.validation = options.test = 4;
+  options.data = folder_ / "recall";
+  load_task(options);
+  TaskFile kept = read_task(options.data);
+  auto recipe = nlohmann::json::parse(kept.options);
+  EXPECT_EQ(recipe.erase("generator"), 1U);  // as files had it before there was another
+  write_task(options.data, kept.data, recipe.dump());
+  EXPECT_CONTAINS(formats::error_text<formats::FormatError>([&] { load_task(options); }), "made with generator \"1\", not 2");
 }
 
 TEST_F(TaskFileTest, BatchesArePaddedAndAnEpochTakesEachExampleOnce) {
@@ -409,6 +430,10 @@ TEST_F(LoaderTest, LabelledLinesAndWhatIsWrongWithThem) {
   EXPECT_CONTAINS(error_of(options), "line 41: the text is empty");
   formats::write_bytes(folder_ / "all.tsv", "1\ta\n");
   EXPECT_CONTAINS(error_of(options), "too few");
+  std::string sorted;
+  for (int i = 0; i < 40; ++i) sorted += std::to_string(i / 20) + "\ta text\n";
+  formats::write_bytes(folder_ / "all.tsv", sorted);
+  EXPECT_CONTAINS(error_of(options), "the last tenth of its lines, the test part, has label 1 alone");
   formats::write_bytes(folder_ / "all.tsv", "");
   EXPECT_CONTAINS(error_of(options), "empty");
 }
@@ -478,6 +503,8 @@ TEST_F(LoaderTest, PairsOfDocuments) {
   EXPECT_EQ(data.batch(split, std::vector<int64_t>{1}).tokens.sizes(), (std::vector<int64_t>{2, 1}));
   formats::write_bytes(folder_ / "new_aan_pairs.eval.tsv", "1.0\t12\t13\tfirst paper\n");
   EXPECT_CONTAINS(error_of(options_of("retrieval", folder_ / "")), "new_aan_pairs.eval.tsv: line 1: 4 fields");
+  formats::write_bytes(folder_ / "new_aan_pairs.eval.tsv", "1.0\t12\t13\tfirst\tpaper with a tab\tsecond\n");
+  EXPECT_CONTAINS(error_of(options_of("retrieval", folder_ / "")), "new_aan_pairs.eval.tsv: line 1: 6 fields");
   formats::write_bytes(folder_ / "new_aan_pairs.eval.tsv", "2\t12\t13\tone\tother\n");
   EXPECT_CONTAINS(error_of(options_of("retrieval", folder_ / "")), "line 1: the label is \"2\"");
   formats::write_bytes(folder_ / "new_aan_pairs.eval.tsv", "1\t12\t13\tone\t\n");

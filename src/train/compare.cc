@@ -1,6 +1,7 @@
 #include "train/compare.h"
 
 #include <algorithm>
+#include <charconv>
 #include <cmath>
 #include <cstdio>
 #include <map>
@@ -74,8 +75,11 @@ json accuracy_by_length(const std::vector<json>& reports) {
   std::map<int64_t, std::vector<double>> values;
   for (const json& report : reports) {
     for (const auto& [name, split] : report.at("splits").items()) {
-      if (name.starts_with(kPrefix))
-        values[std::stoll(name.substr(kPrefix.size()))].push_back(split.at("accuracy").get<double>());
+      if (name.starts_with(kPrefix)) {
+        int64_t length = 0;  // the file of a task's examples names no other
+        std::from_chars(name.data() + kPrefix.size(), name.data() + name.size(), length);
+        values[length].push_back(split.at("accuracy").get<double>());
+      }
     }
   }
   json means = json::array();
@@ -257,6 +261,9 @@ json model_of(const json& config, const CompareEntry& entry) {
   const bool rotates = attention == "softmax" || attention == "window" || attention == "macchiato";
   if ((of_latents && !latents) || (position == "rotary" && !rotates)) model.erase("position");  // its default
   for (const auto& [field, value] : entry.model.items()) model[field] = value;
+  for (const char* field : {"vocab_size", "num_outputs"}) {
+    if (model.contains(field)) throw OptionError(std::string(field) + " is for the data to say");
+  }
   const bool bounded = attention == "linformer" || position_of() == "learned";
   if (bounded && !model.contains("max_positions")) model["max_positions"] = longest_sequence(config);
   // A run's configuration says it, as what is left out has had another meaning in runs from before it.
@@ -270,7 +277,9 @@ void check_training(const json& config) {
   json training = config.value("training", json::object());
   if (!training.contains("min_lr")) training["min_lr"] = 0;
   (void)TrainerOptions::from_json(training);
-  if (config.contains("task")) (void)TaskOptions::from_json(config.at("task"));
+  if (!config.contains("task")) return;
+  (void)TaskOptions::from_json(config.at("task"));
+  refuse_text_fields(training);
 }
 
 // The runs of one comparison: the same configuration, but for the model, the rate, the seed and, with seconds, the steps.
@@ -279,7 +288,7 @@ class Comparison {
   Comparison(const json& config, const CompareOptions& options, const CompareRunner& run)
       : config_(config), options_(options), run_(run), training_(config.value("training", json::object())) {
     rates_ = options.learning_rates;
-    if (rates_.empty()) rates_.push_back(training_.value("lr", TrainerOptions().lr));
+    if (rates_.empty()) rates_ = {configured_rate() / 2, configured_rate(), configured_rate() * 2};
     first_seed_ = training_.value("seed", TrainerOptions().seed);
   }
 
@@ -319,6 +328,7 @@ class Comparison {
 
  private:
   bool is_task() const { return config_.contains("task"); }
+  double configured_rate() const { return training_.value("lr", TrainerOptions().lr); }
 
   CompareRun at(const std::string& title, const json& model, int64_t steps, double lr, int64_t seed) const {
     json config = config_;
@@ -327,7 +337,8 @@ class Comparison {
     config["model"] = model;
     json& fields = config["training"];
     fields["lr"] = lr;
-    if (!fields.contains("min_lr") || rates_.size() > 1) fields["min_lr"] = lr / 10;
+    // The same schedule at every rate.
+    fields["min_lr"] = fields.contains("min_lr") ? fields["min_lr"].get<double>() * (lr / configured_rate()) : lr / 10;
     fields["seed"] = seed;
     fields["steps"] = steps;
     return {file_name(title) + "-lr" + json(lr).dump() + "-seed" + std::to_string(seed), config};
@@ -344,7 +355,9 @@ class Comparison {
     if (report.is_null()) return {};
     const double step_seconds = report.value("step_seconds", 0.0);
     if (!(step_seconds > 0)) throw OptionError(trial.name + " ended without a step: there is no time to go by");
-    return std::max<int64_t>(1, std::llround(options_.seconds / step_seconds));
+    const double steps = std::round(options_.seconds / step_seconds);
+    constexpr double kMostSteps = 1e12;
+    return static_cast<int64_t>(std::clamp(steps, 1.0, kMostSteps));
   }
 
   const json& config_;

@@ -19,7 +19,7 @@ struct CompareOptions {
   // A second axis: every entry that names no position with each of these that its attention takes; none: one position an entry.
   std::vector<std::string> positions;
   int64_t seeds = 3;
-  std::vector<double> learning_rates;  // none: the configuration's alone
+  std::vector<double> learning_rates;  // none: half, once and twice the configuration's
   bool match_parameters = true;        // by the MLP's size, to the first entry's number
   // Equal time in place of equal steps: each entry gets as many steps as fit, by the time of a few on trial; 0: the
   // configuration's steps.

@@ -95,6 +95,30 @@ TEST(Compare, SweepsRatesOnOneSeedAndRunsTheOthersAtTheBest) {
   EXPECT_CONTAINS(table, "| softmax | 100 | 0.01 | 10 | 60.00 ± 10.00 | 50.00 … 70.00 | 1.0000 | 250 | 2 | 2500 | 3 |");
 }
 
+TEST(Compare, WithoutRatesItTriesHalfOnceAndTwiceTheConfigurations) {
+  json config = task_config();
+  config["training"]["min_lr"] = 0.0005;
+  CompareOptions options;
+  options.entries = {CompareOptions::parse_entry("softmax")};
+  options.seeds = 1;
+  std::vector<std::pair<double, double>> rates;
+  const auto run = [&](const CompareRun& asked) {
+    rates.emplace_back(asked.config.at("training").at("lr"), asked.config.at("training").at("min_lr"));
+    return report(0.5, 0.5);
+  };
+  compare(config, options, run);
+  EXPECT_EQ(rates, (std::vector<std::pair<double, double>>{{0.001, 0.00025}, {0.002, 0.0005}, {0.004, 0.001}}));
+  rates.clear();
+  options.learning_rates = {0.0001};  // below the configuration's last rate
+  compare(config, options, run);
+  ASSERT_EQ(rates.size(), 1U);
+  EXPECT_NEAR(rates[0].second, 0.000025, 1e-15);
+  config["training"]["min_lr"] = 0;  // a schedule that ends at nothing does at every rate
+  rates.clear();
+  compare(config, options, run);
+  EXPECT_EQ(rates[0].second, 0.0);
+}
+
 TEST(Compare, WhatAnAttentionHasNoUseForIsLeftOut) {
   json config = task_config();
   config["model"].update({{"position", "conv"}, {"sinks", 2}, {"causal", true}});
@@ -119,6 +143,7 @@ TEST(Compare, EqualTimeIsAsManyStepsAsATrialSaysFit) {
   options.entries = {CompareOptions::parse_entry("softmax"), CompareOptions::parse_entry("latte")};
   options.seeds = 2;
   options.seconds = 60;
+  options.learning_rates = {0.002};
   std::vector<std::pair<std::string, int64_t>> runs;
   const json result = compare(task_config(), options, [&](const CompareRun& asked) {
     const json& training = asked.config.at("training");
@@ -146,6 +171,13 @@ TEST(Compare, EqualTimeIsAsManyStepsAsATrialSaysFit) {
     });
   });
   EXPECT_CONTAINS(error, "softmax-trial ended without a step");
+  options.seconds = 1e30;  // more than can be counted
+  int64_t most = 0;
+  compare(task_config(), options, [&](const CompareRun& asked) {
+    most = std::max(most, asked.config.at("training").at("steps").get<int64_t>());
+    return report(0.5, 0.5);
+  });
+  EXPECT_EQ(most, 1'000'000'000'000);
   options.seconds = -1;
   EXPECT_CONTAINS(formats::error_text<OptionError>([&] { options.validate(); }), "seconds is -1");
 }
@@ -245,6 +277,7 @@ TEST(Compare, WhatReachesToTheLongestSequenceCountsThat) {
   options.entries = {CompareOptions::parse_entry("softmax"), CompareOptions::parse_entry("linformer"),
                      CompareOptions::parse_entry("latte:position=learned"),
                      CompareOptions::parse_entry("latte:position=learned:max_positions=50")};
+  options.learning_rates = {0.002};
   options.seeds = 1;
   std::vector<int64_t> reaches;
   compare(config, options, [&](const CompareRun& asked) {
@@ -265,6 +298,12 @@ TEST(Compare, AnEntrysErrorNamesTheEntry) {
   config["training"]["lr"] = "fast";
   options.entries.pop_back();
   EXPECT_CONTAINS(formats::error_text<OptionError>([&] { compare(config, options, run); }), "lr is \"fast\", expected a number");
+  // What the first run would be told is told before anything trains.
+  config = task_config();
+  config["training"]["context"] = 16;
+  EXPECT_CONTAINS(formats::error_text<OptionError>([&] { compare(config, options, run); }), "context is for --text");
+  options.entries = {CompareOptions::parse_entry("softmax"), CompareOptions::parse_entry("latte:vocab_size=7")};
+  EXPECT_CONTAINS(formats::error_text<OptionError>([&] { compare(task_config(), options, run); }), "vocab_size is for the data");
 }
 
 TEST(Compare, OptionsSayWhatIsWrong) {

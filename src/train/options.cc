@@ -62,9 +62,11 @@ void TrainerOptions::validate() const {
              "a number in [0, 1)");
   check_that(test_fraction >= 0 && test_fraction + validation_fraction < 1, "test_fraction", test_fraction,
              "a number >= 0, less than 1 with validation_fraction");
-  check_range("context", context, 1, kLargestSize);
   check_range("batch", batch, 1, kLargestSize);
   check_range("accumulate", accumulate, 1, kLargestSize);
+  // Ranks may share a sequence that none of them could hold.
+  constexpr int64_t kLargestContext = int64_t{1} << 30;
+  check_range("context", context, 1, std::clamp<int64_t>(kLargestCount / (batch * accumulate), 1, kLargestContext));
   check_range("steps", steps, 1, kLargestCount);
   check_range("seed", seed, 0, std::numeric_limits<int64_t>::max());
   check_that(lr > 0, "lr", lr, "a positive number");
@@ -77,6 +79,12 @@ void TrainerOptions::validate() const {
   check_range("eval_every", eval_every, 0, kLargestCount);
   check_range("eval_batches", eval_batches, 1, kLargestSize);
   check_range("save_every", save_every, 0, kLargestCount);
+}
+
+void refuse_text_fields(const json& training) {
+  for (const char* field : kTextFields) {
+    if (training.contains(field)) throw OptionError(std::string(field) + " is for --text, not for a task");
+  }
 }
 
 json TrainerOptions::to_json() const {

@@ -20,7 +20,7 @@ struct TrainerOptions {
   double validation_fraction = 0.1;  // of the text, its end; 0: no validation
   double test_fraction = 0.0;        // of the text, what comes behind that; tested on at the end
 
-  int64_t context = 256;   // tokens a sequence
+  int64_t context = 256;   // tokens a sequence; a step has 2^40 at most
   int64_t batch = 16;      // sequences at once
   int64_t accumulate = 1;  // batches a step
   int64_t steps = 1000;
@@ -53,6 +53,9 @@ struct TrainerOptions {
 
 // The fields that say how a text is read: none of a task's.
 inline constexpr std::array kTextFields = {"text", "tokens", "validation_fraction", "test_fraction", "context"};
+
+// Throws OptionError where an object of training options has one of them.
+void refuse_text_fields(const nlohmann::json& training);
 
 // The learning rate of the step that follows `step` finished ones: a linear warm-up from lr / warmup to lr, then half a cosine to
 // min_lr at the last step.

@@ -85,6 +85,7 @@ class RecoveryTest : public ::testing::Test {
     options_.eval_every = 2;
     options_.eval_batches = 1;
     options_.save_every = 2;
+    options_.test_fraction = 0.1;
     options_.dtype = "float32";
     model_.vocab_size = 3;
     model_.num_layers = 1;
@@ -103,7 +104,7 @@ class RecoveryTest : public ::testing::Test {
 
 TEST_F(RecoveryTest, EveryWriteMayFailAndNothingIsLost) {
   const RunOptions undisturbed{.out = folder_ / "undisturbed", .quiet = true};
-  start_run(model_, options_, undisturbed);
+  const auto expected_splits = start_run(model_, options_, undisturbed).splits;
   const auto expected = tensors_of(undisturbed.out + "/checkpoint.safetensors");
   for (const int error_number : {ENOSPC, EIO}) {
     int64_t failures = 0;
@@ -127,11 +128,12 @@ TEST_F(RecoveryTest, EveryWriteMayFailAndNothingIsLost) {
       setenv("PATH", "/nowhere", 1);  // no gnuplot: it takes longer than everything else here
       if (!std::filesystem::exists(checkpoint)) {
         start_run(model_, options_, run);
-      } else if (formats::CheckpointFile(checkpoint).step() < options_.steps) {
+      } else if (!std::filesystem::exists(run.out + "/results.json")) {
         resume_run(options_, run);
       }
       setenv("PATH", path_.c_str(), 1);
       EXPECT_EQ(tensors_of(checkpoint), expected);
+      EXPECT_EQ(nlohmann::json::parse(formats::read_bytes(run.out + "/results.json")), expected_splits);
       const auto metrics = read_metrics(run.out + "/metrics.jsonl");
       ASSERT_EQ(metrics.size(), 4);
       for (const auto& entry : std::filesystem::directory_iterator(run.out)) {
@@ -140,7 +142,7 @@ TEST_F(RecoveryTest, EveryWriteMayFailAndNothingIsLost) {
       std::filesystem::remove_all(run.out);
       if (HasFailure()) return;
     }
-    // Three checkpoints, config, metrics with four lines and two figures: each opened, written, synced, closed, renamed.
+    // Three checkpoints, config, metrics with four lines, results and two figures: each opened, written, synced, closed, renamed.
     EXPECT_GT(failures, 50);
   }
 }
@@ -182,7 +184,7 @@ TEST_F(RecoveryTest, EveryWriteOfAResumedRunMayFailToo) {
       run.files = &formats::FileOperations::system();
       const std::string checkpoint = run.out + "/checkpoint.safetensors";
       EXPECT_GE(formats::CheckpointFile(checkpoint).step(), 2);
-      if (formats::CheckpointFile(checkpoint).step() < options_.steps) resume_run(options_, run);
+      if (!std::filesystem::exists(run.out + "/results.json")) resume_run(options_, run);
       EXPECT_EQ(tensors_of(checkpoint), expected);
       EXPECT_EQ(read_metrics(run.out + "/metrics.jsonl").size(), 4U);
       std::filesystem::remove_all(run.out);
@@ -204,6 +206,7 @@ TEST_F(RecoveryTest, EveryWriteOfATasksRunMayFailToo) {
   model.position = "sinusoidal";
   model.num_outputs = 1;
   options_.text.clear();
+  options_.test_fraction = 0.0;
   const RunOptions undisturbed{.out = folder_ / "undisturbed", .quiet = true};
   const auto expected_splits = start_task_run(model, false, options_, task, undisturbed).splits;
   const auto expected = tensors_of(undisturbed.out + "/checkpoint.safetensors");
@@ -248,6 +251,53 @@ TEST_F(RecoveryTest, EveryWriteOfATasksRunMayFailToo) {
       EXPECT_CONTAINS(problems, name);
     }
   }
+}
+
+// A run that was at its end and is made longer has results of fewer steps, which must not pass for the new ones.
+TEST_F(RecoveryTest, EveryWriteOfATasksLongerRunMayFail) {
+  setenv("PATH", "/nowhere", 1);  // no gnuplot
+  auto task = TaskOptions::defaults("needle");
+  task.length = 8;
+  task.train = task.validation = task.test = 8;
+  models::EncoderConfig model;
+  static_cast<formats::LanguageModelConfig&>(model) = model_;
+  model.position = "sinusoidal";
+  model.num_outputs = 1;
+  options_.text.clear();
+  options_.test_fraction = 0.0;
+  auto half = options_;
+  half.steps = 2;
+  const RunOptions begun{.out = folder_ / "begun", .quiet = true}, undisturbed{.out = folder_ / "undisturbed", .quiet = true};
+  const auto first = start_task_run(model, false, half, task, begun).splits;
+  const auto copy = std::filesystem::copy_options::recursive;
+  std::filesystem::copy(begun.out, undisturbed.out, copy);
+  const auto expected = resume_task_run(options_, undisturbed).splits;
+  ASSERT_NE(first, expected);
+  int64_t failures = 0;
+  for (bool over = false; !over; ++failures) {
+    SCOPED_TRACE("at call " + std::to_string(failures));
+    RunOptions run{.out = folder_ / "run", .quiet = true};
+    std::filesystem::copy(begun.out, run.out, copy);
+    FailingDisk disk(failures, EIO);
+    run.files = &disk;
+    bool failed = false;
+    try {
+      resume_task_run(options_, run);
+    } catch (const formats::FileError&) {
+      failed = true;
+    }
+    over = disk.calls() <= failures;
+    EXPECT_EQ(failed, !over);
+    run.files = &formats::FileOperations::system();
+    const std::string checkpoint = run.out + "/checkpoint.safetensors", results = run.out + "/results.json";
+    if (formats::CheckpointFile(checkpoint).step() < options_.steps || !std::filesystem::exists(results)) {
+      resume_task_run(options_, run);
+    }
+    EXPECT_EQ(nlohmann::json::parse(formats::read_bytes(results)), expected);
+    std::filesystem::remove_all(run.out);
+    if (HasFailure()) return;
+  }
+  EXPECT_GT(failures, 10);
 }
 
 // Products that torch and oneDNN split among threads, 2^20 multiplications and more.

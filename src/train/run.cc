@@ -7,6 +7,7 @@
 #include <nlohmann/json.hpp>
 
 #include "data/text.h"
+#include "formats/atomic_file.h"
 #include "formats/error.h"
 #include "train/progress.h"
 #include "train/run_folder.h"
@@ -33,29 +34,19 @@ Progress progress_of(const Trainer& trainer, const TextCorpus& corpus, Progress 
   return before;
 }
 
-bool leads(const RunOptions& run) { return !run.ranks || run.ranks->leads(); }
-
-std::string checkpoint_of(const RunOptions& run) { return (std::filesystem::path(run.out) / formats::kCheckpointName).string(); }
-
 // What `latte train --config` takes, to do the same again.
 void write_config(const RunFolder& folder, const formats::LanguageModelConfig& model, const TrainerOptions& options,
                   formats::FileOperations& files) {
   nlohmann::json object = {{"model", model.to_json()}, {"training", options.to_json()}};
   object["model"].erase("vocab_size");
-  formats::AtomicFile file(folder / "config.json", files);
-  file.write(object.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");
-  file.commit();
+  formats::write_file(folder / "config.json", dump(object), files);
 }
 
 }  // namespace
 
 RunResult start_run(const formats::LanguageModelConfig& model, const TrainerOptions& options, const RunOptions& run) {
   options.validate();
-  const std::string existing = checkpoint_of(run);
-  if (leads(run) && !run.overwrite && std::filesystem::exists(existing)) {
-    throw OptionError(existing +
-                      " is there already: --resume goes on with it, --overwrite starts again, --out names another folder");
-  }
+  refuse_to_overwrite(run);
   const TextCorpus corpus(options.text, corpus_options(options));
   formats::LanguageModelConfig sized = model;
   sized.vocab_size = corpus.vocabulary().size();
@@ -89,14 +80,13 @@ RunResult resume_run(const TrainerOptions& options, const RunOptions& run) {
   if (leads(run)) {
     folder.emplace(run.out);
     checkpoint.emplace(path);
-    if (checkpoint->step() >= options.steps) {
-      throw OptionError("the checkpoint is at step " + std::to_string(checkpoint->step()) + " of " +
-                        std::to_string(options.steps) + " already: more steps go on");
-    }
   }
   std::string config = checkpoint ? checkpoint->config() : "";
   if (run.ranks) config = run.ranks->broadcast(config);
   const TrainingRecord record = TrainingRecord::from_json(path, config);
+  const auto finished = finished_run(checkpoint ? &*checkpoint : nullptr, record.progress, record.model.parameter_count(),
+                                     options.steps, /*owes=*/options.test_fraction > 0, run);
+  if (finished) return *finished;
   if (options.vocabulary_kind() != record.vocabulary.kind()) {
     throw OptionError("tokens is " + options.tokens + ", but the checkpoint was trained on " + record.options.tokens);
   }
@@ -114,10 +104,7 @@ RunResult resume_run(const TrainerOptions& options, const RunOptions& run) {
       corpus.size(Split::kValidation) != record.progress.validation_tokens) {
     notes.note("latte: the text has changed since the checkpoint: the run goes on with the new one");
   }
-  if (record.progress.threads != at::get_num_threads()) {
-    notes.note("latte: " + std::to_string(at::get_num_threads()) + " threads, where the checkpoint was made with " +
-               std::to_string(record.progress.threads) + ": the same to rounding, not bit for bit");
-  }
+  note_threads(record.progress, run);
   write_config(*folder, record.model, options, *run.files);
   Progress progress = progress_of(trainer, corpus, record.progress);
   // A checkpoint from before progress counted them.

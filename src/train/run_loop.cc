@@ -1,5 +1,7 @@
 #include "train/run_loop.h"
 
+#include <ATen/Parallel.h>
+
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -8,6 +10,9 @@
 #include <optional>
 #include <stdexcept>
 
+#include "formats/atomic_file.h"
+#include "formats/error.h"
+#include "formats/json_file.h"
 #include "train/interrupt.h"
 #include "train/metrics.h"
 #include "train/plot.h"
@@ -47,17 +52,67 @@ class StepTime {
   double seconds_ = 0.0;
 };
 
+// A run that goes on has no results until its end.
+void forget_results(const RunFolder& folder) {
+  std::error_code error;
+  std::filesystem::remove(folder / kResultsName, error);
+  if (error) throw formats::FileError("remove", folder / kResultsName, error.value());
+}
+
 bool is_due(int64_t step, int64_t every, int64_t last) { return step == last || (every > 0 && step % every == 0); }
 
 }  // namespace
+
+bool leads(const RunOptions& run) { return !run.ranks || run.ranks->leads(); }
+
+std::string checkpoint_of(const RunOptions& run) { return (std::filesystem::path(run.out) / formats::kCheckpointName).string(); }
+
+std::string dump(const nlohmann::json& object) {
+  return object.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
+}
+
+void refuse_to_overwrite(const RunOptions& run) {
+  const std::string existing = checkpoint_of(run);
+  if (leads(run) && !run.overwrite && std::filesystem::exists(existing)) {
+    throw OptionError(existing +
+                      " is there already: --resume goes on with it, --overwrite starts again, --out names another folder");
+  }
+}
+
+std::optional<RunResult> finished_run(const formats::CheckpointFile* checkpoint, const Progress& progress, int64_t parameters,
+                                      int64_t steps, bool owes, const RunOptions& run) {
+  const std::string results = (std::filesystem::path(run.out) / kResultsName).string();
+  bool finished = checkpoint && checkpoint->step() >= steps && (!owes || std::filesystem::exists(results));
+  if (run.ranks) finished = run.ranks->any(finished);
+  if (!finished) return {};
+  if (!run.restarted) {
+    throw OptionError("the checkpoint has all of the " + std::to_string(steps) + " steps already: more steps go on");
+  }
+  RunResult result;
+  result.step = checkpoint ? checkpoint->step() : steps;
+  result.parameters = parameters;
+  result.progress = progress;
+  result.checkpoint = checkpoint_of(run);
+  if (owes && checkpoint) result.splits = formats::read_json_object(results);
+  return result;
+}
+
+void note_threads(const Progress& before, const RunOptions& run) {
+  const int64_t threads = at::get_num_threads();
+  if (before.threads == threads) return;
+  ProgressLine(0, 0, run.quiet)
+      .note("latte: " + std::to_string(threads) + " threads, where the checkpoint was made with " +
+            std::to_string(before.threads) + ": the same to rounding, not bit for bit");
+}
 
 RunResult run_loop(StepTrainer& trainer, const RunFolder* folder, Progress progress, const RunOptions& run) {
   const TrainerOptions& options = trainer.options();
   RunResult result;
   result.parameters = trainer.parameter_count();
-  result.checkpoint = (std::filesystem::path(run.out) / formats::kCheckpointName).string();
+  result.checkpoint = checkpoint_of(run);
   const InterruptGuard interrupt;
   std::optional<MetricsLog> log;
+  if (folder && trainer.steps_done() < options.steps) forget_results(*folder);
   if (folder) log.emplace(*folder / "metrics.jsonl", trainer.steps_done(), *run.files);
   trainer.join_ranks();
   ProgressLine line(trainer.steps_done(), options.steps, run.quiet || !folder);
@@ -99,13 +154,18 @@ RunResult run_loop(StepTrainer& trainer, const RunFolder* folder, Progress progr
     const bool saves = result.interrupted || is_due(metrics.step, options.save_every, options.steps);
     if (folder && saves) trainer.save(result.checkpoint, progress, *run.files);
   }
-  if (!result.interrupted) result.test_loss = trainer.test();
+  if (!result.interrupted && trainer.has_test()) {
+    result.splits = trainer.test();
+    result.interrupted = result.splits.is_null();
+  }
   line.finish();
   // No rank ends well before the first has saved.
   if (run.ranks) run.ranks->finish();
   if (folder) {
-    const std::string problem =
-        plot_losses({{folder->name(), read_metrics(*folder / "metrics.jsonl")}}, *folder / "loss", *run.files);
+    if (!result.splits.is_null()) formats::write_file(*folder / kResultsName, dump(result.splits), *run.files);
+    const auto metrics = read_metrics(*folder / "metrics.jsonl");
+    if (!metrics.empty()) result.loss = metrics.back().loss;  // of an earlier session, where this one only tested
+    const std::string problem = plot_losses({{folder->name(), metrics}}, *folder / "loss", *run.files);
     if (!problem.empty()) line.note("latte: " + problem);
   }
   result.step = trainer.steps_done();

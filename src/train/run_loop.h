@@ -1,15 +1,35 @@
 // The loop of a run in its folder.
 #pragma once
 
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <string>
+
+#include "formats/checkpoint.h"
 #include "train/run.h"
 #include "train/run_folder.h"
 #include "train/step_trainer.h"
 
 namespace latte::train {
 
+bool leads(const RunOptions& run);  // reads the checkpoint and writes
+std::string checkpoint_of(const RunOptions& run);
+std::string dump(const nlohmann::json& object);  // as a file's text
+
+// Throws OptionError on the rank that leads where a run is there and isn't to be overwritten.
+void refuse_to_overwrite(const RunOptions& run);
+
+// Where the checkpoint (that of the rank that leads) has all `steps` and the run its results, if it `owes` any: nothing is left
+// to go on with. Throws OptionError then, on all ranks or, of a restarted run, returns what it ended with. Collective.
+std::optional<RunResult> finished_run(const formats::CheckpointFile* checkpoint, const Progress& progress, int64_t parameters,
+                                      int64_t steps, bool owes, const RunOptions& run);
+
+// What follows from another number of threads, on standard error.
+void note_threads(const Progress& before, const RunOptions& run);
+
 // `folder` is null on ranks that don't write. Trains to options().steps or to an interruption: metrics, progress, checkpoints,
-// and the loss curve at the end. Throws formats::FileError, and std::runtime_error where the loss stops being finite; the
-// checkpoint is then the one of before.
+// and at the end the results and the loss curve. Results of fewer steps go first. Throws formats::FileError, and
+// std::runtime_error where the loss stops being finite; the checkpoint is then the one of before.
 RunResult run_loop(StepTrainer& trainer, const RunFolder* folder, Progress progress, const RunOptions& run);
 
 }  // namespace latte::train

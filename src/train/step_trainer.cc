@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "formats/error.h"
+#include "train/interrupt.h"
 
 namespace latte::train {
 namespace {
@@ -104,6 +105,18 @@ StepResult StepTrainer::step() {
   ++steps_done_;
   optimizer_->step(result.lr, steps_done_);
   return result;
+}
+
+bool StepTrainer::stopped() const { return interruptible_ && InterruptGuard::interrupted(); }
+
+nlohmann::json StepTrainer::test() {
+  // Ranks that share a sequence read it together: none leaves the others alone with it.
+  interruptible_ = !ranks_ || ranks_->sequence_parallel() == 1;
+  nlohmann::json splits = evaluate_splits();
+  interruptible_ = false;
+  bool cut_short = InterruptGuard::interrupted();
+  if (ranks_) cut_short = ranks_->any(cut_short);
+  return cut_short ? nlohmann::json() : splits;
 }
 
 void StepTrainer::save(const std::string& path, const Progress& progress, formats::FileOperations& operations) const {

@@ -5,6 +5,7 @@
 #include <torch/torch.h>
 
 #include <cstdint>
+#include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
 #include <vector>
@@ -45,8 +46,10 @@ class StepTrainer {
   // On the validation examples. Draws no random number.
   virtual Evaluation validate() = 0;
   virtual bool has_validation() const = 0;
-  // Nats a token on what no validation saw; none where there is no such part.
-  virtual std::optional<double> test() { return {}; }
+  // What a run is judged by at its end.
+  virtual bool has_test() const = 0;
+  // By split: {"test": {"loss": nats, …}, …}. null where an interruption cut it short, on all ranks alike.
+  nlohmann::json test();
 
   // Writes a checkpoint atomically; `progress` says how far this and earlier sessions got.
   void save(const std::string& path, const Progress& progress,
@@ -62,6 +65,9 @@ class StepTrainer {
   // said of losses is the mean over them.
   explicit StepTrainer(const TrainerOptions& options, Ranks* ranks = nullptr);
   Ranks* ranks() const { return ranks_; }  // null: alone
+  // Whether an evaluation is to be cut short: test()'s alone, as what a validation says stands in a run's metrics.
+  bool stopped() const;
+  virtual nlohmann::json evaluate_splits() = 0;  // test()'s
 
   struct Loss {
     at::Tensor mean;     // nats
@@ -87,6 +93,7 @@ class StepTrainer {
   std::vector<at::Tensor> parameters_;
   std::optional<AdamW> optimizer_;
   int64_t steps_done_ = 0;
+  bool interruptible_ = false;  // test()
 };
 
 }  // namespace latte::train

@@ -5,6 +5,7 @@
 #include <cerrno>
 #include <filesystem>
 #include <nlohmann/json.hpp>
+#include <optional>
 
 #include "data/tasks.h"
 #include "formats/atomic_file.h"
@@ -18,12 +19,6 @@ namespace latte::train {
 namespace {
 
 using nlohmann::json;
-
-std::string dump(const json& object) { return object.dump(2, ' ', false, json::error_handler_t::replace) + "\n"; }
-
-bool leads(const RunOptions& run) { return !run.ranks || run.ranks->leads(); }
-
-std::string checkpoint_of(const RunOptions& run) { return (std::filesystem::path(run.out) / formats::kCheckpointName).string(); }
 
 // What `latte train --config` takes, to do the same again: without what the task says.
 void write_config(const RunFolder& folder, const models::EncoderConfig& model, const TrainerOptions& options,
@@ -42,45 +37,21 @@ Progress progress_of(const TaskTrainer& trainer, const TaskData& data, Progress 
   return before;
 }
 
-// `folder`: the first rank's.
-TaskRunResult run(TaskTrainer& trainer, const TaskData& data, const RunFolder* folder, const Progress& progress,
-                  const RunOptions& options) {
-  TaskRunResult result;
-  result.run = run_loop(trainer, folder, progress, options);
-  result.run.interrupted |= trainer.cut_short();
-  if (result.run.interrupted) return result;
-  for (const auto& [name, evaluation] : trainer.evaluations()) {
-    const TaskExamples& split = data.splits.at(name);
-    result.splits[name] = {{"loss", evaluation.loss},
-                           {"accuracy", *evaluation.accuracy},
-                           {"examples", data.examples(split)},
-                           {"majority", data.majority_share(split)}};
-  }
-  if (folder) formats::write_file(*folder / kResultsName, dump(result.splits), *options.files);
-  return result;
-}
-
 }  // namespace
 
-TaskRunResult start_task_run(const models::EncoderConfig& model, bool max_positions_given, const TrainerOptions& options,
-                             const TaskOptions& task, const RunOptions& run_options) {
+RunResult start_task_run(const models::EncoderConfig& model, bool max_positions_given, const TrainerOptions& options,
+                         const TaskOptions& task, const RunOptions& run) {
   options.validate();
-  const std::string existing = checkpoint_of(run_options);
-  if (leads(run_options) && !run_options.overwrite && std::filesystem::exists(existing)) {
-    throw OptionError(existing +
-                      " is there already: --resume goes on with it, --overwrite starts again, --out names another folder");
-  }
-  const TaskData data = load_task(task, *run_options.files);
+  refuse_to_overwrite(run);
+  const TaskData data = load_task(task, *run.files);
   const models::EncoderConfig fitted = fit_to(model, data, max_positions_given);
-  TaskTrainer trainer(fitted, options, task, data, run_options.ranks);
+  TaskTrainer trainer(fitted, options, task, data, run.ranks);
   const Progress progress = progress_of(trainer, data, {});
-  if (!leads(run_options)) return run(trainer, data, nullptr, progress, run_options);
-  const RunFolder folder(run_options.out);
-  trainer.save(folder.checkpoint(), progress, *run_options.files);
-  std::error_code ignored;
-  std::filesystem::remove(folder / kResultsName, ignored);  // the run's that was there
-  write_config(folder, fitted, options, task, *run_options.files);
-  return run(trainer, data, &folder, progress, run_options);
+  if (!leads(run)) return run_loop(trainer, nullptr, progress, run);
+  const RunFolder folder(run.out);
+  trainer.save(folder.checkpoint(), progress, *run.files);
+  write_config(folder, fitted, options, task, *run.files);
+  return run_loop(trainer, &folder, progress, run);
 }
 
 TaskRecord read_task_record(const RunOptions& run) {
@@ -91,36 +62,35 @@ TaskRecord read_task_record(const RunOptions& run) {
   return TaskRecord::from_json(path, config);
 }
 
-TaskRunResult resume_task_run(const TrainerOptions& options, const RunOptions& run_options) {
+RunResult resume_task_run(const TrainerOptions& options, const RunOptions& run) {
   options.validate();
-  const std::string path = checkpoint_of(run_options);
-  if (leads(run_options) && !std::filesystem::exists(path)) throw formats::FileError("resume from", path, ENOENT);
-  const TaskRecord record = read_task_record(run_options);
-  if (!leads(run_options)) {
-    const TaskData data = load_task(record.task, *run_options.files);
-    TaskTrainer trainer(record.model, options, record.task, data, run_options.ranks);
-    return run(trainer, data, nullptr, progress_of(trainer, data, record.progress), run_options);
+  const std::string path = checkpoint_of(run);
+  if (leads(run) && !std::filesystem::exists(path)) throw formats::FileError("resume from", path, ENOENT);
+  const TaskRecord record = read_task_record(run);
+  std::optional<RunFolder> folder;
+  std::optional<formats::CheckpointFile> checkpoint;
+  if (leads(run)) {
+    folder.emplace(run.out);
+    checkpoint.emplace(path);
   }
-  const RunFolder folder(run_options.out);
-  const formats::CheckpointFile checkpoint(path);
-  // A run that was stopped after its last step still owes its results.
-  if (checkpoint.step() >= options.steps && std::filesystem::exists(folder / kResultsName)) {
-    throw OptionError("the checkpoint is at step " + std::to_string(checkpoint.step()) + " of " + std::to_string(options.steps) +
-                      " already: more steps go on");
+  const auto finished = finished_run(checkpoint ? &*checkpoint : nullptr, record.progress, record.model.parameter_count(),
+                                     options.steps, /*owes=*/true, run);
+  if (finished) return *finished;
+  const TaskData data = load_task(record.task, *run.files);
+  check_reach(record.model, data);
+  if (!checkpoint) {
+    TaskTrainer trainer(record.model, options, record.task, data, run.ranks);
+    return run_loop(trainer, nullptr, progress_of(trainer, data, record.progress), run);
   }
-  const TaskData data = load_task(record.task, *run_options.files);
-  TaskTrainer trainer(checkpoint, options, data, run_options.ranks);
-  ProgressLine notes(0, 0, run_options.quiet);
+  TaskTrainer trainer(*checkpoint, options, data, run.ranks);
   const Progress progress = progress_of(trainer, data, record.progress);
   if (progress.train_tokens != record.progress.train_tokens) {
-    notes.note("latte: the task's examples have changed since the checkpoint: the run goes on with the new ones");
+    ProgressLine(0, 0, run.quiet)
+        .note("latte: the task's examples have changed since the checkpoint: the run goes on with the new ones");
   }
-  if (record.progress.threads != at::get_num_threads()) {
-    notes.note("latte: " + std::to_string(at::get_num_threads()) + " threads, where the checkpoint was made with " +
-               std::to_string(record.progress.threads) + ": the same to rounding, not bit for bit");
-  }
-  write_config(folder, record.model, options, record.task, *run_options.files);
-  return run(trainer, data, &folder, progress, run_options);
+  note_threads(record.progress, run);
+  write_config(*folder, record.model, options, record.task, *run.files);
+  return run_loop(trainer, &*folder, progress, run);
 }
 
 }  // namespace latte::train

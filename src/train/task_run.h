@@ -1,8 +1,5 @@
-// A whole training run on a task, in a folder as train/run.h's, with results.json beside: loss and accuracy on every split.
+// A whole training run on a task, in a folder as train/run.h's; its results are loss and accuracy on every split.
 #pragma once
-
-#include <nlohmann/json.hpp>
-#include <string>
 
 #include "data/task_options.h"
 #include "models/encoder.h"
@@ -11,21 +8,14 @@
 
 namespace latte::train {
 
-struct TaskRunResult {
-  RunResult run;
-  nlohmann::json splits;  // {"test": {"loss":…, "accuracy":…, "examples":…, "majority":…}, …}; null where the run was interrupted
-};
-
-constexpr const char* kResultsName = "results.json";
-
 // `model` without what the task says: see fit_to(). Errors as start_run's, and the task's.
-TaskRunResult start_task_run(const models::EncoderConfig& model, bool max_positions_given, const TrainerOptions& options,
-                             const TaskOptions& task, const RunOptions& run);
+RunResult start_task_run(const models::EncoderConfig& model, bool max_positions_given, const TrainerOptions& options,
+                         const TaskOptions& task, const RunOptions& run);
 
 // The record of the checkpoint in run.out, which the first rank reads. Throws as resume_task_run.
 TaskRecord read_task_record(const RunOptions& run);
 
-// Goes on with a run from its checkpoint, on its task and model.
-TaskRunResult resume_task_run(const TrainerOptions& options, const RunOptions& run);
+// resume_run, on the run's task and model.
+RunResult resume_task_run(const TrainerOptions& options, const RunOptions& run);
 
 }  // namespace latte::train

@@ -9,7 +9,6 @@
 
 #include "formats/error.h"
 #include "train/autocast.h"
-#include "train/interrupt.h"
 
 namespace latte::train {
 namespace {
@@ -87,17 +86,21 @@ TaskRecord TaskRecord::from_json(const std::string& path, const std::string& con
   return record;
 }
 
-models::EncoderConfig fit_to(models::EncoderConfig model, const TaskData& data, bool max_positions_given) {
-  model.vocab_size = data.vocab_size;
-  model.num_outputs = data.num_classes;
-  model.head = to_string(data.kind);
+void check_reach(const models::EncoderConfig& model, const TaskData& data) {
   const int64_t longest = data.longest();
-  if (!max_positions_given) model.max_positions = std::max<int64_t>(longest, 1);
   const bool bounded = model.position_name() == "learned" || model.attention == "linformer";
   if (bounded && longest > model.max_positions) {
     throw formats::ConfigError("model config: max_positions is " + std::to_string(model.max_positions) + ", expected at least " +
                                std::to_string(longest) + ", the tokens of task " + data.name + "'s longest sequence");
   }
+}
+
+models::EncoderConfig fit_to(models::EncoderConfig model, const TaskData& data, bool max_positions_given) {
+  model.vocab_size = data.vocab_size;
+  model.num_outputs = data.num_classes;
+  model.head = to_string(data.kind);
+  if (!max_positions_given) model.max_positions = std::max<int64_t>(data.longest(), 1);
+  check_reach(model, data);
   model.validate();
   return model;
 }
@@ -236,17 +239,17 @@ Evaluation TaskTrainer::evaluate(const TaskExamples& split, const std::vector<in
   return {.loss = sums[0] / count, .accuracy = sums[2] / count};
 }
 
-bool TaskTrainer::stopped() const { return interruptible_ && InterruptGuard::interrupted(); }
-
-std::optional<double> TaskTrainer::test() {
-  interruptible_ = true;
+json TaskTrainer::evaluate_splits() {
+  json splits = json::object();
   for (const auto& [name, split] : data_.splits) {
-    if (name != "train") evaluations_[name] = evaluate(split);
+    if (name == "train") continue;
+    const Evaluation evaluation = evaluate(split);
+    splits[name] = {{"loss", evaluation.loss},
+                    {"accuracy", *evaluation.accuracy},
+                    {"examples", data_.examples(split)},
+                    {"majority", data_.majority_share(split)}};
   }
-  interruptible_ = false;
-  cut_short_ = InterruptGuard::interrupted();
-  if (ranks()) cut_short_ = ranks()->any(cut_short_);
-  return {};
+  return splits;
 }
 
 Evaluation TaskTrainer::validate() {

@@ -4,7 +4,6 @@
 #include <torch/torch.h>
 
 #include <cstdint>
-#include <map>
 #include <optional>
 #include <string>
 #include <vector>
@@ -29,8 +28,11 @@ struct TaskRecord {
   static TaskRecord from_json(const std::string& path, const std::string& config);  // of the checkpoint at `path`
 };
 
+// Throws ConfigError where learned positions or Linformer don't reach to the data's longest sequence.
+void check_reach(const models::EncoderConfig& model, const TaskData& data);
+
 // `model` for a task: its vocab_size, num_outputs and head are the data's; learned positions and Linformer reach to its longest
-// sequence unless max_positions says more. Throws ConfigError where they reach less far.
+// sequence unless max_positions says more. Throws as check_reach.
 models::EncoderConfig fit_to(models::EncoderConfig model, const TaskData& data, bool max_positions_given);
 
 class TaskTrainer : public StepTrainer {
@@ -48,16 +50,15 @@ class TaskTrainer : public StepTrainer {
   bool has_validation() const override { return true; }
   // On all of a split, in batches.
   Evaluation evaluate(const TaskExamples& split);
-  // On all splits but the training one, for evaluations(). An interruption cuts it short: they are no results then.
-  std::optional<double> test() override;
-  bool cut_short() const { return cut_short_; }
-  const std::map<std::string, Evaluation>& evaluations() const { return evaluations_; }
+  bool has_test() const override { return true; }
 
   models::Encoder& model() { return model_; }
 
  private:
   Loss loss_of_batch(uint64_t index) override;
   std::string record(const Progress& progress) const override;
+  // Of all splits but the training one "loss", "accuracy", "examples" and "majority", the share of the most frequent answer.
+  nlohmann::json evaluate_splits() override;
   struct Answers {
     at::Tensor loss;    // the mean over them
     int64_t count = 0;  // of answers asked for
@@ -70,7 +71,6 @@ class TaskTrainer : public StepTrainer {
   // Each example from the mean of its stretches' log-probabilities: TaskData::crop.
   Answers answer_in_stretches(const TaskExamples& split, const std::vector<int64_t>& examples);
   Evaluation evaluate(const TaskExamples& split, const std::vector<int64_t>& examples);
-  bool stopped() const;
   // Of some training examples [N, E], each sequence's: what pooled_norm knows of them.
   at::Tensor pooled_examples();
 
@@ -78,9 +78,6 @@ class TaskTrainer : public StepTrainer {
   TaskOptions task_;
   models::Encoder model_{nullptr};
   EpochOrder order_;
-  std::map<std::string, Evaluation> evaluations_;
-  bool interruptible_ = false;  // test()
-  bool cut_short_ = false;
 };
 
 }  // namespace latte::train

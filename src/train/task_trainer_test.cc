@@ -65,14 +65,12 @@ TEST_F(TaskTrainerTest, AnInterruptionEndsTheLastEvaluation) {
   const TaskData data = load_task(task_);
   TaskTrainer trainer(fit_to(model_, data, false), options_, task_, data);
   const InterruptGuard guard;
-  trainer.test();
-  EXPECT_GT(trainer.evaluations().at("test").loss, 0.0);
-  EXPECT_FALSE(trainer.cut_short());
+  const json whole = trainer.test();
+  EXPECT_EQ(whole.at("test").at("loss"), trainer.evaluate(data.splits.at("test")).loss);
+  const auto validation = trainer.validate().loss;
   std::raise(SIGINT);
-  trainer.test();
-  EXPECT_TRUE(trainer.cut_short());
-  EXPECT_EQ(trainer.evaluations().at("test").loss, 0.0);  // no batch was read
-  EXPECT_GT(trainer.validate().loss, 0.0);                // which the metrics of a step want whole
+  EXPECT_TRUE(trainer.test().is_null());
+  EXPECT_EQ(trainer.validate().loss, validation);  // which the metrics of a step want whole
 }
 
 TEST_F(TaskTrainerTest, ResumesBitForBit) {
@@ -217,8 +215,8 @@ TEST_F(TaskTrainerTest, ARunLearnsWritesResultsAndRefusesAnotherTask) {
   options_.steps = 20;
   options_.eval_every = 10;
   const RunOptions run{.out = folder_ / "run", .overwrite = false, .quiet = true};
-  const TaskRunResult result = start_task_run(model_, false, options_, task_, run);
-  EXPECT_EQ(result.run.step, 20);
+  const RunResult result = start_task_run(model_, false, options_, task_, run);
+  EXPECT_EQ(result.step, 20);
   const json results = json::parse(formats::read_bytes(folder_ / "run/results.json"));
   EXPECT_EQ(results, result.splits);
   EXPECT_EQ(results.size(), 3U);
@@ -235,7 +233,7 @@ TEST_F(TaskTrainerTest, ARunLearnsWritesResultsAndRefusesAnotherTask) {
   std::filesystem::remove(folder_ / "run/results.json");
   EXPECT_EQ(resume_task_run(options_, run).splits, result.splits);
   options_.steps = 24;
-  EXPECT_EQ(resume_task_run(options_, run).run.step, 24);
+  EXPECT_EQ(resume_task_run(options_, run).step, 24);
 }
 
 TEST_F(TaskTrainerTest, SequencesBeyondThePositionsAreAnError) {
@@ -245,6 +243,24 @@ TEST_F(TaskTrainerTest, SequencesBeyondThePositionsAreAnError) {
   EXPECT_CONTAINS(formats::error_text<formats::ConfigError>([&] { fit_to(model_, data, true); }),
                   "max_positions is 8, expected at least ");
   EXPECT_EQ(fit_to(model_, data, false).max_positions, data.longest());
+  // Nor is a run resumed on examples that have become longer.
+  task_.data = folder_ / "text.tsv";
+  const auto write_texts = [&](const std::string& last) {
+    std::string lines;
+    for (int i = 0; i < 40; ++i) lines += std::to_string(i % 2) + "\ttext" + (i == 20 ? last : "") + "\n";
+    formats::write_bytes(task_.data, lines);
+  };
+  task_ = TaskOptions::defaults("text");
+  task_.data = folder_ / "text.tsv";
+  write_texts("");
+  model_.max_positions = 4;
+  const RunOptions run{.out = folder_ / "run", .quiet = true};
+  options_.steps = 1;
+  start_task_run(model_, false, options_, task_, run);
+  write_texts(" that is longer");
+  options_.steps = 2;
+  EXPECT_CONTAINS(formats::error_text<formats::ConfigError>([&] { resume_task_run(options_, run); }),
+                  "max_positions is 4, expected at least 19");
 }
 
 TEST_F(TaskTrainerTest, DamagedConfigsAreErrors) {

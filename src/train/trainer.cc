@@ -1,6 +1,8 @@
 #include "train/trainer.h"
 
 #include <algorithm>
+#include <nlohmann/json.hpp>
+#include <numbers>
 #include <span>
 #include <utility>
 
@@ -80,9 +82,12 @@ StepTrainer::Loss Trainer::loss_of_batch(uint64_t index) {
 
 double Trainer::evaluate() { return evaluate(Split::kValidation, validation_windows_); }
 
-std::optional<double> Trainer::test() {
-  if (corpus_.size(Split::kTest) == 0) return {};
-  return evaluate(Split::kTest, corpus_.windows(Split::kTest, options().context));
+nlohmann::json Trainer::evaluate_splits() {
+  const auto windows = corpus_.windows(Split::kTest, options().context);
+  const double loss = evaluate(Split::kTest, windows);
+  nlohmann::json test = {{"loss", loss}, {"tokens", static_cast<int64_t>(windows.size()) * options().context}};
+  if (options().tokens == "bytes") test["bits_per_byte"] = loss / std::numbers::ln2;
+  return {{"test", test}};
 }
 
 double Trainer::evaluate(Split split, std::span<const int64_t> windows) {
@@ -96,7 +101,7 @@ double Trainer::evaluate(Split split, std::span<const int64_t> windows) {
     at_once = static_cast<size_t>(options().batch / ranks()->data_parallel());
   }
   double total = 0.0;
-  for (size_t begin = 0; begin < windows.size(); begin += at_once) {
+  for (size_t begin = 0; begin < windows.size() && !stopped(); begin += at_once) {
     const std::span offsets = windows.subspan(begin, std::min(windows.size() - begin, at_once));
     TokenBatch batch = corpus_.batch_at(split, offsets, options().context);
     if (ranks()) batch = ranks()->stretch(batch);

@@ -28,15 +28,17 @@ class Trainer : public StepTrainer {
 
   // The mean loss over the validation batches. Draws no random number.
   double evaluate();
-  std::optional<double> test() override;
   Evaluation validate() override { return {.loss = evaluate(), .accuracy = {}}; }
   bool has_validation() const override { return corpus_.size(Split::kValidation) > 0; }
+  bool has_test() const override { return corpus_.size(Split::kTest) > 0; }
 
   models::LanguageModel& model() { return model_; }
 
  private:
   Loss loss_of_batch(uint64_t index) override;
   std::string record(const Progress& progress) const override;
+  // {"test": {"loss", "tokens"}} and, of bytes, "bits_per_byte".
+  nlohmann::json evaluate_splits() override;
   at::Tensor loss_of(const TokenBatch& batch);
   double evaluate(Split split, std::span<const int64_t> windows);
 

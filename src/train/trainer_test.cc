@@ -210,6 +210,12 @@ TEST(TrainerOptionsTest, SurvivesJsonAndNamesWhatIsWrong) {
   EXPECT_CONTAINS(problem(R"({"batch": 18446744073709551615})"), "an integer");
   EXPECT_CONTAINS(problem(R"({"batch": 1099511627776})"), "batch");
   EXPECT_CONTAINS(problem(R"({"lr": -1})"), "lr is -1");
+  // A sequence may be shared by ranks of which none could hold it.
+  const char* long_context = R"({"context": 134217728, "batch": 1})";
+  EXPECT_EQ(TrainerOptions::from_json(nlohmann::json::parse(long_context)).tokens_per_step(), int64_t{1} << 27);
+  EXPECT_CONTAINS(problem(R"({"context": 134217728, "batch": 65536})"),
+                  "context is 134217728, expected an integer in 1 … 16777216");
+  EXPECT_CONTAINS(problem(R"({"context": 2, "batch": 1048576, "accumulate": 1048576})"), "context is 2");
   EXPECT_CONTAINS(problem(R"({"min_lr": 1})"), "min_lr");
   EXPECT_CONTAINS(problem(R"({"tokens": "\n"})"), "tokens");
   EXPECT_CONTAINS(problem("[]"), "a JSON object");
@@ -328,6 +334,45 @@ TEST_F(TrainerTest, RunsInAFolderAndResumesThere) {
   run.overwrite = true;
   EXPECT_EQ(start_run(model_, options_, run).step, 12);
   EXPECT_EQ(read_metrics(run.out + "/metrics.jsonl").size(), 12);
+}
+
+TEST_F(TrainerTest, ATextsTestIsOwedUntilItsResultsAreThere) {
+  RunOptions run{.out = folder_ / "run", .quiet = true};
+  options_.test_fraction = 0.1;
+  options_.tokens = "bytes";
+  const RunResult result = start_run(model_, options_, run);
+  const std::string results = run.out + "/results.json";
+  const auto splits = nlohmann::json::parse(formats::read_bytes(results));
+  EXPECT_EQ(splits, result.splits);
+  // The mean over the test part's whole sequences, read one by one.
+  const TextCorpus text(options_.text, {.kind = options_.vocabulary_kind(), .test_fraction = 0.1, .context = 16});
+  Trainer trainer(formats::CheckpointFile(result.checkpoint), options_, text);
+  trainer.model()->eval();
+  const auto windows = text.windows(Split::kTest, 16);
+  ASSERT_EQ(windows.size(), 18);  // 300 bytes
+  double loss = 0.0;
+  for (const int64_t window : windows) {
+    const auto batch = text.batch_at(Split::kTest, std::vector<int64_t>{window}, 16);
+    loss += torch::nn::functional::cross_entropy(trainer.model()(batch.x)[0], batch.y[0]).item<double>() / 18;
+  }
+  EXPECT_NEAR(splits.at("test").at("loss").get<double>(), loss, 1e-5);
+  EXPECT_NEAR(splits.at("test").at("bits_per_byte").get<double>(), loss / std::log(2.0), 1e-5);
+  EXPECT_EQ(splits.at("test").at("tokens"), 18 * 16);
+
+  EXPECT_THROW(resume_run(options_, run), OptionError);
+  run.restarted = true;  // what torchrun starts again has come to its end all the same
+  EXPECT_EQ(resume_run(options_, run).splits, splits);
+  run.restarted = false;
+  std::filesystem::remove(results);
+  const RunResult owed = resume_run(options_, run);
+  EXPECT_EQ(owed.splits, splits);
+  EXPECT_EQ(owed.loss, result.loss);
+  EXPECT_EQ(nlohmann::json::parse(formats::read_bytes(results)), splits);
+  // Another run in its place owes none, and has none.
+  options_.test_fraction = 0.0;
+  run.overwrite = true;
+  start_run(model_, options_, run);
+  EXPECT_FALSE(std::filesystem::exists(results));
 }
 
 }  // namespace
