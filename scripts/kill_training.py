@@ -3,10 +3,10 @@
 
 Each time: a run is started and killed with SIGKILL, at a random moment or, every other time, inside the write of a random
 checkpoint; it is resumed (begun again where nothing had been saved) and has to end with the bits of a run that nobody disturbed:
-weights, optimizer, random numbers, losses.
+weights, optimizer, random numbers, losses, results.
 
     scripts/kill_training.py --kills 50            # build/latte, a text of its own, one and two threads in turns
-    scripts/kill_training.py --kills 50 --task     # an encoder on a task: its results on each split have to be the same as well
+    scripts/kill_training.py --kills 50 --task     # an encoder on a task
     scripts/kill_training.py --kills 50 --extend small.gguf    # a conversion: the adapter has to be the same as well
     scripts/kill_training.py --kills 6 --seed 7 --latte /usr/local/bin/latte
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import resource
 import shutil
 import signal
 import time
@@ -286,6 +287,27 @@ def test_a_killed_comparison_goes_on(tmp_path, config):
         assert "another process" in again.stderr and time.monotonic() < deadline, again.stderr
         time.sleep(0.1)
     assert "softmax" in again.stdout
+
+
+def test_a_comparison_that_cannot_write_goes_on_later(tmp_path, config):
+    out = tmp_path / "out"
+    arguments = ["compare", config, "--attention", "softmax", "--seeds", 1, "--lr", "1e-3", "--out", out, "--threads", 1]
+
+    def limited(size: int):
+        return latte(*arguments, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
+
+    assert_fails(limited(1), "compare-config.json", "File too large")
+    run = limited(8192)  # no room for a checkpoint, as the run says, and then the comparison
+    assert run.returncode == 1 and "File too large" in run.stderr and "ended with exit code 1" in run.stderr, run.stderr
+    first = latte(*arguments)
+    assert first.returncode == 0, first.stderr
+    (run,) = (path for path in out.iterdir() if path.is_dir())
+    assert (run / "checkpoint.safetensors").stat().st_size > 8192
+    (out / "compare.json").unlink()
+    assert_fails(limited(1), "compare.json", "File too large")
+    again = latte(*arguments)
+    assert again.stderr.count("finished already") == 1 and again.stdout == first.stdout
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_tokenize_and_train_on_it(tmp_path):

@@ -11,8 +11,8 @@
 #include <cstdio>
 #include <filesystem>
 #include <memory>
+#include <stdexcept>
 #include <string>
-#include <string_view>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -26,8 +26,9 @@
 #include "train/compare.h"
 #include "train/interrupt.h"
 #include "train/metrics.h"
+#include "train/options.h"
 #include "train/plot.h"
-#include "train/task_run.h"
+#include "train/run.h"
 #include "train/training_checkpoint.h"
 
 namespace latte::cli {
@@ -94,17 +95,20 @@ json FinishedReport(const std::string& output) {
   }
 }
 
-// Runs of another task or budget are none that could be gone on with.
+// Runs on other data, of another task or budget are none that could be gone on with.
 std::string DefaultFolder(const Options& options) {
-  std::string name = "runs/compare-" + std::filesystem::path(options.config_file).stem().string();
+  std::string name = "compare-" + std::filesystem::path(options.config_file).stem().string();
   if (options.paper) name += "-paper";
-  for (const std::string& setting : options.settings) name += "-" + setting;
+  if (!options.data.empty()) name += "-" + std::filesystem::path(options.data).filename().string();
+  std::vector<std::string> settings = options.settings;
+  std::sort(settings.begin(), settings.end());
+  for (const std::string& setting : settings) name += "-" + setting;
   if (options.steps > 0) name += "-steps=" + std::to_string(options.steps);
   if (options.seconds > 0) name += "-seconds=" + json(options.seconds).dump();
-  const size_t base = std::string_view("runs/").size();
-  std::replace_if(
-      name.begin() + static_cast<std::ptrdiff_t>(base), name.end(), [](char c) { return c == '/' || c == '\0'; }, '_');
-  return name;
+  std::replace(name.begin(), name.end(), '/', '_');
+  constexpr size_t kLongest = 200;  // file systems take 255 bytes
+  if (name.size() > kLongest) throw train::OptionError("the folder's name would be too long: --out names one");
+  return "runs/" + name;
 }
 
 class Runs {
@@ -142,13 +146,13 @@ class Runs {
       const auto steps = run.config.at("training").value("steps", train::TrainerOptions().steps);
       const bool owes = run.config.contains("task") || run.config.at("training").value("test_fraction", 0.0) > 0;
       const bool done = !owes || std::filesystem::exists(folder + "/" + train::kResultsName);
-      const bool over = done && formats::CheckpointFile(checkpoint).step() >= steps;
-      json report = over && began ? FinishedReport(output) : json();
+      const bool trained = formats::CheckpointFile(checkpoint).step() >= steps;
+      json report = trained && began ? FinishedReport(output) : json();
       if (!report.is_null() && report.at("step") == steps) {
         Note(run.name + ": finished already");
         return keep(std::move(report));
       }
-      arguments.emplace_back(over ? "--overwrite" : "--resume");
+      arguments.emplace_back(trained && done ? "--overwrite" : "--resume");
     }
     if (train::InterruptGuard::interrupted()) return nullptr;
     Note(run.name);
@@ -267,8 +271,8 @@ void AddCompare(CLI::App& app, int& exit_code) {
       ->excludes(steps);
   command
       ->add_option("--out", options->out,
-                   "The folder of all runs, compare.json, compare.md and loss.svg; by default runs/compare-CONFIG, with --set, "
-                   "--steps, --seconds and --paper in its name")
+                   "The folder of all runs, compare.json, compare.md and loss.svg; by default runs/compare-CONFIG, with --data, "
+                   "--set, --steps, --seconds and --paper in its name")
       ->type_name("FOLDER");
   command->add_option("--threads", options->threads, "Threads of a run; by default torch's choice")->check(CLI::Range(1, 4096));
   command->add_flag("--paper", options->paper,

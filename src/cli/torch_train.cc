@@ -2,6 +2,7 @@
 #include <ATen/Parallel.h>
 #include <sys/resource.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
@@ -9,7 +10,9 @@
 #include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
+#include <vector>
 
 #include "cli/torch_commands.h"
 #include "cli/torch_train.h"
@@ -127,7 +130,7 @@ void AddTaskOptions(CLI::App& command, json& model, json& task) {
       ->group("Task");
   Add<std::string>(command, model, "--pooled-norm", "pooled_norm",
                    "Of what a classifier has pooled: none, or batch norm, which the mean over a long sequence needs; by default "
-                   "none, and without --config batch norm for text, retrieval, image and pathfinder",
+                   "none, but batch norm of the mean in text, retrieval, image and pathfinder where no --config is given",
                    json())
       ->check(CLI::IsMember({"none", "batch"}))
       ->group("Task");
@@ -221,8 +224,8 @@ train::RunResult Start(const json& model, const json& training, train::RunOption
   const auto config = formats::LanguageModelConfig::from_json(fields);
   if (run.out.empty()) run.out = "runs/" + std::filesystem::path(options.text).stem().string() + "-" + config.attention;
   if (Restarted(run)) {
-    run.restarted = true;
-    return Resume(model, training, run);
+    if (train::read_record(run).options == options) return Resume(model, training, run);
+    if (!run.overwrite) throw OptionError(OtherRun(run));
   }
   return train::start_run(config, options, run);
 }
@@ -296,6 +299,7 @@ int Train(const Options& options) {
     request.run.overwrite = options.overwrite;
     request.run.quiet = options.quiet;
     request.run.ranks = ranks.get();
+    request.run.restarted = ranks && ranks->restarts() > 0;
     try {
       if (options.resume ? IsTaskRun(request.run) : !request.task.empty()) {
         result = TrainTask(request);
@@ -345,8 +349,8 @@ void AddTrain(CLI::App& app, int& exit_code) {
   AddTaskOptions(*command, options->model, options->task);
   command
       ->add_option("--out", options->out,
-                   "The run's folder: checkpoint, metrics.jsonl, config.json, results.json, loss.svg and loss.png; by default "
-                   "runs/TEXT-ATTENTION")
+                   "The run's folder: checkpoint, metrics.jsonl, config.json, loss.svg, loss.png and, where there is a test, "
+                   "results.json; by default runs/TEXT-ATTENTION")
       ->type_name("FOLDER")
       ->group("Run");
   command->add_flag("--resume", options->resume, "Go on with the run in --out; what isn't named is as it was")->group("Run");

@@ -14,7 +14,7 @@ struct TrainRequest {
   nlohmann::json task = nlohmann::json::object();      // of TaskOptions
   train::RunOptions run;
   bool resume = false;
-  bool configured = false;  // a configuration file was given: what it leaves out is left to the library's defaults
+  bool configured = false;  // a configuration file was given
 };
 
 // Lays `over` over `under`, field by field.
@@ -36,8 +36,11 @@ std::string LocatedMessage(const std::string& path, const std::string& message);
 // Whether run.out holds a run of --task. Collective.
 bool IsTaskRun(const train::RunOptions& run);
 
-// Whether torchrun has started this job again, and it had saved something before: it goes on from there. Collective.
+// Whether torchrun has started this job again, and a checkpoint is there: it goes on from that, if it is its own. Collective.
 bool Restarted(const train::RunOptions& run);
+
+// What to say where it is not.
+std::string OtherRun(const train::RunOptions& run);
 
 // Trains on a task. Throws as start_task_run and resume_task_run do.
 train::RunResult TrainTask(const TrainRequest& request);

@@ -213,6 +213,11 @@ bool IsTaskRun(const train::RunOptions& run) {
   return run.ranks ? run.ranks->any(run.ranks->leads() && found()) : found();
 }
 
+std::string OtherRun(const train::RunOptions& run) {
+  return formats::checkpoint_path(run.out) +
+         " is of a run with other options: --overwrite starts again, --out names another folder";
+}
+
 bool Restarted(const train::RunOptions& run) {
   if (!run.ranks || run.ranks->restarts() == 0) return false;
   const bool saved = run.ranks->leads() && std::filesystem::exists(formats::checkpoint_path(run.out));
@@ -260,8 +265,9 @@ train::RunResult StartTask(const TrainRequest& request, train::RunOptions run) {
   const auto model = models::EncoderConfig::from_json(fields);
   if (run.out.empty()) run.out = "runs/" + task.name + "-" + model.attention;
   if (Restarted(run)) {
-    run.restarted = true;
-    return ResumeTask(request, run);
+    const auto record = train::read_task_record(run);
+    if (record.options == options && record.task.to_json() == task.to_json()) return ResumeTask(request, run);
+    if (!run.overwrite) throw train::OptionError(OtherRun(run));
   }
   return train::start_task_run(model, fields.contains("max_positions"), options, task, run);
 }

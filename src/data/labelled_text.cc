@@ -135,7 +135,7 @@ TaskData read_labelled_text(const TaskOptions& options) {
   } else {
     train = read_tsv(options.data, kept);
     const auto count = static_cast<std::ptrdiff_t>(train.size() / 10);
-    if (count == 0)
+    if (count < 2)
       throw FormatError(options.data, std::to_string(train.size()) + " examples are too few to train and to test on");
     test.assign(train.end() - count, train.end());
     train.erase(train.end() - count, train.end());

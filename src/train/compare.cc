@@ -262,7 +262,9 @@ json model_of(const json& config, const CompareEntry& entry) {
   if ((of_latents && !latents) || (position == "rotary" && !rotates)) model.erase("position");  // its default
   for (const auto& [field, value] : entry.model.items()) model[field] = value;
   for (const char* field : {"vocab_size", "num_outputs"}) {
-    if (model.contains(field)) throw OptionError(std::string(field) + " is for the data to say");
+    if (config.contains("task") && model.contains(field)) {
+      throw formats::ConfigError("model config: " + std::string(field) + " is the task's to say");
+    }
   }
   const bool bounded = attention == "linformer" || position_of() == "learned";
   if (bounded && !model.contains("max_positions")) model["max_positions"] = longest_sequence(config);
@@ -338,7 +340,8 @@ class Comparison {
     json& fields = config["training"];
     fields["lr"] = lr;
     // The same schedule at every rate.
-    fields["min_lr"] = fields.contains("min_lr") ? fields["min_lr"].get<double>() * (lr / configured_rate()) : lr / 10;
+    const auto scaled = [&](double min_lr) { return std::min(lr, min_lr * (lr / configured_rate())); };
+    fields["min_lr"] = fields.contains("min_lr") ? scaled(fields["min_lr"]) : lr / 10;
     fields["seed"] = seed;
     fields["steps"] = steps;
     return {file_name(title) + "-lr" + json(lr).dump() + "-seed" + std::to_string(seed), config};
@@ -347,7 +350,7 @@ class Comparison {
   // The configuration's, or with seconds as many as a trial says that fit; none where that was interrupted.
   std::optional<int64_t> steps_of(const std::string& title, const json& model) const {
     if (options_.seconds <= 0) return training_.value("steps", TrainerOptions().steps);
-    CompareRun trial = at(title, model, kTrialSteps, rates_.front(), first_seed_);
+    CompareRun trial = at(title, model, kTrialSteps, configured_rate(), first_seed_);
     trial.name = file_name(title) + "-trial";
     for (const char* field : {"eval_every", "save_every"}) trial.config["training"][field] = 0;
     trial.config["training"]["eval_batches"] = 1;

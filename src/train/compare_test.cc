@@ -2,8 +2,11 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <map>
 #include <set>
+#include <utility>
+#include <vector>
 
 #include "formats/test_files.h"
 #include "train/options.h"
@@ -113,6 +116,11 @@ TEST(Compare, WithoutRatesItTriesHalfOnceAndTwiceTheConfigurations) {
   compare(config, options, run);
   ASSERT_EQ(rates.size(), 1U);
   EXPECT_NEAR(rates[0].second, 0.000025, 1e-15);
+  config["training"].update({{"lr", 0.003}, {"min_lr", 0.003}});  // a constant one stays one, whatever rounding does
+  options.learning_rates = {0.007};
+  rates.clear();
+  compare(config, options, run);
+  EXPECT_EQ(rates[0].second, 0.007);
   config["training"]["min_lr"] = 0;  // a schedule that ends at nothing does at every rate
   rates.clear();
   compare(config, options, run);
@@ -303,7 +311,8 @@ TEST(Compare, AnEntrysErrorNamesTheEntry) {
   config["training"]["context"] = 16;
   EXPECT_CONTAINS(formats::error_text<OptionError>([&] { compare(config, options, run); }), "context is for --text");
   options.entries = {CompareOptions::parse_entry("softmax"), CompareOptions::parse_entry("latte:vocab_size=7")};
-  EXPECT_CONTAINS(formats::error_text<OptionError>([&] { compare(task_config(), options, run); }), "vocab_size is for the data");
+  EXPECT_CONTAINS(formats::error_text<OptionError>([&] { compare(task_config(), options, run); }),
+                  "latte:vocab_size=7: model config: vocab_size is the task's to say");
 }
 
 TEST(Compare, OptionsSayWhatIsWrong) {

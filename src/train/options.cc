@@ -66,7 +66,11 @@ void TrainerOptions::validate() const {
   check_range("accumulate", accumulate, 1, kLargestSize);
   // Ranks may share a sequence that none of them could hold.
   constexpr int64_t kLargestContext = int64_t{1} << 30;
-  check_range("context", context, 1, std::clamp<int64_t>(kLargestCount / (batch * accumulate), 1, kLargestContext));
+  check_range("context", context, 1, kLargestContext);
+  if (batch * accumulate > kLargestCount / context) {
+    throw OptionError("batch is " + std::to_string(batch) + ", with accumulate " + std::to_string(accumulate) + " and context " +
+                      std::to_string(context) + " more than the 2^40 tokens that a step may have");
+  }
   check_range("steps", steps, 1, kLargestCount);
   check_range("seed", seed, 0, std::numeric_limits<int64_t>::max());
   check_that(lr > 0, "lr", lr, "a positive number");

@@ -9,10 +9,12 @@
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
+#include <nlohmann/json.hpp>
 #include <set>
 #include <string>
 #include <vector>
 
+#include "formats/checkpoint.h"
 #include "formats/error.h"
 #include "formats/test_files.h"
 #include "train/metrics.h"
@@ -151,7 +153,7 @@ TEST_F(RecoveryTest, EveryWriteMayFailAndNothingIsLost) {
 TEST_F(RecoveryTest, EveryWriteOfAResumedRunMayFailToo) {
   setenv("PATH", "/nowhere", 1);  // no gnuplot: it takes longer than everything else here
   const RunOptions undisturbed{.out = folder_ / "undisturbed", .quiet = true};
-  start_run(model_, options_, undisturbed);
+  const auto expected_splits = start_run(model_, options_, undisturbed).splits;
   const auto expected = tensors_of(undisturbed.out + "/checkpoint.safetensors");
   // A run that a failing disk has stopped behind its first checkpoint.
   const RunOptions half{.out = folder_ / "half", .quiet = true};
@@ -187,6 +189,7 @@ TEST_F(RecoveryTest, EveryWriteOfAResumedRunMayFailToo) {
       if (!std::filesystem::exists(run.out + "/results.json")) resume_run(options_, run);
       EXPECT_EQ(tensors_of(checkpoint), expected);
       EXPECT_EQ(read_metrics(run.out + "/metrics.jsonl").size(), 4U);
+      EXPECT_EQ(nlohmann::json::parse(formats::read_bytes(run.out + "/results.json")), expected_splits);
       std::filesystem::remove_all(run.out);
       if (HasFailure()) return;
     }

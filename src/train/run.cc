@@ -5,6 +5,8 @@
 #include <cerrno>
 #include <filesystem>
 #include <nlohmann/json.hpp>
+#include <optional>
+#include <string>
 
 #include "data/text.h"
 #include "formats/atomic_file.h"
@@ -84,9 +86,12 @@ RunResult resume_run(const TrainerOptions& options, const RunOptions& run) {
   std::string config = checkpoint ? checkpoint->config() : "";
   if (run.ranks) config = run.ranks->broadcast(config);
   const TrainingRecord record = TrainingRecord::from_json(path, config);
-  const auto finished = finished_run(checkpoint ? &*checkpoint : nullptr, record.progress, record.model.parameter_count(),
-                                     options.steps, /*owes=*/options.test_fraction > 0, run);
-  if (finished) return *finished;
+  const ResumedRun resumed = {.checkpoint = checkpoint ? &*checkpoint : nullptr,
+                              .options = record.options,
+                              .progress = record.progress,
+                              .parameters = record.model.parameter_count(),
+                              .tests = record.options.test_fraction > 0};
+  if (const auto finished = finished_run(resumed, options, run)) return *finished;
   if (options.vocabulary_kind() != record.vocabulary.kind()) {
     throw OptionError("tokens is " + options.tokens + ", but the checkpoint was trained on " + record.options.tokens);
   }

@@ -9,6 +9,8 @@
 #include <filesystem>
 #include <optional>
 #include <stdexcept>
+#include <string>
+#include <vector>
 
 #include "formats/atomic_file.h"
 #include "formats/error.h"
@@ -79,21 +81,37 @@ void refuse_to_overwrite(const RunOptions& run) {
   }
 }
 
-std::optional<RunResult> finished_run(const formats::CheckpointFile* checkpoint, const Progress& progress, int64_t parameters,
-                                      int64_t steps, bool owes, const RunOptions& run) {
+std::optional<RunResult> finished_run(const ResumedRun& resumed, const TrainerOptions& options, const RunOptions& run) {
   const std::string results = (std::filesystem::path(run.out) / kResultsName).string();
-  bool finished = checkpoint && checkpoint->step() >= steps && (!owes || std::filesystem::exists(results));
-  if (run.ranks) finished = run.ranks->any(finished);
-  if (!finished) return {};
+  // The step, and whether the results are there, as the rank that leads knows them.
+  std::vector<double> known(2);
+  if (resumed.checkpoint) {
+    known[0] = static_cast<double>(resumed.checkpoint->step());
+    known[1] = std::filesystem::exists(results) ? 1.0 : 0.0;
+  }
+  if (run.ranks) known = run.ranks->sum(known);
+  const auto step = static_cast<int64_t>(known[0]);
+  if (step < options.steps) return {};
+  if (resumed.tests && known[1] == 0.0) {
+    if (options == resumed.options) return {};
+    throw OptionError("the checkpoint is at step " + std::to_string(step) + " of " + std::to_string(options.steps) +
+                      " already and owes its results alone, which are of the options that it was trained with");
+  }
   if (!run.restarted) {
-    throw OptionError("the checkpoint has all of the " + std::to_string(steps) + " steps already: more steps go on");
+    throw OptionError("the checkpoint is at step " + std::to_string(step) + " of " + std::to_string(options.steps) +
+                      " already: more steps go on");
   }
   RunResult result;
-  result.step = checkpoint ? checkpoint->step() : steps;
-  result.parameters = parameters;
-  result.progress = progress;
+  result.step = step;
+  result.parameters = resumed.parameters;
+  result.progress = resumed.progress;
   result.checkpoint = checkpoint_of(run);
-  if (owes && checkpoint) result.splits = formats::read_json_object(results);
+  if (resumed.checkpoint) {
+    if (resumed.tests) result.splits = formats::read_json_object(results);
+    const auto metrics = read_metrics((std::filesystem::path(run.out) / "metrics.jsonl").string());
+    if (!metrics.empty()) result.loss = metrics.back().loss;
+  }
+  if (run.ranks) run.ranks->finish();
   return result;
 }
 
@@ -157,19 +175,22 @@ RunResult run_loop(StepTrainer& trainer, const RunFolder* folder, Progress progr
   if (!result.interrupted && trainer.has_test()) {
     result.splits = trainer.test();
     result.interrupted = result.splits.is_null();
+    if (result.interrupted) line.note("latte: trained; the test was cut short: --resume tests it");
+    if (folder && !result.interrupted) formats::write_file(*folder / kResultsName, dump(result.splits), *run.files);
   }
   line.finish();
   // No rank ends well before the first has saved.
   if (run.ranks) run.ranks->finish();
   if (folder) {
-    if (!result.splits.is_null()) formats::write_file(*folder / kResultsName, dump(result.splits), *run.files);
     const auto metrics = read_metrics(*folder / "metrics.jsonl");
     if (!metrics.empty()) result.loss = metrics.back().loss;  // of an earlier session, where this one only tested
     const std::string problem = plot_losses({{folder->name(), metrics}}, *folder / "loss", *run.files);
     if (!problem.empty()) line.note("latte: " + problem);
   }
   result.step = trainer.steps_done();
-  result.step_seconds = step_time.mean();
+  // Of earlier sessions, where this one only tested.
+  const double before = progress.seconds / static_cast<double>(std::max<int64_t>(1, result.step));
+  result.step_seconds = step_time.mean() > 0 ? step_time.mean() : before;
   result.progress = progress;
   return result;
 }

@@ -6,9 +6,11 @@
 #include <string>
 
 #include "formats/checkpoint.h"
+#include "train/options.h"
 #include "train/run.h"
 #include "train/run_folder.h"
 #include "train/step_trainer.h"
+#include "train/training_checkpoint.h"
 
 namespace latte::train {
 
@@ -19,10 +21,19 @@ std::string dump(const nlohmann::json& object);  // as a file's text
 // Throws OptionError on the rank that leads where a run is there and isn't to be overwritten.
 void refuse_to_overwrite(const RunOptions& run);
 
-// Where the checkpoint (that of the rank that leads) has all `steps` and the run its results, if it `owes` any: nothing is left
-// to go on with. Throws OptionError then, on all ranks or, of a restarted run, returns what it ended with. Collective.
-std::optional<RunResult> finished_run(const formats::CheckpointFile* checkpoint, const Progress& progress, int64_t parameters,
-                                      int64_t steps, bool owes, const RunOptions& run);
+// What a run is resumed from, on all ranks.
+struct ResumedRun {
+  const formats::CheckpointFile* checkpoint = nullptr;  // of the rank that leads
+  TrainerOptions options;                               // as it was trained
+  Progress progress;
+  int64_t parameters = 0;
+  bool tests = false;  // it has results at its end
+};
+
+// Where no step is left of options.steps: throws OptionError on all ranks or, of a restarted run, returns what it ended with.
+// None where there is something to do, be it only results that are owed; those of other options than the run's are an
+// OptionError. Collective.
+std::optional<RunResult> finished_run(const ResumedRun& resumed, const TrainerOptions& options, const RunOptions& run);
 
 // What follows from another number of threads, on standard error.
 void note_threads(const Progress& before, const RunOptions& run);

@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <limits>
+#include <utility>
 
 #include "formats/error.h"
 #include "train/interrupt.h"
@@ -107,14 +108,17 @@ StepResult StepTrainer::step() {
   return result;
 }
 
-bool StepTrainer::stopped() const { return interruptible_ && InterruptGuard::interrupted(); }
+bool StepTrainer::stopped() {
+  if (interruptible_ && InterruptGuard::interrupted()) cut_short_ = true;
+  return cut_short_;
+}
 
 nlohmann::json StepTrainer::test() {
   // Ranks that share a sequence read it together: none leaves the others alone with it.
   interruptible_ = !ranks_ || ranks_->sequence_parallel() == 1;
   nlohmann::json splits = evaluate_splits();
   interruptible_ = false;
-  bool cut_short = InterruptGuard::interrupted();
+  bool cut_short = std::exchange(cut_short_, false);
   if (ranks_) cut_short = ranks_->any(cut_short);
   return cut_short ? nlohmann::json() : splits;
 }

@@ -65,8 +65,8 @@ class StepTrainer {
   // said of losses is the mean over them.
   explicit StepTrainer(const TrainerOptions& options, Ranks* ranks = nullptr);
   Ranks* ranks() const { return ranks_; }  // null: alone
-  // Whether an evaluation is to be cut short: test()'s alone, as what a validation says stands in a run's metrics.
-  bool stopped() const;
+  // Whether an evaluation is to end here: test()'s alone, as what a validation says stands in a run's metrics.
+  bool stopped();
   virtual nlohmann::json evaluate_splits() = 0;  // test()'s
 
   struct Loss {
@@ -93,7 +93,7 @@ class StepTrainer {
   std::vector<at::Tensor> parameters_;
   std::optional<AdamW> optimizer_;
   int64_t steps_done_ = 0;
-  bool interruptible_ = false;  // test()
+  bool interruptible_ = false, cut_short_ = false;  // test()
 };
 
 }  // namespace latte::train

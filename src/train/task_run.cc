@@ -6,6 +6,7 @@
 #include <filesystem>
 #include <nlohmann/json.hpp>
 #include <optional>
+#include <string>
 
 #include "data/tasks.h"
 #include "formats/atomic_file.h"
@@ -73,9 +74,12 @@ RunResult resume_task_run(const TrainerOptions& options, const RunOptions& run) 
     folder.emplace(run.out);
     checkpoint.emplace(path);
   }
-  const auto finished = finished_run(checkpoint ? &*checkpoint : nullptr, record.progress, record.model.parameter_count(),
-                                     options.steps, /*owes=*/true, run);
-  if (finished) return *finished;
+  const ResumedRun resumed = {.checkpoint = checkpoint ? &*checkpoint : nullptr,
+                              .options = record.options,
+                              .progress = record.progress,
+                              .parameters = record.model.parameter_count(),
+                              .tests = true};
+  if (const auto finished = finished_run(resumed, options, run)) return *finished;
   const TaskData data = load_task(record.task, *run.files);
   check_reach(record.model, data);
   if (!checkpoint) {

@@ -4,7 +4,7 @@
 #include <torch/torch.h>
 
 #include <cstdint>
-#include <optional>
+#include <nlohmann/json.hpp>
 #include <span>
 #include <string>
 #include <vector>

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <csignal>
 #include <filesystem>
 #include <fstream>
 #include <limits>
@@ -14,6 +15,7 @@
 #include "formats/error.h"
 #include "formats/test_files.h"
 #include "formats/trained_model.h"
+#include "train/interrupt.h"
 #include "train/metrics.h"
 #include "train/run.h"
 #include "train/test_checkpoint.h"
@@ -214,8 +216,9 @@ TEST(TrainerOptionsTest, SurvivesJsonAndNamesWhatIsWrong) {
   const char* long_context = R"({"context": 134217728, "batch": 1})";
   EXPECT_EQ(TrainerOptions::from_json(nlohmann::json::parse(long_context)).tokens_per_step(), int64_t{1} << 27);
   EXPECT_CONTAINS(problem(R"({"context": 134217728, "batch": 65536})"),
-                  "context is 134217728, expected an integer in 1 … 16777216");
-  EXPECT_CONTAINS(problem(R"({"context": 2, "batch": 1048576, "accumulate": 1048576})"), "context is 2");
+                  "with accumulate 1 and context 134217728 more than the 2^40");
+  EXPECT_CONTAINS(problem(R"({"context": 2147483648, "batch": 1})"),
+                  "context is 2147483648, expected an integer in 1 … 1073741824");
   EXPECT_CONTAINS(problem(R"({"min_lr": 1})"), "min_lr");
   EXPECT_CONTAINS(problem(R"({"tokens": "\n"})"), "tokens");
   EXPECT_CONTAINS(problem("[]"), "a JSON object");
@@ -367,7 +370,18 @@ TEST_F(TrainerTest, ATextsTestIsOwedUntilItsResultsAreThere) {
   const RunResult owed = resume_run(options_, run);
   EXPECT_EQ(owed.splits, splits);
   EXPECT_EQ(owed.loss, result.loss);
+  EXPECT_GT(owed.step_seconds, 0.0);  // of the steps that were trained before
   EXPECT_EQ(nlohmann::json::parse(formats::read_bytes(results)), splits);
+  // Only with the options that it was trained with, and not cut short.
+  std::filesystem::remove(results);
+  auto other = options_;
+  other.test_fraction = 0.2;
+  EXPECT_CONTAINS(formats::error_text<OptionError>([&] { resume_run(other, run); }), "owes its results alone");
+  {
+    const InterruptGuard guard;
+    std::raise(SIGINT);
+    EXPECT_TRUE(trainer.test().is_null());
+  }
   // Another run in its place owes none, and has none.
   options_.test_fraction = 0.0;
   run.overwrite = true;
