@@ -398,6 +398,15 @@ def test_a_pulled_cable_stops_the_job(tmp_path: Path, text: Path, two_hosts: tup
     assert "no longer answers" in ends[1][2].splitlines()[-1]
 
 
+def test_gradients_travel_while_the_backward_pass_goes_on() -> None:
+    options = ["--context", "16", "--batch", "2", "--embed-dim", "384", "--layers", "1", "--steps", "2", "--json"]
+    ends = Job(2, *options, command=("bench", "distributed")).finish()
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    measured = json.loads(ends[0][1])["measured"]
+    assert measured["buckets"] >= 2  # 7 MB of gradients
+    assert 1 <= measured["early_buckets"] < measured["buckets"]
+
+
 def test_bench_distributed(tmp_path: Path) -> None:
     """What was sent is what the model says: 2 ranks, one message each way a layer for state, window and convolution."""
     options = ["--context", "64", "--batch", "1", "--window", "8", "--embed-dim", "32", "--layers", "2", "--steps", "2"]

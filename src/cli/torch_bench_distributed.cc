@@ -123,7 +123,8 @@ json Measure(const Options& options, const formats::LanguageModelConfig& config,
   // Means over ranks and steps.
   std::vector<double> means =
       ranks.sum({seconds, traffic.gradient_seconds, traffic.sequence_seconds, static_cast<double>(traffic.gradient_bytes),
-                 static_cast<double>(traffic.sequence_bytes), static_cast<double>(traffic.messages), static_cast<double>(sent)});
+                 static_cast<double>(traffic.sequence_bytes), static_cast<double>(traffic.messages), static_cast<double>(sent),
+                 static_cast<double>(traffic.buckets), static_cast<double>(traffic.early_buckets)});
   for (double& mean : means) mean /= static_cast<double>(ranks.size() * options.steps);
   const Sizes sizes = SizesOf(config);
   const int64_t stretches = ranks.sequence_parallel();
@@ -145,7 +146,9 @@ json Measure(const Options& options, const formats::LanguageModelConfig& config,
           {"sequence_bytes", means[4]},
           {"sequence_bytes_by_the_model", expected},
           {"sequence_messages", means[5]},
-          {"tcp_bytes", means[6]}};
+          {"tcp_bytes", means[6]},
+          {"buckets", means[7]},
+          {"early_buckets", means[8]}};
 }
 
 void Print(const json& report) {
@@ -165,6 +168,8 @@ void Print(const json& report) {
     std::printf("  computing           %9.1f ms\n", 1e3 * number("compute_seconds"));
     std::printf("  waiting, gradients  %9.1f ms   (what the backward pass did not cover)\n",
                 1e3 * number("gradient_wait_seconds"));
+    std::printf("  buckets             %9.0f, of which %.0f set off before the pass had its last gradient\n", number("buckets"),
+                number("early_buckets"));
     std::printf("  waiting, sequences  %9.1f ms   (slower ranks included)\n", 1e3 * number("sequence_wait_seconds"));
     std::printf("  sent a rank         %9s gradients, %s states and edges (by the model %s) in %.0f messages; TCP %s\n",
                 Bytes(number("gradient_bytes")).c_str(), Bytes(number("sequence_bytes")).c_str(),

@@ -74,6 +74,7 @@ struct Ranks::Parts : nn::SequencePeers, nn::BatchPeers {
   std::unique_ptr<Heartbeat> heartbeat;
   int64_t texts = 0;                // sent by broadcast(text)
   Clock::time_point last_bucket{};  // when the last one set off
+  int64_t buckets_before = 0;       // this backward pass
 
   int64_t rank() const override { return rank_in_job % options.sequence_parallel; }
   int64_t size() const override { return options.sequence_parallel; }
@@ -270,6 +271,7 @@ class MeanHook : public c10d::CppCommHookInterface<c10d::ProcessGroup*> {
     const int64_t ranks = state_->getSize();
     tensors[0].div_(ranks);
     traffic_.gradient_bytes += static_cast<int64_t>(tensors[0].nbytes()) / ranks * (ranks - 1) * 2;
+    ++traffic_.buckets;
     last_ = Clock::now();
     return state_->allreduce(tensors)->getFuture();
   }
@@ -295,13 +297,18 @@ void Ranks::watch(const std::vector<at::Tensor>& parameters) {
       /*gradient_as_bucket_view=*/false, std::unordered_map<size_t, std::string>(), options.first_bucket_bytes,
       /*skip_all_reduce_unused_params=*/false, /*use_python_reducer=*/false, std::vector<int64_t>());
   parts_->reducer->register_comm_hook(std::make_unique<MeanHook>(parts_->group.get(), parts_->traffic, parts_->last_bucket));
+  parameters.front().register_hook([parts = parts_.get()](const at::Tensor&) {
+    parts->traffic.early_buckets += parts->traffic.buckets - parts->buckets_before;
+  });
 }
 
 void Ranks::average_gradients(const at::Tensor& loss) {
+  parts_->buckets_before = parts_->traffic.buckets;
   if (size() > 1) parts_->reducer->prepare_for_backward({loss});
 }
 
 void Ranks::gradients_arrived() {
+  parts_->buckets_before = parts_->traffic.buckets;  // passes that send nothing may follow
   if (size() > 1) parts_->traffic.gradient_seconds += seconds_since(parts_->last_bucket);
 }
 

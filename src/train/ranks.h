@@ -41,6 +41,8 @@ struct RanksTraffic {
   int64_t gradient_bytes = 0;     // sent, by the ring: 2 (R - 1) / R of the gradients' size
   int64_t sequence_bytes = 0;     // sent
   int64_t messages = 0;           // sent by sequence parallelism
+  int64_t buckets = 0;            // of gradients, sent
+  int64_t early_buckets = 0;      // of them, those that set off before the first parameter had its gradient, the pass's last
   void clear() { *this = {}; }
 };
 
