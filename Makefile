@@ -32,7 +32,9 @@ build: setup  ## the programs, the library of operators, the tests
 test: build  ## every test: C++, Python, the ladder, an installed copy
 	ctest --test-dir build --output-on-failure --no-tests=error
 
-demo: build  ## checks the kernels, trains on Shakespeare, converts SmolLM2: curves, tables, text, in ten minutes
+demo: setup  ## checks the kernels, trains on Shakespeare, converts SmolLM2: curves, tables, text, in ten minutes
+	@[[ build/build.ninja -nt CMakePresets.json && build/build.ninja -nt .venv/setup.stamp ]] || cmake --preset release
+	@cmake --build --preset release --parallel $(JOBS) --target latte latte-torch
 	@scripts/demo.sh $(DEMO)
 
 bench: build  ## attention against torch's scaled_dot_product_attention

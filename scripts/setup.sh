@@ -38,7 +38,7 @@ has_python_h() {
 }
 
 command -v "$python" >/dev/null || die "$python is missing: install Python 3.11, or name another with PYTHON="
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || die "$python is older than Python 3.10"
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || die "$python is older than Python 3.11"
 command -v g++ >/dev/null || command -v clang++ >/dev/null || die "no C++ compiler: install g++ 12 or newer"
 
 if command -v apt-get >/dev/null && command -v dpkg-query >/dev/null; then

@@ -58,6 +58,35 @@ class NoInProjection:
         )
 
 
+LARGEST_SIZE = 2**24  # of a window, in the C++ modules as well
+
+
+def all_closed(query_logits: Tensor) -> Tensor:
+    """[..., 1]: where every logit is -inf, so that no part of the mixture is read."""
+    return query_logits.isneginf().all(-1, keepdim=True)
+
+
+def shares_of(query_logits: Tensor) -> Tensor:
+    """p(l|t) in float64, [..., L]: the softmax of `query_logits`, and 0 where all of them are -inf."""
+    closed = all_closed(query_logits)
+    return query_logits.double().masked_fill(closed, 0.0).softmax(-1).masked_fill(closed, 0.0)
+
+
+def window_and_latents_share(query_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """p(0|t) and its complement, [..., 1] each: 0 and 0 where all logits are -inf. Float32, or float64 of float64 logits.
+
+    Exact at both ends, with gradients that are finite there.
+    """
+    wide = query_logits.double() if query_logits.dtype == torch.float64 else query_logits.float()
+    window, latents = wide[..., :1], wide[..., 1:]
+    no_window, no_latents = window.isneginf(), all_closed(latents)
+    gate = window.masked_fill(no_window, 0.0) - latents.masked_fill(no_latents, 0.0).logsumexp(-1, keepdim=True)
+    return (
+        gate.sigmoid().masked_fill(no_latents, 1.0).masked_fill(no_window, 0.0),
+        (-gate).sigmoid().masked_fill(no_window, 1.0).masked_fill(no_latents, 0.0),
+    )
+
+
 class LatentAttention(nn.Module):
     """What LatteAttention and MacchiatoAttention share: MultiheadAttention's habits, the latents' projections and positions."""
 
@@ -225,6 +254,9 @@ class LatentAttention(nn.Module):
         if query.dim() not in (2, 3) or query.shape[-1] != self.embed_dim:
             expected = f"[{'B, T' if self.batch_first else 'T, B'}, {self.embed_dim}] or [T, {self.embed_dim}]"
             raise ValueError(f"{name}: query has shape {tuple(query.shape)}, expected {expected}")
+        weight = self.value_proj.weight
+        if isinstance(weight, Tensor) and query.dtype != weight.dtype and not torch.is_autocast_enabled(query.device.type):
+            raise TypeError(f"{name}: query has dtype {query.dtype}, expected the module's, {weight.dtype}, or autocast")
         batched = query.dim() == 3
         if not batched:
             x = query.unsqueeze(0)

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
-from latte._latent import AttentionState, LatentAttention
+from latte._latent import LARGEST_SIZE, AttentionState, LatentAttention, shares_of, window_and_latents_share
 from latte._linear import Linear
 from latte._masks import bias_window, widen_keys
 from latte._probabilities import latent_probabilities, window_probabilities
@@ -123,7 +122,7 @@ class LatteAttention(LatentAttention):
         )
         weights = None
         if need_weights:
-            shares = query_logits.double().softmax(-1)
+            shares = shares_of(query_logits)
             weights = latent_probabilities(shares, key_logits, causal=causal, key_mask=key_mask, log_decay=log_decay)
         return out, weights, after._replace(latents=latents) if output_state else None
 
@@ -194,8 +193,11 @@ class MacchiatoAttention(LatentAttention):
             decay_rank=decay_rank,
             gates=1,
         )
-        if window < 1 or sinks < 0:
-            raise ValueError(f"MacchiatoAttention: window must be at least 1 and sinks at least 0, got {window} and {sinks}")
+        if not (1 <= window <= LARGEST_SIZE and 0 <= sinks <= LARGEST_SIZE):
+            raise ValueError(
+                f"MacchiatoAttention: window must be in 1 … {LARGEST_SIZE} and sinks at least 0 and at most that, "
+                f"got {window} and {sinks}"
+            )
         if rope and self.head_dim % 2 != 0:
             raise ValueError(
                 f"MacchiatoAttention: rope=True rotates pairs, so embed_dim / num_heads must be even, got {self.head_dim}"
@@ -266,9 +268,8 @@ class MacchiatoAttention(LatentAttention):
                 initial_state=None if before is None else before.latents,
                 output_state=output_state,
             )
-            wide = query_logits.double() if query_logits.dtype == torch.float64 else query_logits.float()
-            gate = wide[..., :1] - wide[..., 1:].logsumexp(-1, keepdim=True)
-            out = (gate.sigmoid() * local + (-gate).sigmoid() * distant).to(local.dtype)
+            window_share, latents_share = window_and_latents_share(query_logits)
+            out = (window_share * local + latents_share * distant).to(local.dtype)
             if output_state:
                 final_state = final_state._replace(latents=latents)
         else:
@@ -285,7 +286,7 @@ class MacchiatoAttention(LatentAttention):
             )
         weights = None
         if need_weights:
-            shares = query_logits.double().softmax(-1)
+            shares = shares_of(query_logits)
             far = latent_probabilities(shares[..., 1:], key_logits, causal=causal, key_mask=key_mask, log_decay=log_decay)
             weights = shares[..., 0].transpose(1, 2).unsqueeze(-1) * local_weights + far
         return out, weights, after._replace(macchiato=final_state) if output_state else None

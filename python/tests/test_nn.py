@@ -143,6 +143,35 @@ def test_a_float_mask_biases_every_key(name, causal):
     assert (module(x, key_padding_mask=floats.isneginf(), is_causal=causal)[0] - out)[~padding()].norm() > 1e-3
 
 
+@every_variant_both_ways
+def test_what_is_closed_gives_zero(name, causal):
+    """Query logits of -inf: of the latents, of the window, of all; with gradients that are finite."""
+    for parts in (slice(1, None), slice(0, 1), slice(None)):
+        module = make(name)
+        if module.query_logits_proj.bias is None or (parts != slice(None) and "macchiato" not in name):
+            continue
+        with torch.no_grad():
+            module.query_logits_proj.bias.view(NUM_HEADS, -1)[:, parts] = -torch.inf
+        out, weights = module(tokens(), is_causal=causal, need_weights=True)
+        assert out.isfinite().all() and weights.isfinite().all()
+        if parts == slice(None):
+            assert (weights == 0).all()
+            assert_close(out, module.out_proj(torch.zeros_like(out)))
+        out.square().sum().backward()
+        for key, parameter in module.named_parameters():
+            assert parameter.grad is None or parameter.grad.isfinite().all(), (parts, key)
+
+
+def test_another_dtype_or_window_is_an_error():
+    module = LatteAttention(EMBED_DIM, NUM_HEADS, batch_first=True)
+    with pytest.raises(TypeError, match="query has dtype torch.float64, expected the module's, torch.float32"):
+        module(torch.randn(1, 4, EMBED_DIM, dtype=torch.float64))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(torch.randn(1, 4, EMBED_DIM, dtype=torch.bfloat16))[0].isfinite().all()
+    with pytest.raises(ValueError, match="window must be in 1"):
+        MacchiatoAttention(EMBED_DIM, NUM_HEADS, window=2**62)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [11, 4])
 def test_a_float_mask_is_multihead_attentions(causal, window):

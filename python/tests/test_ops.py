@@ -117,12 +117,12 @@ MIXTURES: dict[str, Callable[..., Case]] = {
 }
 
 
-def extreme(mixture: str, kind: str) -> Case:
-    """Logits, scores of the window and decays as the kernels' chunks like them least; float16 holds them all."""
-    case = MIXTURES[mixture](time=70, latents=3, **({"decay": True} if kind.startswith("decay") else {}))
+def extreme(mixture: str, kind: str, tokens: int = 70) -> Case:
+    """Logits, scores of the window and decays as the kernels' chunks like them least; of 70 tokens float16 holds them all."""
+    case = MIXTURES[mixture](time=tokens, latents=3, **({"decay": True} if kind.startswith("decay") else {}))
     q, k = case.inputs["query_logits"], case.inputs["key_logits"]
-    query, key = (case.inputs.get(name, torch.zeros(1, 70, 1, 0)) for name in ("query", "key"))
-    time = torch.arange(70).view(1, -1, 1, 1) - 35.0
+    query, key = (case.inputs.get(name, torch.zeros(1, tokens, 1, 0)) for name in ("query", "key"))
+    time = torch.arange(tokens).view(1, -1, 1, 1) - tokens / 2
     if kind == "huge":
         q.mul_(5000.0), k.mul_(5000.0), query.mul_(100.0), key.mul_(100.0)
     elif kind == "offset":
@@ -156,19 +156,28 @@ def extreme(mixture: str, kind: str) -> Case:
     ("mixture", "kind"), [(m, k) for m in MIXTURES for k in EXTREMES if "bidirectional" not in m or not k.startswith("decay")]
 )
 def test_extreme_logits(mixture: str, kind: str, dtype: torch.dtype) -> None:
+    check_extreme(extreme(mixture, kind), dtype)
+
+
+@pytest.mark.parametrize("dtype", FUSED, ids=str)
+@pytest.mark.parametrize("kind", ["jump", "absent", "decay", "decay-extreme"])
+@pytest.mark.parametrize("mixture", ["causal", "macchiato"])
+def test_extreme_logits_of_several_segments(mixture: str, kind: str, dtype: torch.dtype) -> None:
+    """More tokens than the kernels' backward pass takes at once, between a first and a last state that have gradients."""
+    check_extreme(extreme(mixture, kind, tokens=600), dtype)
+
+
+def check_extreme(case: Case, dtype: torch.dtype) -> None:
     """Outputs, states and every gradient, against the composed path in float64 on the inputs as dtype rounds them."""
-    case = extreme(mixture, kind)
     tensors = case.tensors(dtype, requires_grad=True)
     exact = {key: x.detach().double().requires_grad_() for key, x in tensors.items()}
     got, expected = case.readable(tensors), case.readable(exact)
     cotangents = [normal(*x.shape, seed=3 + i).bfloat16().double() for i, x in enumerate(expected)]
-    # The error of a logit, whatever the inputs' dtype, is that of a float32 of its size.
-    sizes = [x.detach()[x.detach().isfinite()].abs().max().item() for x in exact.values() if x.numel() > 0]
+    # Logits are exact; a score of the window is a sum of products, whose error is that of a float32 of its size.
+    score = 0.0
     if "query" in exact:
-        sizes.append(
-            (exact["query"].norm(dim=-1).max() * exact["key"].norm(dim=-1).max()).item() * exact["key"].shape[-1] ** -0.5
-        )
-    tolerance = max(TOLERANCE[dtype], 1e-5 * max(sizes) / 64)
+        score = (exact["query"].norm(dim=-1).max() * exact["key"].norm(dim=-1).max()).item() * exact["key"].shape[-1] ** -0.5
+    tolerance = max(TOLERANCE[dtype], 1e-5 * score / 64)
     without_gradients = case.readable(case.tensors(dtype))
     for i, (a, b, c) in enumerate(zip(got, expected, without_gradients, strict=True)):
         assert_close(a, b, tolerance, f"output {i}")
@@ -223,12 +232,17 @@ def test_whole_is_pieces(operator: str, dtype: torch.dtype, cuts: list[int]) -> 
 
 def test_pieces_carry_gradients() -> None:
     """The gradients of a sequence in pieces are those of the whole, through every tensor of the state."""
-    for case in (attention(time=70, decay=True, mask=True), macchiato(time=70, sinks=3, sink_query=True, window=6, decay=True)):
+    for case, cuts in (
+        (attention(time=70, decay=True, mask=True), [16, 17, 40]),
+        (macchiato(time=70, sinks=3, sink_query=True, window=6, decay=True), [16, 17, 40]),
+        (attention(time=600, decay=True, mask=True), [16, 17, 290]),  # pieces of more than a segment of the backward pass
+        (macchiato(time=600, sinks=3, sink_query=True, window=6, decay=True), [16, 17, 290]),
+    ):
         case.rest.pop("output_final_state", None)
         for dtype in (torch.float64, torch.float32):
             tensors = case.tensors(dtype, requires_grad=True)
             whole = getattr(ops, case.operator)(**tensors, **case.rest)[0]
-            joined = torch.cat([r[0] for r in pieces_of(case, tensors, [16, 17, 40], OVER_TIME)], 1)
+            joined = torch.cat([r[0] for r in pieces_of(case, tensors, cuts, OVER_TIME)], 1)
             cotangent = normal(*whole.shape, seed=4).to(dtype)
             expected = torch.autograd.grad(whole, list(tensors.values()), cotangent)
             got = torch.autograd.grad(joined, list(tensors.values()), cotangent)

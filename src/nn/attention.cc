@@ -1,6 +1,7 @@
 #include "nn/attention.h"
 
 #include <cmath>
+#include <limits>
 #include <utility>
 
 #include "nn/attention_weights.h"
@@ -14,6 +15,18 @@ namespace {
 // attention's temperature).
 constexpr double kDecayTemperature = 16.0;
 constexpr double kDecayBias = 3.0;
+
+// [..., 1]: where every logit is -inf, so that no part of the mixture is read.
+at::Tensor all_closed(const at::Tensor& query_logits) { return query_logits.isneginf().all(-1, /*keepdim=*/true); }
+
+// log p(l|t) in float64, -inf where all logits are.
+at::Tensor log_shares_of(const at::Tensor& query_logits) {
+  const auto closed = all_closed(query_logits);
+  return query_logits.to(torch::kFloat64)
+      .masked_fill(closed, 0)
+      .log_softmax(-1)
+      .masked_fill(closed, -std::numeric_limits<double>::infinity());
+}
 
 }  // namespace
 
@@ -232,7 +245,7 @@ AttentionResult LatteAttentionImpl::attend(const at::Tensor& x, const OptionalTe
   result.out = finish(heads_out);
   if (options.need_weights) {
     result.weights =
-        latent_attention_weights(latents.query_logits.log_softmax(-1, torch::kFloat64), latents.key_logits,
+        latent_attention_weights(log_shares_of(latents.query_logits), latents.key_logits,
                                  {.log_decay = latents.log_decay, .key_mask = key_mask, .causal = options.is_causal});
   }
   if (options.output_state) result.state = std::move(next);
@@ -311,7 +324,7 @@ AttentionResult MacchiatoAttentionImpl::attend(const at::Tensor& x, const Option
   AttentionResult result;
   result.out = finish(heads_out);
   if (options.need_weights) {
-    const auto log_shares = latents.query_logits.log_softmax(-1, torch::kFloat64);
+    const auto log_shares = log_shares_of(latents.query_logits);
     const auto window_share = log_shares.select(-1, 0).exp().transpose(1, 2).unsqueeze(-1);  // [B, H, T, 1]
     result.weights =
         window_share * window_weights +
@@ -352,10 +365,14 @@ std::tuple<at::Tensor, std::optional<MacchiatoState>> MacchiatoAttentionImpl::at
   }
   latents_out = latte::vapor(latents_out, latents.positions, kVaporBase, /*inverse=*/true);
 
-  // p(0|t) = sigmoid(gate), which is exact at both ends.
+  // p(0|t) = sigmoid(gate), which is exact at both ends; where logits are all -inf nothing is read, and gradients stay finite.
   const auto wide = latents.query_logits.to(latents_out.scalar_type() == torch::kFloat64 ? torch::kFloat64 : torch::kFloat32);
-  const auto gate = wide.slice(-1, 0, 1) - wide.slice(-1, 1).logsumexp(-1, /*keepdim=*/true);  // [B, T, H, 1]
-  const auto heads_out = gate.sigmoid() * window_out + gate.neg().sigmoid() * latents_out;
+  const auto of_window = wide.slice(-1, 0, 1), of_latents = wide.slice(-1, 1);
+  const auto no_window = of_window.isneginf(), no_latents = all_closed(of_latents);
+  const auto gate = of_window.masked_fill(no_window, 0) -
+                    of_latents.masked_fill(no_latents, 0).logsumexp(-1, /*keepdim=*/true);  // [B, T, H, 1]
+  const auto heads_out = gate.sigmoid().masked_fill(no_latents, 1).masked_fill(no_window, 0) * window_out +
+                         gate.neg().sigmoid().masked_fill(no_window, 1).masked_fill(no_latents, 0) * latents_out;
   return {heads_out.to(latents_out.scalar_type()), after};
 }
 

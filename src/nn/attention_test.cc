@@ -4,9 +4,11 @@
 #include <torch/torch.h>
 
 #include <functional>
+#include <limits>
 #include <memory>
 #include <ostream>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "nn/attention_weights.h"
@@ -324,6 +326,38 @@ TEST(SoftmaxAttention, SinksAreReadFromBothSides) {
   const auto values = module->value_proj(x).unsqueeze(1);  // one key-value head
   const auto heads = at::matmul(weights, values).transpose(1, 2).flatten(2);
   EXPECT_TRUE(close(result.out, module->out_proj(heads)));
+}
+
+// Query logits of -inf: of the latents, of the window, of all; with gradients that are finite.
+TEST(MacchiatoAttention, WhatIsClosedGivesZero) {
+  const double infinity = std::numeric_limits<double>::infinity();
+  for (const LatentPosition position : {LatentPosition::kNone, LatentPosition::kVapor}) {
+    for (const auto& [begin, end] : {std::pair{1, 4}, {0, 1}, {0, 4}}) {
+      auto options = common<MacchiatoAttentionOptions>(/*batch_first=*/true);
+      options.position = position;
+      options.bias = true;
+      options.num_latents = 3;
+      options.window = 5;
+      MacchiatoAttentionImpl module(options);
+      {
+        const torch::NoGradGuard no_grad;
+        module.query_logits_proj->bias.view({kHeads, 4}).slice(1, begin, end).fill_(-infinity);
+      }
+      AttentionForwardOptions forward;
+      forward.is_causal = forward.need_weights = true;
+      const auto result = module.forward(torch::randn({kBatch, kTime, kDim}), forward);
+      EXPECT_TRUE(result.out.isfinite().all().item<bool>());
+      EXPECT_TRUE(result.weights.isfinite().all().item<bool>());
+      const bool all = end - begin == 4;
+      EXPECT_EQ(result.weights.eq(0).all().item<bool>(), all);
+      EXPECT_EQ(result.out.equal(module.out_proj->bias.expand_as(result.out)), all);
+      result.out.square().sum().backward();
+      for (const auto& item : module.named_parameters()) {
+        const auto& grad = item.value().grad();
+        if (grad.defined()) EXPECT_TRUE(grad.isfinite().all().item<bool>()) << item.key();
+      }
+    }
+  }
 }
 
 TEST(AttentionOptions, ImpossibleOnesAreRefused) {

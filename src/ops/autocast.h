@@ -10,6 +10,7 @@
 namespace latte {
 
 inline at::Tensor Autocast(const at::Tensor& x) {
+  if (!x.defined()) return x;  // None, which checks refuse
   const auto device = x.device().type();
   if (!at::autocast::is_autocast_available(device) || !at::autocast::is_autocast_enabled(device)) return x;
   return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), x, device);

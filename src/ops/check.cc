@@ -18,6 +18,7 @@ std::string Text(c10::SymIntArrayRef sizes) {
 }  // namespace
 
 void Checker::Rank(const char* argument, const at::Tensor& tensor, int64_t rank, const char* letters) const {
+  TORCH_CHECK_TYPE(tensor.defined(), "[latte.", op_, "] ", argument, ": got None, expected a tensor ", letters);
   TORCH_CHECK_VALUE(tensor.dim() == rank, "[latte.", op_, "] ", argument, ": got shape ", Text(tensor.sym_sizes()), ", expected ",
                     letters);
 }

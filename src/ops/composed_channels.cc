@@ -87,13 +87,14 @@ ChannelOutputs RgLru(const RgLruInputs& in) {
 
 at::Tensor Vapor(const at::Tensor& x, const OptionalTensor& positions, double base, bool inverse) {
   const int64_t half = x.size(3) / 2;
-  const auto doubles = x.options().dtype(at::kDouble);
-  const auto position = Present(positions) ? positions->to(at::kDouble) : at::arange(x.size(1), doubles);
+  // Angles of far positions need float64, which not every device has.
+  const auto doubles = at::TensorOptions(at::kDouble).device(x.is_mps() ? at::Device(at::kCPU) : x.device());
+  const auto position = Present(positions) ? positions->to(doubles) : at::arange(x.size(1), doubles);
   const auto frequency = (at::arange(half, doubles) * (-std::log(base) / std::max<int64_t>(half, 1))).exp();
   const auto angle = (position.unsqueeze(-1) * frequency).unsqueeze(-2);  // [B or nothing, T, 1, D / 2]
   const auto compute = AccumulateType(x.scalar_type());
-  const auto cos = angle.cos().to(compute);
-  const auto sin = (inverse ? -angle.sin() : angle.sin()).to(compute);
+  const auto cos = angle.cos().to(compute).to(x.device());
+  const auto sin = (inverse ? -angle.sin() : angle.sin()).to(compute).to(x.device());
   const auto first = x.narrow(-1, 0, half).to(compute), second = x.narrow(-1, half, half).to(compute);
   return at::cat({first * cos - second * sin, second * cos + first * sin}, -1).to(x.scalar_type());
 }

@@ -311,17 +311,20 @@ TEST_F(RecoveryTest, ResumesBitForBitOnTwoThreadsWithLargeProducts) {
   model_.num_heads = 4;
   model_.dropout = 0.1;
   options_.context = 64;
-  options_.batch = 8;  // 512 tokens × 128 × 512: 2^25
-  const RunOptions whole{.out = folder_ / "whole", .quiet = true}, pieces{.out = folder_ / "pieces", .quiet = true};
+  options_.batch = 8;                    // 512 tokens × 128 × 512: 2^25
   options_.lr = options_.min_lr = 1e-3;  // the same rate whatever --steps says
   options_.warmup = 0;
-  start_run(model_, options_, whole);
-  auto half = options_;
-  half.steps = 2;
-  start_run(model_, half, pieces);
-  resume_run(options_, pieces);
+  for (const std::string dtype : {"float32", "bfloat16"}) {
+    options_.dtype = dtype;
+    const RunOptions whole{.out = folder_ / ("whole-" + dtype), .quiet = true}, pieces{.out = folder_ / dtype, .quiet = true};
+    start_run(model_, options_, whole);
+    auto half = options_;
+    half.steps = 2;
+    start_run(model_, half, pieces);
+    resume_run(options_, pieces);
+    EXPECT_EQ(tensors_of(pieces.out + "/checkpoint.safetensors"), tensors_of(whole.out + "/checkpoint.safetensors")) << dtype;
+  }
   at::set_num_threads(threads);
-  EXPECT_EQ(tensors_of(pieces.out + "/checkpoint.safetensors"), tensors_of(whole.out + "/checkpoint.safetensors"));
 }
 
 }  // namespace
