@@ -10,6 +10,9 @@ import torch
 from ops_cases import CASES, TOLERANCE, Case, assert_close, attention, fresh_state, macchiato, meaning, normal, ops, state_dtype
 from ops_cases import window as window_case
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 FUSED = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -275,6 +278,46 @@ def test_whole_is_merged_pieces(dtype: torch.dtype) -> None:
     for merged in (ops.merge_states(empty, whole), ops.merge_states(whole, empty)):
         assert_close(merged, whole, TOLERANCE[dtype])
     assert torch.equal(ops.merge_states(empty, empty), empty)
+
+
+class CoreCalls(TorchDispatchMode):
+    """Keeps the calls of latte's operators below autograd."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001
+        if func.namespace == "latte":
+            self.calls.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+# What reads the tokens that a state has seen from its tensor can't be run on tensors without data, nor can packed sequences.
+WITHOUT_DATA = [name for name in CASES if not name.endswith(("packed", "macchiato-state", "window-state"))]
+
+
+@pytest.mark.parametrize("requires_grad", [True, False])
+@pytest.mark.parametrize("name", WITHOUT_DATA)
+def test_the_composed_path_stays_on_another_device(name: str, requires_grad: bool) -> None:
+    """Every forward pass on tensors that say that they are a GPU's: an operand of the CPU's would be an error."""
+    case = CASES[name]()
+    with CoreCalls() as core:
+        case.readable(case.tensors(torch.float32, requires_grad=requires_grad))
+    composed = "CompositeExplicitAutograd"
+    ran = 0
+    for func, args, kwargs in core.calls:
+        has_composed = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), composed)
+        if not has_composed or func is ops.window_state.default:
+            continue
+        real = func(*args, **kwargs)
+        with FakeTensorMode():
+            moved = tree_map_only(Tensor, lambda x: torch.empty(x.shape, dtype=x.dtype, device="cuda"), (args, kwargs))
+            got = func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *moved[0], **moved[1])
+        for a, b in zip(*([x] if isinstance(x, Tensor) else x for x in (got, real)), strict=True):
+            assert (a.device.type, a.shape, a.dtype) == ("cuda", b.shape, b.dtype), func
+        ran += 1
+    assert ran > 0 or name in ("linear", "merge")  # made of torch's operators there, or with gradients
 
 
 def test_merge_states_has_a_kernel() -> None:
