@@ -8,8 +8,8 @@ table of them and the figure into FILE, between the lines `<!-- twins NAME -->` 
 
     .venv/bin/python bench/train_twins.py                      # 3 x 3 runs of 1,000 steps, some 10 to 45 minutes on two cores
     .venv/bin/python bench/train_twins.py --steps 200 --lr 2e-3
-    nohup nice .venv/bin/python bench/train_twins.py --layers 6 --embed-dim 384 --heads 6 --dtype bfloat16 --lr 1e-3,2e-3,4e-3 \\
-      --report docs/figures/twins-6x384 --docs docs/training.md -- --eval-every 200 >twins.log 2>&1 &      # hours
+    nohup nice .venv/bin/python bench/train_twins.py --layers 6 --embed-dim 384 --heads 6 --dtype bfloat16 --lr 5e-4,1e-3,2e-3 \\
+      --threads 1 --report docs/figures/twins-6x384 --docs docs/training.md -- --eval-every 200 >twins.log 2>&1 &      # hours
 """
 
 import argparse
