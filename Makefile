@@ -25,15 +25,17 @@ help:  ## this list
 setup:  ## Debian packages, .venv and Highway: only what is missing
 	@scripts/setup.sh
 
-build: setup  ## the programs, the library of operators, the tests
+.PHONY: configured
+configured: setup
 	@[[ build/build.ninja -nt CMakePresets.json && build/build.ninja -nt .venv/setup.stamp ]] || cmake --preset release
+
+build: configured  ## the programs, the library of operators, the tests
 	@cmake --build --preset release --parallel $(JOBS)
 
 test: build  ## every test: C++, Python, the ladder, an installed copy
 	ctest --test-dir build --output-on-failure --no-tests=error
 
-demo: setup  ## checks the kernels, trains on Shakespeare, converts SmolLM2: curves, tables, text, in ten minutes
-	@[[ build/build.ninja -nt CMakePresets.json && build/build.ninja -nt .venv/setup.stamp ]] || cmake --preset release
+demo: configured  ## checks the kernels, trains on Shakespeare, converts SmolLM2: curves, tables, text, in ten minutes
 	@cmake --build --preset release --parallel $(JOBS) --target latte latte-torch
 	@scripts/demo.sh $(DEMO)
 

@@ -19,6 +19,7 @@ from latte.functional import MacchiatoState, bidirectional_attention, causal_att
 
 POSITIONS = ("none", "vapor", "conv", "rg_lru")
 DECAY_DIVISOR = 16.0  # log_decay = logsigmoid(decay_proj(x)) / 16: a fresh module forgets slowly, as gated linear attention does
+LARGEST_SIZE = 2**24  # of a window, in the C++ modules as well
 
 
 class AttentionState(NamedTuple):
@@ -56,9 +57,6 @@ class NoInProjection:
         raise TypeError(
             "latte's attention modules have no in_proj_weight: MultiheadAttention's fast path does not compute latent attention"
         )
-
-
-LARGEST_SIZE = 2**24  # of a window, in the C++ modules as well
 
 
 def all_closed(query_logits: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ at::Tensor Vapor(const at::Tensor& x, const OptionalTensor& positions, double ba
   const int64_t half = x.size(3) / 2;
   // Angles of far positions need float64, which not every device has.
   const auto doubles = at::TensorOptions(at::kDouble).device(x.is_mps() ? at::Device(at::kCPU) : x.device());
-  const auto position = Present(positions) ? positions->to(doubles) : at::arange(x.size(1), doubles);
+  const auto position = Present(positions) ? positions->to(doubles.device()).to(at::kDouble) : at::arange(x.size(1), doubles);
   const auto frequency = (at::arange(half, doubles) * (-std::log(base) / std::max<int64_t>(half, 1))).exp();
   const auto angle = (position.unsqueeze(-1) * frequency).unsqueeze(-2);  // [B or nothing, T, 1, D / 2]
   const auto compute = AccumulateType(x.scalar_type());

@@ -12,6 +12,7 @@
 #include <nlohmann/json.hpp>
 #include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "formats/checkpoint.h"
@@ -94,6 +95,20 @@ class RecoveryTest : public ::testing::Test {
     model_.embed_dim = 8;
     model_.num_heads = 2;
     model_.attention = "latte";
+  }
+
+  // What a run is made of in place of the text, which the options lose.
+  std::pair<TaskOptions, models::EncoderConfig> task_and_encoder() {
+    options_.text.clear();
+    options_.test_fraction = 0.0;
+    auto task = TaskOptions::defaults("needle");
+    task.length = 8;
+    task.train = task.validation = task.test = 8;
+    models::EncoderConfig model;
+    static_cast<formats::LanguageModelConfig&>(model) = model_;
+    model.position = "sinusoidal";
+    model.num_outputs = 1;
+    return {task, model};
   }
 
   ~RecoveryTest() override { setenv("PATH", path_.c_str(), 1); }
@@ -200,16 +215,7 @@ TEST_F(RecoveryTest, EveryWriteOfAResumedRunMayFailToo) {
 // The same of a task, whose examples and results are written as well.
 TEST_F(RecoveryTest, EveryWriteOfATasksRunMayFailToo) {
   setenv("PATH", "/nowhere", 1);  // no gnuplot: it takes longer than everything else here
-  auto task = TaskOptions::defaults("needle");
-  task.length = 8;
-  task.train = task.validation = task.test = 8;
-  models::EncoderConfig model;
-  static_cast<formats::LanguageModelConfig&>(model) = model_;
-  model.attention = "latte";
-  model.position = "sinusoidal";
-  model.num_outputs = 1;
-  options_.text.clear();
-  options_.test_fraction = 0.0;
+  auto [task, model] = task_and_encoder();
   const RunOptions undisturbed{.out = folder_ / "undisturbed", .quiet = true};
   const auto expected_splits = start_task_run(model, false, options_, task, undisturbed).splits;
   const auto expected = tensors_of(undisturbed.out + "/checkpoint.safetensors");
@@ -259,15 +265,7 @@ TEST_F(RecoveryTest, EveryWriteOfATasksRunMayFailToo) {
 // A run that was at its end and is made longer has results of fewer steps, which must not pass for the new ones.
 TEST_F(RecoveryTest, EveryWriteOfATasksLongerRunMayFail) {
   setenv("PATH", "/nowhere", 1);  // no gnuplot
-  auto task = TaskOptions::defaults("needle");
-  task.length = 8;
-  task.train = task.validation = task.test = 8;
-  models::EncoderConfig model;
-  static_cast<formats::LanguageModelConfig&>(model) = model_;
-  model.position = "sinusoidal";
-  model.num_outputs = 1;
-  options_.text.clear();
-  options_.test_fraction = 0.0;
+  auto [task, model] = task_and_encoder();
   auto half = options_;
   half.steps = 2;
   const RunOptions begun{.out = folder_ / "begun", .quiet = true}, undisturbed{.out = folder_ / "undisturbed", .quiet = true};

@@ -30,7 +30,7 @@ struct RunResult {
   double loss = 0.0;      // of the last step
   nlohmann::json splits;  // StepTrainer::test()'s, what results.json holds; null: interrupted, or nothing to test on
   // The mean of this session's steps, its first two aside: time passed or, where that is less, the processor's. So on one thread
-  // what else the machine does isn't counted; on several it is. 0: there was no step.
+  // what else the machine does isn't counted; on several it is. Where it had none, that of all earlier ones.
   double step_seconds = 0.0;
   Progress progress;
   std::string checkpoint;
