@@ -29,6 +29,7 @@
 #include "train/options.h"
 #include "train/plot.h"
 #include "train/run.h"
+#include "train/run_loop.h"
 #include "train/training_checkpoint.h"
 
 namespace latte::cli {
@@ -51,8 +52,6 @@ struct Options {
   bool json_output = false;
   bool quiet = false;
 };
-
-std::string Dump(const json& object) { return object.dump(2, ' ', false, json::error_handler_t::replace) + "\n"; }
 
 // Runs this program with `arguments`, its output in `output`; returns its exit code.
 int RunChild(const std::vector<std::string>& arguments, const std::string& output) {
@@ -131,10 +130,10 @@ class Runs {
     if (began && formats::read_json_object(config_path) != run.config) {
       throw formats::FormatError(config_path, "is of another configuration: remove the folder or name another with --out");
     }
-    formats::write_file(config_path, Dump(run.config));
+    formats::write_file(config_path, train::dump(run.config));
     const auto keep = [&](json report) {
       report["config"] = run.config;
-      formats::write_file(report_path, Dump(report));
+      formats::write_file(report_path, train::dump(report));
       std::filesystem::remove(output);
       return report;
     };
@@ -215,7 +214,7 @@ int Compare(const Options& options) {
   }
   const std::string table = train::comparison_table(result);
   result["config"] = config;
-  formats::write_file(out + "/compare.json", Dump(result));
+  formats::write_file(out + "/compare.json", train::dump(result));
   formats::write_file(out + "/compare.md", table);
   std::vector<train::Curve> curves;
   for (const json& entry : result.at("entries")) {
@@ -225,7 +224,7 @@ int Compare(const Options& options) {
   if (const std::string problem = train::plot_losses(curves, out + "/loss"); !problem.empty() && !options.quiet) {
     std::fprintf(stderr, "latte: %s\n", problem.c_str());
   }
-  std::fputs(options.json_output ? Dump(result).c_str() : table.c_str(), stdout);
+  std::fputs(options.json_output ? train::dump(result).c_str() : table.c_str(), stdout);
   return 0;
 }
 
