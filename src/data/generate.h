@@ -59,6 +59,12 @@ TaskExamples make_split(int64_t count, uint64_t seed, uint64_t split, const Make
         block[static_cast<size_t>(i)] = make(random);
       }
     });
+    if (first == 0) {
+      size_t tokens = 0;
+      for (const Example& example : block) tokens += example.tokens.size();
+      const double all = static_cast<double>(tokens) / static_cast<double>(block.size()) * static_cast<double>(count);
+      builder.reserve(static_cast<int64_t>(1.05 * all));
+    }
     for (size_t i = 0; i < block.size(); ++i) {
       Example& example = block[i];
       if (seen) make_new(example, first + static_cast<int64_t>(i));

@@ -1,7 +1,4 @@
 // Masked language modelling on the bytes of a file.
-#include <algorithm>
-#include <vector>
-
 #include "data/tasks.h"
 #include "formats/error.h"
 #include "formats/mapped_file.h"
@@ -22,13 +19,9 @@ TaskData read_masked_language(const TaskOptions& options) {
   constexpr int32_t kMask = 256;
   TaskData data{.name = options.name, .kind = TaskKind::kTokens, .vocab_size = kMask + 1, .num_classes = kMask};
   data.mask_fraction = options.mask_fraction;
-  TaskBuilder train(/*wide=*/true), held_out(/*wide=*/true);
-  std::vector<int32_t> window(length);
+  TaskBuilder train, held_out;
   for (int64_t i = 0; i < windows; ++i) {
-    const auto begin = text.begin() + static_cast<std::ptrdiff_t>(static_cast<size_t>(i) * length);
-    std::transform(begin, begin + static_cast<std::ptrdiff_t>(length), window.begin(),
-                   [](char c) { return static_cast<int32_t>(static_cast<unsigned char>(c)); });
-    (i < windows - validation ? train : held_out).add(window, std::span<const int32_t>(window));
+    (i < windows - validation ? train : held_out).add_bytes(text.substr(static_cast<size_t>(i) * length, length));
   }
   data.splits.emplace("train", train.finish());
   data.splits.emplace("validation", held_out.finish());

@@ -7,6 +7,7 @@
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
+#include <functional>
 #include <memory>
 #include <numeric>
 #include <stdexcept>
@@ -49,6 +50,22 @@ void check_values(std::span<const T> values, int64_t least, int64_t most, const 
       throw formats::FormatError(path, what + " " + std::to_string(i) + " is " + std::to_string(values[i]) + ", expected " +
                                            std::to_string(least) + " to " + std::to_string(most));
     }
+  }
+}
+
+void check_target_positions(const TaskExamples& split, const std::string& path, const std::string& where) {
+  const auto positions = values_of<int64_t>(split.target_positions);
+  if (positions.empty()) throw formats::FormatError(path, where + "has no target");
+  if (split.targets.numel() != split.target_positions.numel()) {
+    throw formats::FormatError(path, where + std::to_string(split.targets.numel()) + " targets, expected " +
+                                         std::to_string(positions.size()) + ", one a position");
+  }
+  check_values(positions, 0, split.tokens.numel() - 1, path, where + "target position");
+  const auto repeated = std::adjacent_find(positions.begin(), positions.end(), std::greater_equal<>());
+  if (repeated != positions.end()) {
+    throw formats::FormatError(path, where + "target position " + std::to_string(repeated + 1 - positions.begin()) + " is " +
+                                         std::to_string(repeated[1]) + ", expected more than " + std::to_string(repeated[0]) +
+                                         ", the one before");
   }
 }
 
@@ -96,13 +113,12 @@ std::vector<int64_t> TaskData::stretches(const TaskExamples& split, int64_t exam
 
 double TaskData::majority_share(const TaskExamples& split) const {
   std::vector<int64_t> counts(static_cast<size_t>(num_classes));
-  int64_t all = 0;
-  for (const int32_t label : values_of<int32_t>(kind == TaskKind::kTokens ? split.targets : split.labels)) {
-    if (label < 0) continue;
-    ++counts[static_cast<size_t>(label)];
-    ++all;
-  }
-  return static_cast<double>(*std::max_element(counts.begin(), counts.end())) / static_cast<double>(std::max<int64_t>(all, 1));
+  const at::Tensor& answers = kind != TaskKind::kTokens ? split.labels : mask_fraction > 0 ? split.tokens : split.targets;
+  visit_tokens(answers, [&](const auto& values) {
+    for (const auto value : values) ++counts[static_cast<size_t>(value)];
+  });
+  return static_cast<double>(*std::max_element(counts.begin(), counts.end())) /
+         static_cast<double>(std::max<int64_t>(answers.numel(), 1));
 }
 
 void TaskData::check(const std::string& path) const {
@@ -116,13 +132,12 @@ void TaskData::check(const std::string& path) const {
   for (const auto& [name, split] : splits) {
     const std::string where = "split " + formats::quote(name) + ": ";
     check_offsets(values_of<int64_t>(split.offsets), split.tokens.numel(), path, where);
-    visit_tokens(split.tokens, [&](const auto& tokens) { check_values(tokens, 0, vocab_size - 1, path, where + "token"); });
+    const int64_t tokens_end = mask_fraction > 0 ? std::min(vocab_size, num_classes) : vocab_size;
+    visit_tokens(split.tokens, [&](const auto& tokens) { check_values(tokens, 0, tokens_end - 1, path, where + "token"); });
     if (kind == TaskKind::kTokens) {
-      if (split.targets.numel() != split.tokens.numel()) {
-        throw formats::FormatError(path, where + std::to_string(split.targets.numel()) + " targets, expected " +
-                                             std::to_string(split.tokens.numel()) + ", one a token");
-      }
-      check_values(values_of<int32_t>(split.targets), kNoTarget, num_classes - 1, path, where + "target");
+      if (mask_fraction > 0) continue;
+      check_target_positions(split, path, where);
+      check_values(values_of<int32_t>(split.targets), 0, num_classes - 1, path, where + "target");
       continue;
     }
     const int64_t parts = kind == TaskKind::kPairs ? 2 : 1;
@@ -185,30 +200,45 @@ TaskBatch TaskData::batch(const TaskExamples& split, std::span<const int64_t> ch
     for (const int64_t example : chosen) *out++ = labels[static_cast<size_t>(example)];
     return batch;
   }
-  const auto targets = values_of<int32_t>(split.targets);
   batch.targets = at::full({count, time}, kNoTarget, at::kLong);
   auto* out = batch.targets.mutable_data_ptr<int64_t>();
-  for (size_t i = 0; i < rows.size(); ++i) {
-    std::copy_n(targets.begin() + rows[i].begin, rows[i].length, out + i * static_cast<size_t>(time));
-  }
-  if (mask_fraction > 0) {
+  if (mask_fraction == 0) {
+    const auto positions = values_of<int64_t>(split.target_positions);
+    const auto targets = values_of<int32_t>(split.targets);
     for (size_t i = 0; i < rows.size(); ++i) {
-      RandomStream random(seed, static_cast<uint64_t>(chosen[i]));
-      for (int64_t t = 0; t < time; ++t) {
-        const size_t at = i * static_cast<size_t>(time) + static_cast<size_t>(t);
-        const bool asked = random.uniform() < mask_fraction;
-        const double fate = random.uniform();
-        if (!asked) {
-          out[at] = kNoTarget;
-        } else if (fate < 0.8) {
-          tokens[at] = vocab_size - 1;
-        } else if (fate < 0.9) {
-          tokens[at] = random.below(vocab_size - 1);
-        }
+      const auto first = std::lower_bound(positions.begin(), positions.end(), rows[i].begin) - positions.begin();
+      for (auto at = static_cast<size_t>(first); at < positions.size(); ++at) {
+        const int64_t t = positions[at] - rows[i].begin;
+        if (t >= rows[i].length) break;
+        out[static_cast<int64_t>(i) * time + t] = targets[at];
+      }
+    }
+    return batch;
+  }
+  for (size_t i = 0; i < rows.size(); ++i) {
+    RandomStream random(seed, static_cast<uint64_t>(chosen[i]));
+    for (int64_t t = 0; t < rows[i].length; ++t) {
+      const int64_t at = static_cast<int64_t>(i) * time + t;
+      const bool asked = random.uniform() < mask_fraction;
+      const double fate = random.uniform();
+      if (!asked) continue;
+      out[at] = tokens[at];
+      if (fate < 0.8) {
+        tokens[at] = vocab_size - 1;
+      } else if (fate < 0.9) {
+        tokens[at] = random.below(vocab_size - 1);
       }
     }
   }
   return batch;
+}
+
+void TaskBuilder::reserve(int64_t tokens) {
+  if (wide_) {
+    wide_tokens_.reserve(static_cast<size_t>(tokens));
+  } else {
+    narrow_tokens_.reserve(static_cast<size_t>(tokens));
+  }
 }
 
 void TaskBuilder::add(std::span<const int32_t> tokens, int32_t label) {
@@ -222,7 +252,11 @@ void TaskBuilder::add(std::span<const int32_t> tokens, std::span<const int32_t> 
   } else {
     for (const int32_t token : tokens) narrow_tokens_.push_back(static_cast<uint8_t>(token));
   }
-  targets_.insert(targets_.end(), targets.begin(), targets.end());
+  for (size_t i = 0; i < targets.size(); ++i) {
+    if (targets[i] == kNoTarget) continue;
+    target_positions_.push_back(offsets_.back() + static_cast<int64_t>(i));
+    targets_.push_back(targets[i]);
+  }
   offsets_.push_back(offsets_.back() + static_cast<int64_t>(tokens.size()));
 }
 
@@ -236,6 +270,7 @@ TaskExamples TaskBuilder::finish() {
   split.tokens = wide_ ? tensor_of(std::move(wide_tokens_), at::kInt) : tensor_of(std::move(narrow_tokens_), at::kByte);
   split.offsets = tensor_of(std::move(offsets_), at::kLong);
   split.labels = tensor_of(std::move(labels_), at::kInt);
+  split.target_positions = tensor_of(std::move(target_positions_), at::kLong);
   split.targets = tensor_of(std::move(targets_), at::kInt);
   *this = TaskBuilder(wide_);
   return split;

@@ -24,15 +24,16 @@ std::string_view to_string(TaskKind kind);  // classify | pairs | tokens
 
 // One split. All tensors contiguous, on the CPU.
 struct TaskExamples {
-  at::Tensor tokens;   // uint8 or int32 [total], sequence after sequence
-  at::Tensor offsets;  // int64 [sequences + 1]: where each begins in `tokens`, and the end of the last
-  at::Tensor labels;   // int32 [examples]; undefined for kTokens
-  at::Tensor targets;  // kTokens: int32 [total], kNoTarget where nothing is asked
+  at::Tensor tokens;            // uint8 or int32 [total], sequence after sequence
+  at::Tensor offsets;           // int64 [sequences + 1]: where each begins in `tokens`, and the end of the last
+  at::Tensor labels;            // kClassify, kPairs: int32 [examples]
+  at::Tensor target_positions;  // kTokens: int64 [targets], those of `tokens` that have one, growing; empty where all have
+  at::Tensor targets;           // kTokens: int32 [targets]; empty where a token is its own target
 
   int64_t sequences() const { return offsets.size(0) - 1; }
 };
 
-constexpr int64_t kNoTarget = -1;
+constexpr int64_t kNoTarget = -1;  // of a token, in a batch
 
 struct TaskBatch {
   at::Tensor tokens;                  // int64 [B, T]; kPairs: [2 B, T]
@@ -46,8 +47,8 @@ struct TaskData {
   TaskKind kind = TaskKind::kClassify;
   int64_t vocab_size = 0;
   int64_t num_classes = 0;  // of labels; for kTokens vocab_size
-  // kTokens whose targets are the tokens themselves: a batch asks for this share of them, and of these 4 in 5 become the last
-  // token of the vocabulary, 1 in 10 any other and 1 in 10 stay (arXiv 1810.04805).
+  // Not 0: kTokens whose targets are the tokens themselves; a batch asks for this share of them, and of these 4 in 5 become the
+  // last token of the vocabulary, 1 in 10 any other and 1 in 10 stay (arXiv 1810.04805).
   double mask_fraction = 0.0;
   // kClassify: longer sequences are read in stretches of so many tokens; 0: whole.
   int64_t crop = 0;
@@ -59,7 +60,7 @@ struct TaskData {
   double majority_share(const TaskExamples& split) const;
 
   // Throws formats::FormatError, in the name of `path`, for whatever doesn't fit: offsets that don't grow or leave the tokens,
-  // an empty sequence, a token, label or target out of range, a split without examples.
+  // an empty sequence, a token, label, target or target's position out of range, a split without examples or targets.
   void check(const std::string& path) const;
 
   // Where the stretches begin that cover an example, evenly spread, the last one at its end: {0} where it is read whole.
@@ -77,8 +78,9 @@ class TaskBuilder {
  public:
   // `wide`: tokens beyond 255.
   explicit TaskBuilder(bool wide = false) : wide_(wide) {}
+  void reserve(int64_t tokens);  // room for about so many: a large split is never held twice
   void add(std::span<const int32_t> tokens, int32_t label);                     // kClassify, kPairs (each of the two)
-  void add(std::span<const int32_t> tokens, std::span<const int32_t> targets);  // kTokens
+  void add(std::span<const int32_t> tokens, std::span<const int32_t> targets);  // kTokens: one a token, or kNoTarget
   void add_bytes(std::string_view bytes);                                       // a sequence without a label
   void add_label(int32_t label) { labels_.push_back(label); }
   TaskExamples finish();
@@ -87,7 +89,7 @@ class TaskBuilder {
   bool wide_;
   std::vector<uint8_t> narrow_tokens_;
   std::vector<int32_t> wide_tokens_, labels_, targets_;
-  std::vector<int64_t> offsets_{0};
+  std::vector<int64_t> offsets_{0}, target_positions_;
 };
 
 // Examples in the order of training: each epoch is a permutation that depends on the seed and the epoch alone, so that training

@@ -3,7 +3,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 
-#include <array>
 #include <charconv>
 #include <cstring>
 #include <memory>
@@ -22,7 +21,7 @@ using formats::FormatError;
 using formats::SafetensorsFile;
 
 constexpr const char* kFormat = "latte.task";
-constexpr const char* kVersion = "1";
+constexpr const char* kVersion = "2";
 
 int64_t number_at(const SafetensorsFile& file, const std::string& key) {
   const std::string& text = file.metadata_at(key);
@@ -89,6 +88,7 @@ void write_task(const std::string& path, const TaskData& data, const std::string
     add(name + ".tokens", split.tokens);
     add(name + ".offsets", split.offsets);
     if (data.kind == TaskKind::kTokens) {
+      add(name + ".target_positions", split.target_positions);
       add(name + ".targets", split.targets);
     } else {
       add(name + ".labels", split.labels);
@@ -107,12 +107,12 @@ void write_task(const std::string& path, const TaskData& data, const std::string
 
 TaskFile read_task(const std::string& path) {
   const auto file = std::make_shared<SafetensorsFile>(path);
-  const std::array expected = {std::pair{"format", kFormat}, std::pair{"version", kVersion}};
-  for (const auto& [key, value] : expected) {
-    if (file->metadata_at(key) != value) {
-      throw FormatError(
-          path, std::string("not a task file: ") + key + " is " + formats::quote(file->metadata_at(key)) + ", expected " + value);
-    }
+  if (const std::string& format = file->metadata_at("format"); format != kFormat) {
+    throw FormatError(path, "not a task file: format is " + formats::quote(format) + ", expected " + kFormat);
+  }
+  if (const std::string& version = file->metadata_at("version"); version != kVersion) {
+    throw FormatError(path, "a task file of version " + formats::quote(version) + ", expected " + kVersion +
+                                ": remove it, and its examples are made again");
   }
   TaskFile task;
   task.options = file->metadata_at("options");
@@ -121,7 +121,8 @@ TaskFile read_task(const std::string& path) {
   task.data.kind = kind_at(*file);
   task.data.vocab_size = number_at(*file, "vocab_size");
   task.data.num_classes = number_at(*file, "num_classes");
-  const std::string answers = task.data.kind == TaskKind::kTokens ? ".targets" : ".labels";
+  const bool asks_tokens = task.data.kind == TaskKind::kTokens;
+  const std::string answers = asks_tokens ? ".targets" : ".labels";
   for (const formats::TensorView& view : file->tensors()) {
     const size_t dot = view.name.rfind('.');
     const std::string split = view.name.substr(0, dot), part = dot == std::string::npos ? "" : view.name.substr(dot);
@@ -134,9 +135,10 @@ TaskFile read_task(const std::string& path) {
       const bool narrow = view.dtype == DType::kUInt8;
       examples.tokens = vector_at(file, view.name, narrow ? DType::kUInt8 : DType::kInt32, narrow ? at::kByte : at::kInt);
       examples.offsets = vector_at(file, split + ".offsets", DType::kInt64, at::kLong);
-      (task.data.kind == TaskKind::kTokens ? examples.targets : examples.labels) =
-          vector_at(file, split + answers, DType::kInt32, at::kInt);
-    } else if ((part != ".offsets" && part != answers) || file->find(split + ".tokens") == nullptr) {
+      (asks_tokens ? examples.targets : examples.labels) = vector_at(file, split + answers, DType::kInt32, at::kInt);
+      if (asks_tokens) examples.target_positions = vector_at(file, split + ".target_positions", DType::kInt64, at::kLong);
+    } else if ((part != ".offsets" && part != answers && !(asks_tokens && part == ".target_positions")) ||
+               file->find(split + ".tokens") == nullptr) {
       throw FormatError(path, "unexpected tensor " + formats::quote(view.name));
     }
   }

@@ -1,7 +1,7 @@
 // Task files: a task's examples as safetensors, with this metadata:
 //
 //   format       "latte.task"
-//   version      "1"
+//   version      "2"
 //   name         the task's
 //   kind         classify, pairs or tokens
 //   vocab_size   in decimal
@@ -9,7 +9,8 @@
 //   options      a JSON object: what the examples were made with
 //
 // and for each split S (train, validation, test …) these tensors: "S.tokens" U8 or I32 [total], "S.offsets" I64 [sequences + 1],
-// and "S.labels" I32 [examples], or for kind tokens "S.targets" I32 [total] with -1 where nothing is asked.
+// and "S.labels" I32 [examples], or for kind tokens "S.target_positions" I64 [targets], growing, into the tokens, and "S.targets"
+// I32 [targets]. Version "1" had an S.targets as long as the tokens.
 #pragma once
 
 #include <string>

@@ -1,5 +1,6 @@
 #include "data/tasks.h"
 
+#include <ATen/Functions.h>
 #include <ATen/Parallel.h>
 #include <gtest/gtest.h>
 
@@ -29,6 +30,11 @@ std::vector<std::vector<int32_t>> all_of(const TaskExamples& split) {
   std::vector<std::vector<int32_t>> all;
   for (int64_t i = 0; i < split.sequences(); ++i) all.push_back(tokens_of(split, i));
   return all;
+}
+
+// int32 [T]: an example's targets, kNoTarget where it has none.
+at::Tensor targets_of(const TaskData& data, const TaskExamples& split, int64_t example) {
+  return data.batch(split, std::vector<int64_t>{example}).targets[0].to(at::kInt);
 }
 
 TaskOptions small_listops() {
@@ -252,8 +258,53 @@ TEST_F(TaskFileTest, EveryDefectIsAnErrorThatNamesIt) {
   EXPECT_CONTAINS(error_of([&](Tensors&, Metadata& metadata) { metadata["vocab_size"] = "-4"; }), "vocab_size is \"-4\"");
   EXPECT_CONTAINS(error_of([&](Tensors&, Metadata& metadata) { metadata["kind"] = "maps"; }), "kind is \"maps\"");
   EXPECT_CONTAINS(error_of([&](Tensors&, Metadata& metadata) { metadata["kind"] = "pairs"; }), "2 labels, expected 1");
-  EXPECT_CONTAINS(error_of([&](Tensors&, Metadata& metadata) { metadata["version"] = "2"; }), "version is \"2\"");
+  EXPECT_CONTAINS(error_of([&](Tensors&, Metadata& metadata) { metadata["version"] = "1"; }),
+                  "a task file of version \"1\", expected 2: remove it");
   EXPECT_CONTAINS(error_of([&](Tensors&, Metadata& metadata) { metadata["options"] = "["; }), "no valid JSON");
+}
+
+// A task that asks for tokens: a file as large as its tokens, whatever isn't asked for.
+TEST_F(TaskFileTest, TargetsAreKeptWithTheirPositions) {
+  TaskBuilder builder;
+  builder.add(std::vector<int32_t>{1, 2, 3}, std::vector<int32_t>{kNoTarget, 4, kNoTarget});
+  builder.add(std::vector<int32_t>{4, 0}, std::vector<int32_t>{0, kNoTarget});
+  builder.add(std::vector<int32_t>{2}, std::vector<int32_t>{kNoTarget});
+  data_.kind = TaskKind::kTokens;
+  data_.num_classes = 5;
+  for (auto& [name, split] : data_.splits) {
+    TaskBuilder copy = builder;
+    split = copy.finish();
+  }
+  write_task(folder_ / "task", data_, "{}");
+  const TaskData read = read_task(folder_ / "task").data;
+  const auto& split = read.splits.at("validation");
+  EXPECT_TRUE(split.target_positions.equal(at::tensor({1, 3}, at::kLong)));
+  EXPECT_TRUE(split.targets.equal(at::tensor({4, 0}, at::kInt)));
+  EXPECT_DOUBLE_EQ(read.majority_share(split), 0.5);
+  const TaskBatch batch = read.batch(split, std::vector<int64_t>{2, 1, 0});
+  EXPECT_TRUE(batch.targets.equal(at::tensor({-1, -1, -1, 0, -1, -1, -1, 4, -1}, at::kLong).view({3, 3}))) << batch.targets;
+
+  using Tensors = std::vector<formats::TensorView>;
+  std::vector<int64_t> positions;
+  const auto error = [&](std::vector<int64_t> changed) {
+    positions = std::move(changed);
+    return error_of([&](Tensors& tensors, formats::Metadata&) {
+      for (auto& tensor : tensors) {
+        if (tensor.name != "test.target_positions") continue;
+        tensor.data = std::as_bytes(std::span(positions));
+        tensor.shape = {static_cast<int64_t>(positions.size())};
+      }
+    });
+  };
+  EXPECT_CONTAINS(error({1, 6}), "split \"test\": target position 1 is 6, expected 0 to 5");
+  EXPECT_CONTAINS(error({-1, 3}), "target position 0 is -1, expected 0 to 5");
+  EXPECT_CONTAINS(error({3, 3}), "target position 1 is 3, expected more than 3, the one before");
+  EXPECT_CONTAINS(error({3}), "2 targets, expected 1, one a position");
+  EXPECT_CONTAINS(error({}), "split \"test\": has no target");
+  EXPECT_CONTAINS(error_of([](Tensors& tensors, formats::Metadata&) {
+                    std::erase_if(tensors, [](const auto& tensor) { return tensor.name == "train.target_positions"; });
+                  }),
+                  "train.target_positions");
 }
 
 TEST_F(TaskFileTest, AGeneratedTaskIsKeptAndReadAgain) {
@@ -341,11 +392,12 @@ TEST(Probes, EveryQuestionHasTheAnswerThatWasGiven) {
     for (int64_t i = 0; i < split.sequences(); ++i) {
       const auto tokens = tokens_of(split, i);
       ASSERT_EQ(static_cast<int64_t>(tokens.size()), length);
+      const auto targets = targets_of(data, split, i);
       std::map<int32_t, int32_t> values;
       for (size_t p = 0; p < 16; p += 2) EXPECT_TRUE(values.emplace(tokens[p], tokens[p + 1]).second);
       int64_t asked = 0;
       for (size_t t = 0; t < tokens.size(); ++t) {
-        const auto target = split.targets[i * length + static_cast<int64_t>(t)].item<int32_t>();
+        const auto target = targets[static_cast<int64_t>(t)].item<int32_t>();
         if (target == kNoTarget) continue;
         ++asked;
         ASSERT_GE(t, 16U);
@@ -368,15 +420,16 @@ TEST(Probes, CopiesAndNeedles) {
   const TaskExamples& split = copying.splits.at("train");
   for (int64_t i = 0; i < 30; ++i) {
     const auto tokens = tokens_of(split, i);
-    std::vector<int32_t> symbols, targets;
+    std::vector<int32_t> symbols, answers;
+    const auto targets = targets_of(copying, split, i);
     for (size_t t = 0; t < 20; ++t) {
       if (tokens[t] < 6) symbols.push_back(tokens[t]);
       EXPECT_EQ(tokens[t] == 7, t >= 16);
-      const auto target = split.targets[i * 20 + static_cast<int64_t>(t)].item<int32_t>();
-      if (target != kNoTarget) targets.push_back(target);
+      const auto target = targets[static_cast<int64_t>(t)].item<int32_t>();
+      if (target != kNoTarget) answers.push_back(target);
     }
     EXPECT_EQ(symbols.size(), 4U);
-    EXPECT_EQ(symbols, targets);
+    EXPECT_EQ(symbols, answers);
   }
   options = TaskOptions::defaults("needle");
   options.train = 30;
@@ -389,7 +442,7 @@ TEST(Probes, CopiesAndNeedles) {
     const auto mark = std::find(tokens.begin(), tokens.end(), 16);
     ASSERT_LT(mark - tokens.begin(), 10);
     EXPECT_EQ(tokens.back(), 16);
-    EXPECT_EQ(needle.splits.at("train").targets[i * 12 + 11].item<int32_t>(), mark[1]);
+    EXPECT_EQ(targets_of(needle, needle.splits.at("train"), i)[11].item<int32_t>(), mark[1]);
   }
 }
 

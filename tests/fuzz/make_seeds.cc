@@ -46,8 +46,8 @@ std::string many(const std::string& lines, int times) {
 // As data/task_file.h says, without torch: two sequences a split.
 void write_task(const std::string& path, const std::string& kind) {
   const std::vector<uint8_t> tokens = {1, 2, 3, 4, 0};
-  const std::vector<int64_t> offsets = {0, 3, 5};
-  const std::vector<int32_t> labels = {0, 1}, pair_labels = {1}, targets = {-1, 3, -1, 0, 4};
+  const std::vector<int64_t> offsets = {0, 3, 5}, target_positions = {1, 3, 4};
+  const std::vector<int32_t> labels = {0, 1}, pair_labels = {1}, targets = {3, 0, 4};
   const auto view = [](const std::string& name, DType dtype, const auto& values) {
     TensorView tensor;
     tensor.name = name;
@@ -61,6 +61,7 @@ void write_task(const std::string& path, const std::string& kind) {
     tensors.push_back(view(split + ".tokens", DType::kUInt8, tokens));
     tensors.push_back(view(split + ".offsets", DType::kInt64, offsets));
     if (kind == "tokens") {
+      tensors.push_back(view(split + ".target_positions", DType::kInt64, target_positions));
       tensors.push_back(view(split + ".targets", DType::kInt32, targets));
     } else {
       tensors.push_back(view(split + ".labels", DType::kInt32, kind == "pairs" ? pair_labels : labels));
@@ -68,7 +69,7 @@ void write_task(const std::string& path, const std::string& kind) {
   }
   write_safetensors(path, tensors,
                     {{"format", "latte.task"},
-                     {"version", "1"},
+                     {"version", "2"},
                      {"name", "text"},
                      {"kind", kind},
                      {"vocab_size", "5"},
