@@ -121,8 +121,8 @@ def test_convert_and_compare(tmp_path, model, text):
     assert report["adapter_bytes"] == adapter.stat().st_size
     metrics = [json.loads(line) for line in (tmp_path / "a.gguf.run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in metrics] == [1, 2, 3, 4] and metrics[-1]["val_loss"] is not None
-    for out, attention in ((control, "window-sinks"), (full, "full")):
-        assert extend(model, text, out, "--tokens", 128, "--attention", attention).returncode == 0
+    for out, attention, loss in ((control, "window-sinks", "kl"), (full, "full", "text")):
+        assert extend(model, text, out, "--tokens", 128, "--attention", attention, "--loss", loss).returncode == 0
 
     evaluated = ["eval", model, "--adapter", adapter, "--text", text, "--lengths", "64,256", "--windows", 2, "--threads", 1]
     result = latte(*evaluated, "--control", control, "--full-adapter", full, "--json", "--dtype", "float32")
@@ -257,7 +257,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, model, text):
     assert latte(*command[1:]).returncode == 0
 
 
-@pytest.mark.parametrize(("options", "lr"), [([], 1e-4), (["--train", "lora"], 1e-3), (["--train", "lora", "--lr", "0.5"], 0.5)])
+@pytest.mark.parametrize(("options", "lr"), [([], 3e-4), (["--train", "lora"], 1e-3), (["--train", "lora", "--lr", "0.5"], 0.5)])
 def test_low_rank_changes_have_a_rate_of_their_own(tmp_path, model, text, options, lr):
     out = tmp_path / "a.gguf"
     assert extend(model, text, out, "--tokens", 0, "--match-sequences", 0, *options).returncode == 0
@@ -293,7 +293,7 @@ def test_errors_leave_nothing(tmp_path, model, text):
     out = tmp_path / "a.gguf"
     short = tmp_path / "short.txt"
     short.write_text("short")
-    assert_fails(extend(model, short, out), "no text has 65 tokens")
+    assert_fails(extend(model, short, out), "none has 65 tokens", "short.txt has 5")
     assert_fails(extend(model, tmp_path / "none.txt", out), "none.txt")
     assert_fails(extend(text, text, out), "text.txt")
     assert_fails(extend(model, text, out, "--latents", 0), "latents is 0", code=2)
@@ -311,8 +311,46 @@ def test_errors_leave_nothing(tmp_path, model, text):
         assert result.returncode in (1, 2)
         assert_fails(result, *said, code=result.returncode)
     assert not out.exists()
-    assert_fails(latte("eval", model, "--text", short), "too short")
+    assert_fails(latte("eval", model, "--text", short), "5 tokens, expected a stretch of 2048")
     assert_fails(latte("eval", model, "--text", text, "--attention", "macchiato"), "macchiato needs --adapter", code=2)
+
+
+def test_eval_checks_everything_first(tmp_path, model, text):
+    adapter, none = tmp_path / "a.gguf", tmp_path / "none.gguf"
+    assert extend(model, text, adapter, "--tokens", 0, "--match-sequences", 0).returncode == 0
+    asked = ["eval", model, "--text", text, "--lengths", 64]
+    tasks = ["--tasks", "recall", "--task-lengths", 100, "--pairs", 64]
+    for options, code, *said in (
+        (["--adapter", none], 1, "none.gguf"),
+        (["--control", adapter], 2, "a.gguf has latents"),
+        (["--plot", tmp_path / "none" / "curve"], 1, "none/curve"),
+        (tasks, 2, "a task's length is 100", "64 pairs"),
+    ):
+        result = latte(*asked, *options)
+        assert_fails(result, *said, code=code)
+        assert not result.stdout
+    # The longest of all texts that are read decides how far positions are stretched.
+    both = latte(*asked, "--tasks", "text,passkey", "--task-lengths", 512, "--attention", "full-ntk", "--trials", 1, "--json")
+    assert json.loads(both.stdout)["rope_factor"] == 4
+
+
+def test_a_recipe_is_a_configuration(tmp_path, model, text):
+    first, config = tmp_path / "a.gguf", tmp_path / "recipe.json"
+    assert extend(model, text, first, "--tokens", 128, "--floor", "--position", "conv").returncode == 0
+    recipe = json.loads(latte("inspect", first, "--json").stdout)["adapter"]["recipe"]
+    assert recipe["steps_done"] == 2
+    config.write_text(json.dumps(recipe))
+    # Recipes name files without their folders: the command line says where they are.
+    again = tmp_path / "b.gguf"
+    result = latte("extend", model, "--config", config, "--text", text, "--out", again, "--threads", 1)
+    assert result.returncode == 0, result.stderr
+    assert again.read_bytes() == first.read_bytes()
+    other = tmp_path / "c.gguf"
+    changed = ["--no-floor", "--no-forget", "--latents-read-evicted", "--tokens", 0]
+    result = latte("extend", model, "--config", config, "--text", text, "--out", other, *changed)
+    assert result.returncode == 0, result.stderr
+    recipe = json.loads(latte("inspect", other, "--json").stdout)["adapter"]["recipe"]
+    assert (recipe["floor"], recipe["forget"], recipe["evicted"], recipe["position"]) == (False, False, True, "conv")
 
 
 def test_an_adapter_belongs_to_its_base(tmp_path, model, text):

@@ -63,18 +63,20 @@ int Perplexity(const PerplexityOptions& options) {
     for (const double m : means) mean += m / static_cast<double>(windows);
     for (const double m : means) variance += std::pow(m - mean, 2) / std::max<double>(1.0, static_cast<double>(windows - 1));
     const double perplexity = std::exp(mean);
-    const double error = windows > 1 ? perplexity * std::sqrt(variance / static_cast<double>(windows)) : 0.0;
+    const double error = perplexity * std::sqrt(variance / static_cast<double>(windows));  // of one stretch nobody knows
     const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     rows.push_back({{"attention", attention},
                     {"length", length},
                     {"windows", windows},
                     {"perplexity", perplexity},
-                    {"stderr", error},
+                    {"stderr", windows > 1 ? nlohmann::json(error) : nlohmann::json(nullptr)},
                     {"seconds", seconds}});
     if (!options.json) {
-      std::printf("%s, %lld stretches of %lld tokens: perplexity %.4f ± %.4f (%.0f tokens/s)\n", attention.c_str(),
-                  static_cast<long long>(windows), static_cast<long long>(length), perplexity, error,
-                  static_cast<double>(windows * length) / seconds);
+      char shown_error[32] = "";
+      if (windows > 1) std::snprintf(shown_error, sizeof(shown_error), " ± %.4f", error);
+      std::printf("%s, %lld stretch%s of %lld tokens: perplexity %.4f%s (%.0f tokens/s)\n", attention.c_str(),
+                  static_cast<long long>(windows), windows > 1 ? "es" : "", static_cast<long long>(length), perplexity,
+                  shown_error, static_cast<double>(windows * length) / seconds);
       std::fflush(stdout);
     }
   }

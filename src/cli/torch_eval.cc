@@ -16,6 +16,7 @@
 #include "extend/options.h"
 #include "extend/plot.h"
 #include "extend/retrieval.h"
+#include "extend/run.h"
 #include "extend/token_text.h"
 #include "extend/variants.h"
 #include "formats/error.h"
@@ -166,12 +167,17 @@ class Evaluation {
       std::printf("%-22s %7s %3s  %10s %9s %9s  %8s %9s %7s\n", "attention", "length", "n", "perplexity", "stderr", "KL",
                   "seconds", "state MB", "latents");
     }
-    for (AttentionKind kind : kinds_) {
-      if (interrupted()) break;
-      extend::Variant variant = load_variant(kind, options_.sources);
-      if (evaluator_) read_text(variant);
-      if (Has(options_.tasks, "passkey")) passkey(variant);
-      if (Has(options_.tasks, "recall")) recall(variant);
+    try {
+      for (AttentionKind kind : kinds_) {
+        if (interrupted()) break;
+        extend::Variant variant = load_variant(kind, options_.sources);
+        if (evaluator_) read_text(variant);
+        if (Has(options_.tasks, "passkey")) passkey(variant);
+        if (Has(options_.tasks, "recall")) recall(variant);
+      }
+    } catch (...) {  // what was measured is told all the same
+      if (options_.json_output && !(rows_.empty() && retrieval_.empty())) print_json();
+      throw;
     }
     if (options_.json_output) {
       print_json();
@@ -202,25 +208,40 @@ class Evaluation {
     sources.sinks = options_.sinks;
     sources.dtype = train::resolve_dtype(options_.dtype) == "bfloat16" ? torch::kBFloat16 : torch::kFloat32;
     const auto config = formats::decoder_config(base_);
+    sources.convertible = extend::is_convertible(config);
     const bool text = Has(options_.tasks, "text");
     int64_t longest = 0;
-    for (int64_t length : text ? options_.lengths : options_.task_lengths) longest = std::max(longest, length);
+    for (int64_t length : lengths_of_tasks()) longest = std::max(longest, length);
     const double context = static_cast<double>(config.context_length);
     sources.rope_factor = options_.rope_factor.value_or(std::max(1.0, static_cast<double>(longest) / context));
     kinds_ = KindsOf(options_, merged, sources.rope_factor > 1.0);
+    // Whatever is wrong with what is read or written last shows now, not after an hour of measuring.
+    check_adapters(sources);
+    extend::require_folder_of(options_.plot);
+    for (int64_t length : options_.task_lengths) {
+      if (Has(options_.tasks, "passkey")) extend::passkey_case(tokenizer_, length, 0.0, 0);
+      if (Has(options_.tasks, "recall")) extend::recall_case(tokenizer_, length, options_.pairs, 0);
+    }
     if (!text) return;
     if (options_.text.empty()) throw OptionError("--text is missing");
     models::Decoder original(nullptr);
     if (options_.kl && !merged) original = models::load_decoder(sources.model, models::DecoderOptions{.dtype = sources.dtype});
-    evaluator_.emplace(extend::read_tokens(options_.text, tokenizer_), original);
+    const std::vector<int64_t> text_tokens = extend::read_tokens(options_.text, tokenizer_);
+    evaluator_.emplace(text_tokens, original);
     for (int64_t length : options_.lengths) {
       if (evaluator_->windows(length) > 0) continue;
-      throw formats::FormatError(options_.text, "too short for a stretch of " + std::to_string(length) + " tokens");
+      throw formats::FormatError(options_.text, std::to_string(text_tokens.size()) + " tokens, expected a stretch of " +
+                                                    std::to_string(length) + " and the one behind it: --lengths asks for less");
     }
   }
 
-  void note(const std::string& text) const {
-    if (!options_.quiet) std::fprintf(stderr, "%s\n", text.c_str());
+  std::vector<int64_t> lengths_of_tasks() const {
+    std::vector<int64_t> lengths;
+    if (Has(options_.tasks, "text")) lengths = options_.lengths;
+    if (Has(options_.tasks, "passkey") || Has(options_.tasks, "recall")) {
+      lengths.insert(lengths.end(), options_.task_lengths.begin(), options_.task_lengths.end());
+    }
+    return lengths;
   }
 
   void read_text(extend::Variant& variant) {
@@ -432,7 +453,7 @@ void AddEval(CLI::App& app, int& exit_code) {
       ->capture_default_str();
   command->add_option("--threads", options->threads, "Threads; by default torch's choice")->check(CLI::Range(1, 4096));
   command->add_flag("--json", options->json_output, "Print the rows as JSON");
-  command->add_flag("--quiet", options->quiet, "No notes");
+  command->add_flag("--quiet", options->quiet, "No progress");
   command->footer(
       "Examples:\n"
       "  latte eval smollm2.gguf --adapter w128.gguf --text book.txt\n"

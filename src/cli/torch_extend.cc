@@ -69,8 +69,8 @@ void AddFields(CLI::App& command, json& fields) {
                            kAttention);
   options.add<int64_t>("--far-limit", "far_limit", "Tokens beyond the window that gates tell apart", kAttention);
   command
-      .add_flag_callback(
-          "--floor", [&fields] { fields["floor"] = true; },
+      .add_flag_function(
+          "--floor,!--no-floor", [&fields](int64_t count) { fields["floor"] = count > 0; },
           "A latent must rise above a trained weight, or leaves its share to the window; such latents keep all they read. With "
           "--from in the layers of --match-layers")
       ->group(kAttention);
@@ -80,13 +80,13 @@ void AddFields(CLI::App& command, json& fields) {
       "for several tokens in a row. With --from in the layers of --match-layers",
       kAttention, {"none", "conv"});
   command
-      .add_flag_callback(
-          "--no-forget", [&fields] { fields["forget"] = false; },
+      .add_flag_function(
+          "--forget,!--no-forget", [&fields](int64_t count) { fields["forget"] = count > 0; },
           "Latents keep all they read. With --from those of --match-layers, the others as there")
       ->group(kAttention);
   command
-      .add_flag_callback(
-          "--latents-read-all", [&fields] { fields["evicted"] = false; },
+      .add_flag_function(
+          "--latents-read-evicted,!--latents-read-all", [&fields](int64_t count) { fields["evicted"] = count > 0; },
           "Latents read sinks and window too, not only what left the window")
       ->group(kAttention);
 
@@ -194,7 +194,7 @@ void PrintReport(const extend::Report& report) {
                report.tokens_per_second, static_cast<double>(report.adapter_bytes) / 1e6, report.out.c_str());
   if (!report.window_sinks) return;
   std::fprintf(stderr, "  held-out text                            KL   perplexity\n");
-  line("window and sinks, untrained", report.window_sinks);
+  line(report.full ? "untrained" : "window and sinks, untrained", report.window_sinks);
   line("after matching", report.matched);
   line("trained", report.trained);
   line("trained, latents switched off", report.latents_off);
@@ -213,13 +213,20 @@ void TakeRateOfChanges(json& fields) {
   if (!fields.contains("lr") && fields.contains("train") && fields["train"] == "lora") fields["lr"] = kRate;
 }
 
+// What an adapter's recipe says besides of how far its run came is no option.
+json recipe_in(const std::string& path) {
+  json recipe = formats::read_json_object(path);
+  for (const char* told : {"steps_done", "tokens_done"}) recipe.erase(told);
+  return recipe;
+}
+
 int Extend(Options& options) {
   if (options.threads > 0) at::set_num_threads(options.threads);
   extend::Report report;
   try {
     json fields = json::object();
     if (options.resume) fields = extend::options_of_run(options.run.out).to_json();
-    if (!options.config_file.empty()) fields.update(formats::read_json_object(options.config_file));
+    if (!options.config_file.empty()) fields.update(recipe_in(options.config_file));
     fields.update(options.fields);
     if (!options.resume) {
       TakeWindowOfStart(fields);

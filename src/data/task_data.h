@@ -78,8 +78,8 @@ class TaskBuilder {
  public:
   // `wide`: tokens beyond 255.
   explicit TaskBuilder(bool wide = false) : wide_(wide) {}
-  void reserve(int64_t tokens);  // room for about so many: a large split is never held twice
-  void add(std::span<const int32_t> tokens, int32_t label);                     // kClassify, kPairs (each of the two)
+  void reserve(int64_t tokens);                              // room for about so many: a large split is never held twice
+  void add(std::span<const int32_t> tokens, int32_t label);  // kClassify, kPairs (each of the two)
   void add(std::span<const int32_t> tokens, std::span<const int32_t> targets);  // kTokens: one a token, or kNoTarget
   void add_bytes(std::string_view bytes);                                       // a sequence without a label
   void add_label(int32_t label) { labels_.push_back(label); }

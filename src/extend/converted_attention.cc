@@ -38,11 +38,13 @@ at::Tensor floor_state(const at::Tensor& floor, int64_t batch, int64_t head_dim)
 
 }  // namespace
 
+bool is_convertible(const formats::DecoderConfig& config) { return config.attention_softcap == 0.0; }
+
 ConvertedAttentionImpl::ConvertedAttentionImpl(const formats::DecoderConfig& config, std::shared_ptr<const models::Rope> rope,
                                                const FarOptions& far, LatentLogits latents)
     : config_(config), rope_(std::move(rope)), far_(far) {
-  TORCH_CHECK_VALUE(config.attention_softcap == 0.0,
-                    "a model whose attention scores are capped can't be converted: its architecture is ", config.architecture);
+  TORCH_CHECK_VALUE(is_convertible(config), "a model whose attention scores are capped can't be converted: its architecture is ",
+                    config.architecture);
   if (latents) latents_ = register_module("latents", std::move(latents));
   share_sum_ = torch::zeros({config.num_heads}, torch::kFloat64);
 }

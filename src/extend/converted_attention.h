@@ -14,10 +14,13 @@
 
 namespace latte::extend {
 
+// Whether a window can take the place of its attention: not where scores are capped (Gemma 2).
+bool is_convertible(const formats::DecoderConfig& config);
+
 class ConvertedAttentionImpl : public models::DecoderAttentionImpl {
  public:
-  // Without `latents` window and sinks alone. Throws c10::ValueError for an architecture that caps its scores, which a window
-  // can't. Its parameters are named blk.N.attention.latents.NAME in a model.
+  // Without `latents` window and sinks alone. Throws c10::ValueError for a model that isn't convertible. Its parameters are named
+  // blk.N.attention.latents.NAME in a model.
   ConvertedAttentionImpl(const formats::DecoderConfig& config, std::shared_ptr<const models::Rope> rope, const FarOptions& far,
                          LatentLogits latents = LatentLogits(nullptr));
 

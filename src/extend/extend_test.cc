@@ -1,10 +1,13 @@
 #include <gtest/gtest.h>
 
 #include <filesystem>
+#include <limits>
 #include <nlohmann/json.hpp>
+#include <set>
 
 #include "extend/converted_model.h"
 #include "extend/latent_start.h"
+#include "extend/retrieval.h"
 #include "extend/test_extend.h"
 #include "formats/error.h"
 #include "nn/test_close.h"
@@ -341,10 +344,134 @@ TEST_F(ExtendTest, EvaluationAgreesWithTheModelAsAWhole) {
 TEST_F(ExtendTest, TextsThatAreTooShortAreRefused) {
   formats::write_bytes(folder_ / "short.txt", "short");
   options_.text = {folder_ / "short.txt"};
-  EXPECT_CONTAINS(error_text<FormatError>([&] { run_extend(options_, run()); }), "no text has 65 tokens");
-  EXPECT_EQ(folder_.names().count("out.gguf"), 0U);
+  EXPECT_CONTAINS(error_text<FormatError>([&] { run_extend(options_, run()); }),
+                  "none has 65 tokens to train on, a context and one more (" + options_.text[0] + " has 5)");
+  EXPECT_EQ(folder_.names(), (std::set<std::string>{"base.gguf", "short.txt", "text.txt"}));
   options_.text = {folder_ / "none.txt"};
   EXPECT_THROW(run_extend(options_, run()), formats::FileError);
+}
+
+TEST_F(ExtendTest, WhatIsReadIsNeverWrittenOver) {
+  RunOptions over = run();
+  over.overwrite = true;
+  const auto error = [&](const std::string& out, const std::string& merged) {
+    over.out = out;
+    over.merged = merged;
+    return error_text<OptionError>([&] { run_extend(options_, over); });
+  };
+  const std::string out = run().out, model = options_.model;
+  const std::string before = formats::read_bytes(model);
+  EXPECT_CONTAINS(error(model, ""), "which is model too");
+  EXPECT_CONTAINS(error(folder_ / "./base.gguf", ""), "which is model too");
+  std::filesystem::create_symlink(model, folder_ / "link.gguf");
+  EXPECT_CONTAINS(error(folder_ / "link.gguf", ""), "which is model too");
+  EXPECT_CONTAINS(error(options_.text[0], ""), "which is text too");
+  EXPECT_CONTAINS(error(out, model), "merged is " + model + ", which is model too");
+  EXPECT_CONTAINS(error(out, out), "which is out too");
+  EXPECT_EQ(formats::read_bytes(model), before);
+}
+
+// A typing error in what follows --overwrite must not cost the run that is there.
+TEST_F(ExtendTest, ARunGoesWhenTheNextOneCanBegin) {
+  options_.tokens = 0;
+  options_.match_sequences = 0;
+  run_extend(options_, run());
+  const auto checkpoint = [&] { return formats::read_bytes(run().out + ".run/checkpoint.safetensors"); };
+  const std::string before = checkpoint();
+  RunOptions over = run();
+  over.overwrite = true;
+  ExtendOptions wrong = options_;
+  wrong.text = {folder_ / "none.txt"};
+  EXPECT_THROW(run_extend(wrong, over), formats::FileError);
+  wrong = options_;
+  wrong.layer_latents = "7:8";
+  EXPECT_THROW(run_extend(wrong, over), OptionError);
+  EXPECT_EQ(checkpoint(), before);
+  options_.seed = 2;
+  run_extend(options_, over);
+  EXPECT_NE(checkpoint(), before);
+}
+
+TEST_F(ExtendTest, AResumedRunKeepsWhatItIsToWriteAndWhatItBeganFrom) {
+  options_.tokens = 64;
+  run_extend(options_, run("start.gguf"));
+  options_.seed = 2;
+  run_extend(options_, run("other.gguf"));
+  options_.from = folder_ / "start.gguf";
+  RunOptions both = run();
+  both.merged = folder_ / "merged.gguf";
+  run_extend(options_, both);
+  const std::string first = formats::read_bytes(both.merged);
+  options_.tokens = 128;
+  resume_extend(options_, run());  // which doesn't name the merged model
+  EXPECT_NE(formats::read_bytes(both.merged), first);
+  std::filesystem::rename(folder_ / "start.gguf", folder_ / "moved.gguf");
+  options_.from = folder_ / "moved.gguf";
+  resume_extend(options_, run());
+  options_.from = folder_ / "other.gguf";
+  EXPECT_CONTAINS(error_text<FormatError>([&] { resume_extend(options_, run()); }), "begun from another adapter than");
+}
+
+// As ggml's writers leave it: without leading dimensions of 1.
+TEST_F(ExtendTest, AnAdapterMayLackLeadingDimensionsOfOne) {
+  write_tiny_model(options_.model, 3, /*kv_heads=*/1);
+  options_.position = "conv";
+  run_extend(options_, run());
+  const formats::GgufFile file(run().out);
+  std::vector<formats::GgufTensor> tensors = file.tensors();
+  int64_t changed = 0;
+  for (formats::GgufTensor& tensor : tensors) {
+    if (tensor.shape.size() < 2 || tensor.shape[0] != 1) continue;
+    tensor.shape.erase(tensor.shape.begin());
+    ++changed;
+  }
+  EXPECT_EQ(changed, 2 * 4);  // key.weight, key.bias, decay, conv.weight
+  formats::write_gguf(folder_ / "rewritten.gguf", file.metadata(), tensors);
+  auto written = load_converted(options_.model, run().out, torch::kFloat32);
+  auto rewritten = load_converted(options_.model, folder_ / "rewritten.gguf", torch::kFloat32);
+  const auto tokens = torch::tensor(some_tokens(60)).unsqueeze(0);
+  const torch::NoGradGuard no_grad;
+  EXPECT_TRUE(rewritten.model->forward(tokens).logits.equal(written.model->forward(tokens).logits));
+}
+
+TEST_F(ExtendTest, AdaptersAreCheckedBeforeAnythingIsMeasured) {
+  options_.tokens = 0;
+  options_.match_sequences = 0;
+  run_extend(options_, run());
+  VariantSources sources;
+  sources.model = options_.model;
+  check_adapters(sources);
+  sources.adapter = run().out;
+  check_adapters(sources);
+  sources.full_adapter = run().out;
+  EXPECT_CONTAINS(error_text<OptionError>([&] { check_adapters(sources); }), "full-uptrained: " + run().out + " has latents");
+  sources.full_adapter.clear();
+  sources.control = folder_ / "none.gguf";
+  EXPECT_THROW(check_adapters(sources), formats::FileError);
+  sources.control.clear();
+  write_tiny_model(folder_ / "other.gguf", 9);
+  sources.model = folder_ / "other.gguf";
+  EXPECT_CONTAINS(error_text<FormatError>([&] { check_adapters(sources); }), "made for \"Tiny\"");
+}
+
+// Attention whose scores are capped keeps its own kind.
+TEST_F(ExtendTest, WhatCantBeConvertedIsSaidAtOnce) {
+  VariantSources sources;
+  sources.model = "gemma2.gguf";
+  sources.convertible = false;
+  for (const AttentionKind kind : {AttentionKind::kWindow, AttentionKind::kWindowSinks}) {
+    EXPECT_CONTAINS(missing_source(kind, sources, std::nullopt).value_or(""), "gemma2.gguf caps its attention's scores");
+  }
+  EXPECT_FALSE(missing_source(AttentionKind::kFullYarn, sources, std::nullopt));
+}
+
+TEST(Retrieval, ACaseIsAsLongAsAskedOrRefused) {
+  const formats::Tokenizer tokenizer(tiny_metadata());
+  EXPECT_EQ(passkey_case(tokenizer, 400, 0.3, 1).tokens.size(), 400U);
+  EXPECT_EQ(recall_case(tokenizer, 400, 3, 1).tokens.size(), 400U);
+  EXPECT_CONTAINS(error_text<OptionError>([&] { passkey_case(tokenizer, 10, 0.3, 1); }),
+                  "a task's length is 10, expected at least ");
+  EXPECT_CONTAINS(error_text<OptionError>([&] { recall_case(tokenizer, 300, 64, 1); }), "the tokens that 64 pairs");
 }
 
 TEST(ExtendOptions, ComeBackFromJson) {
@@ -371,6 +498,28 @@ TEST(ExtendOptions, ComeBackFromJson) {
   EXPECT_THROW(options.validate(), OptionError);
   options.least_window = 0;
   EXPECT_EQ(options.training_windows(), (std::vector<int64_t>{100}));
+}
+
+TEST(ExtendOptions, RefuseWhatWouldTrainNothing) {
+  ExtendOptions options;
+  options.model = "m.gguf";
+  options.text = {"a.txt"};
+  options.window = 512;
+  options.least_window = 64;
+  options.context = 68;
+  EXPECT_CONTAINS(error_text<OptionError>([&] { options.validate(); }), "context is 68, expected more than 68");
+  options.context = 69;
+  options.validate();
+  options.least_window = 512;
+  EXPECT_THROW(options.validate(), OptionError);
+  options.evicted = false;  // such latents read the window as well
+  options.validate();
+  options.attention = "full";
+  EXPECT_CONTAINS(error_text<OptionError>([&] { options.validate(); }), "loss is kl, expected text, or a text_share");
+  options.text_share = 0.1;
+  options.validate();
+  options.lr = std::numeric_limits<double>::infinity();
+  EXPECT_CONTAINS(error_text<OptionError>([&] { options.validate(); }), "lr is inf");
 }
 
 TEST(FarShares, EqualTheDefinition) {

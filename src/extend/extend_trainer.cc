@@ -100,6 +100,10 @@ ExtendTrainer::ExtendTrainer(const ExtendOptions& options, const TokenText& text
   require_original(options.model);
   torch::manual_seed(static_cast<uint64_t>(options.seed));
   original_ = models::load_decoder(options.model, models::DecoderOptions{.dtype = scalar_type(dtype_)});
+  if (options.attention != "full" && !is_convertible(original_->config())) {
+    throw OptionError("attention is " + options.attention + ", expected full: " + options.model +
+                      " caps its attention's scores (" + original_->config().architecture + "), which a window doesn't");
+  }
   formats::AdapterSpec spec = spec_of(options, original_->config());
   spec.base_name = formats::GgufFile(options.model).metadata().string_or("general.name", "");
   const auto from = forms_of_start(options, spec);

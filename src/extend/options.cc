@@ -221,6 +221,14 @@ void ExtendOptions::validate() const {
   check_that(first_context == 0 || (first_context >= 2 && first_context <= context && context % first_context == 0 &&
                                     std::has_single_bit(static_cast<uint64_t>(context / first_context))),
              "first_context", first_context, "0, or the context halved any number of times");
+  if (attention == "macchiato" && evicted && context <= training_windows().front() + sinks) {
+    fail("context", std::to_string(context),
+         "more than " + std::to_string(training_windows().front() + sinks) +
+             ", the smallest window and the sinks: latents read what lies beyond");
+  }
+  if (attention == "full" && loss == "kl" && text_share == 0 && from.empty()) {
+    fail("loss", "kl", "text, or a text_share: full attention is the original itself, from which nothing is to be learnt");
+  }
   check_range("batch", batch, 1, kLargestSize);
   check_range("least_window", least_window, 0, kLargestSize);
   check_that(lr > 0, "lr", lr, "a positive number");

@@ -71,8 +71,8 @@ struct ExtendOptions {
   // Smallest window in training: each step draws one, from here in powers of two up to `window`, so that latents must carry. 0:
   // always `window`.
   int64_t least_window = 64;
-  double lr = 1e-4;         // of pretrained weights; `latte extend --train lora` has 1e-3 unless it is named
-  double latent_lr = 1e-3;  // of the latents' matrices
+  double lr = 3e-4;         // of pretrained weights; `latte extend --train lora` has 1e-3 unless it is named
+  double latent_lr = 1e-3;  // of the latents' matrices; a third of it of the gates'
   double vector_lr = 2e-3;  // of their biases, slopes and decays
   double gate_lr = 0.0;     // of the gates' biases; 0: as other vectors. A gate that is shut by nats takes long to open otherwise
   double final_lr = 0.05;   // of each, at the end of the cosine

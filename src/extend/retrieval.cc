@@ -5,6 +5,7 @@
 #include <set>
 
 #include "extend/evaluate.h"
+#include "extend/options.h"
 
 namespace latte::extend {
 namespace {
@@ -44,8 +45,15 @@ std::vector<int64_t> filler(const formats::Tokenizer& tokenizer, int64_t count) 
   const auto once = tokenizer.encode(kFiller, false);
   std::vector<int64_t> tokens;
   while (static_cast<int64_t>(tokens.size()) < count) append(tokens, once);
-  tokens.resize(static_cast<size_t>(std::max<int64_t>(0, count)));
+  tokens.resize(static_cast<size_t>(count));
   return tokens;
+}
+
+// For filler, in a text that has to hold so many other tokens.
+int64_t room_left(int64_t length, int64_t taken, const std::string& by) {
+  if (taken <= length) return length - taken;
+  throw OptionError("a task's length is " + std::to_string(length) + ", expected at least " + std::to_string(taken) +
+                    ", the tokens that " + by + " with the questions take");
 }
 
 }  // namespace
@@ -57,8 +65,9 @@ RetrievalCase passkey_case(const formats::Tokenizer& tokenizer, int64_t length, 
   const auto hidden = tokenizer.encode("\nThe pass key is " + key + ". Remember it: " + key + " is the pass key.\n", false);
   const auto question = tokenizer.encode("\nWhat is the pass key? The pass key is ", false);
   const auto answer = tokenizer.encode(key, false);
-  const int64_t rest = length - static_cast<int64_t>(begin.size() + hidden.size() + question.size() + answer.size());
-  const auto before = static_cast<int64_t>(depth * static_cast<double>(std::max<int64_t>(0, rest)));
+  const int64_t rest =
+      room_left(length, static_cast<int64_t>(begin.size() + hidden.size() + question.size() + answer.size()), "a passkey");
+  const auto before = static_cast<int64_t>(depth * static_cast<double>(rest));
   RetrievalCase retrieval;
   append(retrieval.tokens, begin);
   append(retrieval.tokens, filler(tokenizer, before));
@@ -94,7 +103,9 @@ RetrievalCase recall_case(const formats::Tokenizer& tokenizer, int64_t length, i
   }
   RetrievalCase retrieval;
   append(retrieval.tokens, begin);
-  append(retrieval.tokens, filler(tokenizer, length - static_cast<int64_t>(begin.size() + again.size() + questions.size())));
+  const int64_t rest =
+      room_left(length, static_cast<int64_t>(begin.size() + again.size() + questions.size()), std::to_string(pairs) + " pairs");
+  append(retrieval.tokens, filler(tokenizer, rest));
   append(retrieval.tokens, again);
   for (const auto& [from, to] : answers) {
     const auto offset = static_cast<int64_t>(retrieval.tokens.size());

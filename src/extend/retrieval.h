@@ -21,10 +21,11 @@ struct RetrievalCase {
   std::vector<std::pair<int64_t, int64_t>> answers;  // [begin, end) of each answer's tokens
 };
 
-// About `length` tokens of filler with a five-digit key at `depth` (0: the start, 1: the end), and the question at the end.
+// `length` tokens of filler with a five-digit key at `depth` (0: the start, 1: the end), and the question at the end. Throws
+// OptionError where the key and the question alone are longer; so does recall_case.
 RetrievalCase passkey_case(const formats::Tokenizer& tokenizer, int64_t length, double depth, uint64_t seed);
 
-// About `length` tokens: `pairs` names with numbers, filler, and then the names again, each to be answered.
+// `length` tokens: `pairs` names with numbers, filler, and then the names again, each to be answered.
 RetrievalCase recall_case(const formats::Tokenizer& tokenizer, int64_t length, int64_t pairs, uint64_t seed);
 
 struct RetrievalScore {

@@ -11,6 +11,7 @@
 #include <stdexcept>
 
 #include "formats/error.h"
+#include "formats/hash.h"
 #include "formats/tokenizer.h"
 #include "train/interrupt.h"
 #include "train/metrics.h"
@@ -41,6 +42,8 @@ std::string checkpoint_of(const std::string& out) {
 struct Record {
   ExtendOptions options;
   std::string base_hash;
+  std::string from_hash;  // of options.from; empty where there is none
+  std::string merged;     // RunOptions
   bool matched = false;
   int64_t matched_layers = 0;  // the first ones, while matching isn't done
   double seconds = 0.0, match_seconds = 0.0;
@@ -52,6 +55,8 @@ struct Record {
     };
     return json{{"extend", options.to_json()},
                 {"base_hash", base_hash},
+                {"from_hash", from_hash},
+                {"merged", merged},
                 {"matched", matched},
                 {"matched_layers", matched_layers},
                 {"seconds", seconds},
@@ -74,6 +79,8 @@ struct Record {
       if (options.is_object() && !options.contains("evicted")) options["evicted"] = false;  // runs that began before it was there
       record.options = ExtendOptions::from_json(options);
       record.base_hash = object.at("base_hash").get<std::string>();
+      record.from_hash = object.value("from_hash", "");  // neither was there from the beginning
+      record.merged = object.value("merged", "");
       record.matched = object.at("matched").get<bool>();
       record.matched_layers = std::max<int64_t>(0, object.value("matched_layers", int64_t{0}));
       record.seconds = object.at("seconds").get<double>();
@@ -91,29 +98,35 @@ struct Record {
 
 class Run {
  public:
-  Run(const ExtendOptions& options, const RunOptions& run, const train::RunFolder& folder)
+  Run(const ExtendOptions& options, const RunOptions& run)
       : options_(options),
         run_(run),
-        folder_(folder),
         base_(options.model),
         text_(options.text, formats::Tokenizer(base_.metadata()), options.held_out_fraction, options.context),
         trainer_(options, text_) {
     record_.options = options;
     record_.base_hash = trainer_.spec().base_hash;
+    if (!options.from.empty()) record_.from_hash = formats::hash_of_file(options.from);
+    record_.merged = run.merged;
   }
 
   void resume(const formats::CheckpointFile& checkpoint, Record record) {
     if (record.base_hash != record_.base_hash) {
       throw formats::FormatError(checkpoint.file().path(), "made from another model than " + options_.model);
     }
+    if (!record.from_hash.empty() && record.from_hash != record_.from_hash) {
+      throw formats::FormatError(checkpoint.file().path(), "begun from another adapter than " + formats::quote(options_.from));
+    }
     trainer_.load(checkpoint);
     record.options = options_;
+    record.merged = run_.merged;
     record_ = std::move(record);
   }
 
-  Report go() {
+  Report go(const train::RunFolder& folder) {
+    folder_ = &folder;
     const InterruptGuard interrupt;
-    train::MetricsLog log(folder_ / "metrics.jsonl", trainer_.steps_done());
+    train::MetricsLog log(folder / "metrics.jsonl", trainer_.steps_done());
     if (!record_.matched) match();
     if (!interrupted()) train(log);
     return finish();
@@ -127,7 +140,8 @@ class Run {
   void match() {
     if (trainer_.has_validation() && !record_.window_sinks) {
       record_.window_sinks = trainer_.validate(/*latents_off=*/true);
-      note("held-out KL " + shown(record_.window_sinks->kl) + " with window and sinks alone");
+      note("held-out KL " + shown(record_.window_sinks->kl) + " before training, with " +
+           (options_.attention == "full" ? "full attention" : "window and sinks alone"));
     }
     const auto start = Clock::now();
     const double before = record_.match_seconds;
@@ -148,7 +162,7 @@ class Run {
       record_.matched_layers = result.layer + 1;
       if (seconds_since(start) - saved > kSecondsBetweenMatchSaves) {
         count_seconds();
-        trainer_.save(folder_.checkpoint(), record_.to_json());
+        trainer_.save(folder_->checkpoint(), record_.to_json());
         saved = seconds_since(start);
       }
       return !interrupted();
@@ -156,7 +170,7 @@ class Run {
     trainer_.match(watch, record_.matched_layers);
     count_seconds();
     record_.matched = !interrupted();
-    if (!record_.matched) return trainer_.save(folder_.checkpoint(), record_.to_json());
+    if (!record_.matched) return trainer_.save(folder_->checkpoint(), record_.to_json());
     if (trainer_.has_validation() && record_.matched_layers > 0) {
       record_.matched_loss = trainer_.validate();
       note("held-out KL " + shown(record_.matched_loss->kl) + " after matching");
@@ -199,7 +213,7 @@ class Run {
   }
 
   void save() {
-    trainer_.save(folder_.checkpoint(), record_.to_json());
+    trainer_.save(folder_->checkpoint(), record_.to_json());
     write_adapter();
   }
 
@@ -235,6 +249,7 @@ class Run {
     report_.tokens_per_second = trained > 0 ? static_cast<double>(report_.tokens) / trained : 0.0;
     report_.parameters = trainer_.trained_parameters();
     report_.out = run_.out;
+    report_.full = options_.attention == "full";
     report_.window_sinks = record_.window_sinks;
     report_.matched = record_.matched_loss;
     if (!report_.interrupted) {
@@ -245,7 +260,7 @@ class Run {
       }
       if (report_.step > 0) {
         const std::string problem =
-            train::plot_losses({{folder_.name(), train::read_metrics(folder_ / "metrics.jsonl")}}, folder_ / "loss");
+            train::plot_losses({{folder_->name(), train::read_metrics(*folder_ / "metrics.jsonl")}}, *folder_ / "loss");
         if (!problem.empty()) note("latte: " + problem);
       }
     }
@@ -260,7 +275,7 @@ class Run {
 
   const ExtendOptions& options_;
   const RunOptions& run_;
-  const train::RunFolder& folder_;
+  const train::RunFolder* folder_ = nullptr;  // of go()
   formats::GgufFile base_;
   TokenText text_;
   ExtendTrainer trainer_;
@@ -268,14 +283,22 @@ class Run {
   Report report_;
 };
 
-// Where a file is only written at the end: now, not after hours of training.
-void require_folder_of(const std::string& path) {
-  if (path.empty()) return;
-  const auto parent = std::filesystem::path(path).parent_path();
-  const std::string folder = parent.empty() ? "." : parent.string();
-  std::error_code error;
-  if (!std::filesystem::is_directory(folder, error)) throw formats::FileError("write", path, error ? error.value() : ENOENT);
-  if (access(folder.c_str(), W_OK) != 0) throw formats::FileError("write", path, errno);
+// What is written must not take the place of what is read, or of what else is written.
+void require_files_of_their_own(const ExtendOptions& options, const RunOptions& run) {
+  const auto same = [](const std::string& a, const std::string& b) {
+    std::error_code one, other;
+    return std::filesystem::weakly_canonical(a, one) == std::filesystem::weakly_canonical(b, other) && !one && !other;
+  };
+  std::vector<std::pair<std::string, std::string>> taken = {{"model", options.model}, {"from", options.from}};
+  for (const std::string& text : options.text) taken.emplace_back("text", text);
+  for (const auto& [name, path] : {std::pair("out", run.out), std::pair("merged", run.merged)}) {
+    if (path.empty()) continue;
+    for (const auto& [what, other] : taken) {
+      if (!other.empty() && same(path, other))
+        throw OptionError(std::string(name) + " is " + path + ", which is " + what + " too");
+    }
+    taken.emplace_back(name, path);
+  }
 }
 
 // Layers that are matched were matched with these.
@@ -304,6 +327,15 @@ void require_same_model(const ExtendOptions& asked, const ExtendOptions& found) 
 
 }  // namespace
 
+void require_folder_of(const std::string& path) {
+  if (path.empty()) return;
+  const auto parent = std::filesystem::path(path).parent_path();
+  const std::string folder = parent.empty() ? "." : parent.string();
+  std::error_code error;
+  if (!std::filesystem::is_directory(folder, error)) throw formats::FileError("write", path, error ? error.value() : ENOENT);
+  if (access(folder.c_str(), W_OK) != 0) throw formats::FileError("write", path, errno);
+}
+
 Report run_extend(const ExtendOptions& options, const RunOptions& run) {
   options.validate();
   if (!run.overwrite) {
@@ -313,27 +345,31 @@ Report run_extend(const ExtendOptions& options, const RunOptions& run) {
                         " is there already: --resume goes on with a run, --overwrite starts again, --out names another file");
     }
   }
+  require_files_of_their_own(options, run);
   require_folder_of(run.merged);
-  require_original(options.model);  // before a folder is made, or a checkpoint goes
+  Run session(options, run);  // whatever is wrong with the files shows here, before a folder is made or a checkpoint goes
   const train::RunFolder folder(folder_of(run.out));
   std::error_code ignored;
   std::filesystem::remove(folder.checkpoint(), ignored);
-  return Run(options, run, folder).go();
+  return session.go(folder);
 }
 
-Report resume_extend(const ExtendOptions& options, const RunOptions& run) {
+Report resume_extend(const ExtendOptions& options, const RunOptions& asked) {
   options.validate();
+  RunOptions run = asked;
   const std::string path = checkpoint_of(run.out);
   if (!std::filesystem::exists(path)) throw formats::FileError("resume from", path, ENOENT);
-  require_folder_of(run.merged);
   const train::RunFolder folder(folder_of(run.out));
   const formats::CheckpointFile checkpoint(path);
   Record record = Record::from(checkpoint);
   require_same_model(options, record.options);
   if (!record.matched && record.matched_layers > 0) require_same_matching(options, record.options);
-  Run session(options, run, folder);
+  if (run.merged.empty()) run.merged = record.merged;
+  require_files_of_their_own(options, run);
+  require_folder_of(run.merged);
+  Run session(options, run);
   session.resume(checkpoint, std::move(record));
-  return session.go();
+  return session.go(folder);
 }
 
 ExtendOptions options_of_run(const std::string& out) { return Record::from(formats::CheckpointFile(checkpoint_of(out))).options; }

@@ -33,6 +33,7 @@ struct Report {
   int64_t adapter_bytes = 0;
   std::string out;
   std::vector<MatchResult> layers;         // of this session
+  bool full = false;                       // attention stayed as it was, without window and sinks
   std::optional<Validation> window_sinks;  // before anything was trained
   std::optional<Validation> matched;       // after the first stage
   std::optional<Validation> trained;       // at the end
@@ -43,8 +44,11 @@ struct Report {
 // the loss stops being finite or another process trains in the folder. The files are then those of the last checkpoint.
 Report run_extend(const ExtendOptions& options, const RunOptions& run);
 // Goes on from OUT.run's checkpoint. `tokens` may differ; whatever shapes the model can't, nor, in the first stage, what that
-// does.
+// does, nor the adapter that it began from. Without `merged` the merged model goes where it was to go.
 Report resume_extend(const ExtendOptions& options, const RunOptions& run);
+
+// Throws formats::FileError where a file can't be made at `path`, "" being no file: said now, not after hours.
+void require_folder_of(const std::string& path);
 
 // What a run's checkpoint was made with. Throws formats::FileError and formats::FormatError.
 ExtendOptions options_of_run(const std::string& out);

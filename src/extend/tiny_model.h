@@ -11,7 +11,7 @@
 
 namespace latte::extend {
 
-inline formats::GgufMetadata tiny_metadata() {
+inline formats::GgufMetadata tiny_metadata(uint32_t kv_heads = 2) {
   formats::GgufMetadata metadata("tiny.gguf");
   std::vector<std::string> tokens = {"<|end|>"};
   for (char letter = '!'; letter <= '~'; ++letter) tokens.emplace_back(1, letter);
@@ -28,7 +28,7 @@ inline formats::GgufMetadata tiny_metadata() {
   metadata.set("llama.embedding_length", uint32_t{32});
   metadata.set("llama.feed_forward_length", uint32_t{48});
   metadata.set("llama.attention.head_count", uint32_t{4});
-  metadata.set("llama.attention.head_count_kv", uint32_t{2});
+  metadata.set("llama.attention.head_count_kv", kv_heads);
   metadata.set("llama.attention.layer_norm_rms_epsilon", 1e-5F);
   metadata.set("llama.rope.freq_base", 10000.0F);
   metadata.set("llama.rope.dimension_count", uint32_t{8});
@@ -41,9 +41,9 @@ inline formats::GgufMetadata tiny_metadata() {
   return metadata;
 }
 
-inline void write_tiny_model(const std::string& path, uint64_t seed = 3) {
+inline void write_tiny_model(const std::string& path, uint64_t seed = 3, uint32_t kv_heads = 2) {
   torch::manual_seed(seed);
-  const formats::GgufMetadata metadata = tiny_metadata();
+  const formats::GgufMetadata metadata = tiny_metadata(kv_heads);
   formats::GgufTensorSpec embedding{"token_embd.weight", formats::TensorType::kF32, {98, 32}};
   const auto& tokens = metadata.strings("tokenizer.ggml.tokens");
   embedding.shape[0] = static_cast<int64_t>(tokens.size());

@@ -23,6 +23,7 @@ std::vector<int64_t> read_tokens(const std::string& path, const formats::Tokeniz
 TokenText::TokenText(const std::vector<std::string>& paths, const formats::Tokenizer& tokenizer, double held_out_fraction,
                      int64_t context)
     : context_(context) {
+  std::string sizes;
   for (const std::string& path : paths) {
     const std::vector<int64_t> tokens = read_tokens(path, tokenizer);
     const auto all = torch::tensor(at::ArrayRef<int64_t>(tokens), torch::kLong).to(torch::kInt);
@@ -37,10 +38,12 @@ TokenText::TokenText(const std::vector<std::string>& paths, const formats::Token
     add(held_out_, held_out_starts_, cut, size);
     train_tokens_ += cut;
     held_out_tokens_ += size - cut;
+    sizes += (sizes.empty() ? "" : ", ") + path + " has " + std::to_string(cut);
   }
   if (train_.empty()) {
-    throw formats::FormatError(paths.empty() ? "text" : paths.front(), "no text has " + std::to_string(context + 1) +
-                                                                           " tokens to train on: a shorter context or more text");
+    throw formats::FormatError("text", "none has " + std::to_string(context + 1) +
+                                           " tokens to train on, a context and one more (" + sizes +
+                                           "): a shorter context or more text");
   }
 }
 

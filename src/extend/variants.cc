@@ -1,6 +1,7 @@
 #include "extend/variants.h"
 
 #include <array>
+#include <tuple>
 #include <utility>
 
 #include "extend/options.h"
@@ -56,8 +57,8 @@ AttentionKind adapter_of(AttentionKind kind) {
   return kind == AttentionKind::kMacchiatoLatentsOff ? AttentionKind::kMacchiato : kind;
 }
 
-void require_kind(const ConvertedModel& model, const std::string& path, AttentionKind kind) {
-  const AttentionKind found = kind_of(model.spec);
+void require_kind(const formats::AdapterSpec& spec, const std::string& path, AttentionKind kind) {
+  const AttentionKind found = kind_of(spec);
   if (found != adapter_of(kind)) throw OptionError(misfit(kind, path, found));
 }
 
@@ -107,9 +108,27 @@ std::optional<std::string> missing_source(AttentionKind kind, const VariantSourc
       return needs(sources.control, "--control");
     case AttentionKind::kFullUptrained:
       return needs(sources.full_adapter, "--full-adapter");
+    case AttentionKind::kWindow:
+    case AttentionKind::kWindowSinks:
+      if (!sources.convertible) return std::string(name_of(kind)) + ": " + sources.model + " caps its attention's scores";
+      [[fallthrough]];
     default:  // a merged file's weights are no longer the original's
       if (!merged) return std::nullopt;
       return std::string(name_of(kind)) + " needs the original model: " + sources.model + " is a converted one";
+  }
+}
+
+void check_adapters(const VariantSources& sources) {
+  const std::tuple<const std::string&, AttentionKind> adapters[] = {
+      {sources.adapter, AttentionKind::kMacchiato},
+      {sources.control, AttentionKind::kWindowSinksUptrained},
+      {sources.full_adapter, AttentionKind::kFullUptrained},
+  };
+  for (const auto& [path, kind] : adapters) {
+    if (path.empty()) continue;
+    const formats::AdapterFile adapter(path);
+    adapter.check_fits(formats::GgufFile(sources.model));
+    require_kind(adapter.spec(), path, kind);
   }
 }
 
@@ -120,7 +139,7 @@ Variant load_variant(AttentionKind kind, const VariantSources& sources) {
   variant.kind = kind;
   const auto adapted = [&](const std::string& adapter) {
     variant.model = load_converted(sources.model, adapter, sources.dtype);
-    require_kind(variant.model, adapter.empty() ? sources.model : adapter, kind);
+    require_kind(variant.model.spec, adapter.empty() ? sources.model : adapter, kind);
     if (!sources.window) return;
     variant.model.spec.window = *sources.window;
     for (const auto& attention : variant.model.converted) {

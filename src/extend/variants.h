@@ -38,6 +38,7 @@ struct VariantSources {
   // Of window and window-sinks, the window of adapters too; the adapter's (or the control's) unless given, else 512 and 4.
   std::optional<int64_t> window, sinks;
   double rope_factor = 1.0;  // of full-ntk and full-yarn
+  bool convertible = true;   // the model's attention
   at::ScalarType dtype = torch::kBFloat16;
 };
 
@@ -53,6 +54,10 @@ std::optional<AttentionKind> merged_kind(const std::string& model);
 
 // Whether the sources, whose model is `merged`, allow the kind; if not, what is missing: "macchiato needs --adapter".
 std::optional<std::string> missing_source(AttentionKind kind, const VariantSources& sources, std::optional<AttentionKind> merged);
+
+// That each of the sources' adapters is of its kind and fits the model, at the cost of reading their metadata: throws
+// OptionError, formats::FileError and formats::FormatError.
+void check_adapters(const VariantSources& sources);
 
 // Throws OptionError for what missing_source names, and as load_decoder and load_converted do.
 Variant load_variant(AttentionKind kind, const VariantSources& sources);

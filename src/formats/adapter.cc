@@ -27,15 +27,10 @@ std::string shape_text(const std::vector<int64_t>& shape) {
   return text + "]";
 }
 
-// ggml doesn't keep leading dimensions of 1.
 std::vector<int64_t> without_leading_ones(std::vector<int64_t> shape) {
   const auto first = std::find_if(shape.begin(), shape.end(), [](int64_t size) { return size != 1; });
   shape.erase(shape.begin(), first);
   return shape;
-}
-
-bool same_shape(const std::vector<int64_t>& a, const std::vector<int64_t>& b) {
-  return without_leading_ones(a) == without_leading_ones(b);
 }
 
 // Everything wrong, in one line; nothing where all is well.
@@ -194,6 +189,10 @@ bool is_adapter(const GgufMetadata& metadata) {
     return found != nullptr && *found == text;
   };
   return holds("general.type", "adapter") && holds("adapter.type", "latte");
+}
+
+bool same_shape(const std::vector<int64_t>& a, const std::vector<int64_t>& b) {
+  return without_leading_ones(a) == without_leading_ones(b);
 }
 
 bool is_added_tensor(std::string_view name) { return name.find(kAddedMark) != std::string_view::npos; }

@@ -206,6 +206,10 @@ DecoderConfig decoder_config(const GgufMetadata& metadata, std::span<const GgufT
   if (keys.has("vocab_size") && keys.integer("vocab_size", kLargestContext) != config.vocab_size) {
     keys.refuse("vocab_size", std::to_string(config.vocab_size) + ", the rows of \"token_embd.weight\"");
   }
+  constexpr std::string_view kTokens = "tokenizer.ggml.tokens";
+  if (metadata.has(kTokens) && static_cast<int64_t>(metadata.strings(kTokens).size()) > config.vocab_size) {
+    metadata.refuse(kTokens, std::to_string(config.vocab_size) + " strings at most, the rows of \"token_embd.weight\"");
+  }
   config.tie_embeddings = find(tensors, "output.weight") == nullptr;
   config.rope_factors = find(tensors, "rope_freqs.weight") != nullptr;
   return config;

@@ -133,6 +133,12 @@ TEST(DecoderConfig, RefusesWhatNoModelHas) {
   }
   EXPECT_CONTAINS(refuse("llama.vocab_size", uint32_t{11}), "expected 10, the rows of \"token_embd.weight\"");
   EXPECT_CONTAINS(error_text<FormatError>([&] { decoder_config(small_llama(), {}); }), "\"token_embd.weight\" is missing");
+  // A tokeniser's tokens all have a row; there may be more rows.
+  EXPECT_CONTAINS(refuse("tokenizer.ggml.tokens", GgufArray(std::vector<std::string>(11, "a"))),
+                  "expected 10 strings at most, the rows of \"token_embd.weight\"");
+  GgufMetadata metadata = small_llama();
+  metadata.set("tokenizer.ggml.tokens", GgufArray(std::vector<std::string>(9, "a")));
+  EXPECT_NO_THROW(decoder_config(metadata, kEmbedding));
 }
 
 TEST(DecoderConfig, APieceOfAModelIsRefused) {

@@ -149,6 +149,9 @@ class HuggingFacePretrained : public PretrainedFile {
     }
     config_ = decoder_config(metadata_, tensors_);
     require_decoder_tensors(folder, config_, tensors_);
+    if (config_.tie_embeddings && !tied) {
+      throw FormatError(folder, "tensor \"lm_head.weight\" is missing, and config.json doesn't say tie_word_embeddings");
+    }
   }
 
   void read_rows(std::string_view name, int64_t first_row, std::span<float> out) const override {

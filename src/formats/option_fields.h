@@ -85,7 +85,8 @@ inline void check_range(std::string_view field, int64_t value, int64_t least, in
 }
 
 inline void check_that(bool good, std::string_view field, double value, const std::string& expected) {
-  if (!good || !std::isfinite(value)) fail(field, nlohmann::json(value).dump(), expected);
+  if (good && std::isfinite(value)) return;
+  fail(field, std::isfinite(value) ? nlohmann::json(value).dump() : std::to_string(value), expected);
 }
 
 }  // namespace latte::formats::fields

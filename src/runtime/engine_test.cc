@@ -379,6 +379,33 @@ TEST_F(EngineTest, RefusesModelsThatLackSomething) {
   EXPECT_CONTAINS(error_text<ModelError>([&] { Model::open(tiny_.adapter()); }), "an adapter, not a model");
 }
 
+// As ggml's writers leave it.
+TEST_F(EngineTest, AnAdapterMayLackLeadingDimensionsOfOne) {
+  TinyModel tiny({.kv_heads = 1, .layers = 4, .conv = true});
+  const formats::GgufFile file(tiny.adapter());
+  std::vector<formats::GgufTensor> tensors = file.tensors();
+  int64_t changed = 0;
+  for (formats::GgufTensor& tensor : tensors) {
+    if (tensor.shape.size() < 2 || tensor.shape[0] != 1) continue;
+    tensor.shape.erase(tensor.shape.begin());
+    ++changed;
+  }
+  EXPECT_GT(changed, 0);
+  ModelOptions options;
+  options.threads = 2;
+  options.adapter = tiny / "rewritten.gguf";
+  formats::write_gguf(options.adapter, file.metadata(), tensors);
+  const auto tokens = tiny.tokens(20);
+  const auto logits = [&](const std::shared_ptr<const Model>& model) {
+    Engine engine(model, {2, {}, 32});
+    Session session(model, exact());
+    const StepPart part{&session, tokens, false};
+    const auto last = engine.step({&part, 1});
+    return std::vector<float>(last.begin(), last.end());
+  };
+  EXPECT_EQ(logits(Model::open(tiny.path(), options)), logits(open(tiny, true)));
+}
+
 TEST_F(EngineTest, ThreadsThatFailStopTheOthers) {
   ThreadPool pool(3);
   for (int round = 0; round < 20; ++round) {

@@ -261,7 +261,7 @@ const formats::GgufTensor* Model::find(const std::string& name) const {
 const formats::GgufTensor& Model::tensor(const std::string& name, const std::vector<int64_t>& shape) const {
   const formats::GgufTensor* found = find(name);
   if (found == nullptr) throw ModelError(path_ + ": tensor " + name + " is missing, expected " + in_brackets(shape));
-  if (found->shape != shape) {
+  if (!formats::same_shape(found->shape, shape)) {
     throw ModelError(path_ + ": tensor " + name + " is " + in_brackets(found->shape) + ", expected " + in_brackets(shape));
   }
   return *found;

@@ -239,6 +239,7 @@ TEST_F(HuggingFaceFolder, ConfigsThatAreRefused) {
   EXPECT_CONTAINS(refuse("num_hidden_layers", 7), "missing tensors: \"blk.6.attn_norm.weight\"");
   EXPECT_CONTAINS(refuse("num_hidden_layers", 5), "unexpected tensors: \"blk.5.attn_k.weight\"");
   EXPECT_CONTAINS(refuse("tie_word_embeddings", "no"), "expected true or false");
+  EXPECT_CONTAINS(refuse("tie_word_embeddings", false), "tensor \"lm_head.weight\" is missing");
 
   const auto refuse_text = [&](const std::string& text) {
     formats::write_bytes(root_ + "/config.json", text);
