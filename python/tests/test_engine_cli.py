@@ -139,6 +139,10 @@ def test_perplexity_is_that_of_eval(tmp_path, model):
             # The engine keeps keys and values in float16.
             assert mine[figure] == pytest.approx(other[figure], rel=2**-9)
     assert_fails(latte("perplexity", model, "--text", text, "--lengths", 100000), "--lengths")
+    one = ["perplexity", model, "--text", text, "--lengths", 32, "--windows", 1]
+    assert json.loads(latte(*one, "--json").stdout)["rows"][0]["stderr"] is None
+    shown = latte(*one).stdout
+    assert "1 stretch of 32 tokens: perplexity" in shown and "±" not in shown
 
 
 def test_bench_decode_rows(tmp_path, model):

@@ -346,7 +346,7 @@ def test_a_recipe_is_a_configuration(tmp_path, model, text):
     assert result.returncode == 0, result.stderr
     assert again.read_bytes() == first.read_bytes()
     other = tmp_path / "c.gguf"
-    changed = ["--no-floor", "--no-forget", "--latents-read-evicted", "--tokens", 0]
+    changed = ["--floor", "--no-floor", "--forget", "--no-forget", "--latents-read-evicted", "--tokens", 0]
     result = latte("extend", model, "--config", config, "--text", text, "--out", other, *changed)
     assert result.returncode == 0, result.stderr
     recipe = json.loads(latte("inspect", other, "--json").stdout)["adapter"]["recipe"]

@@ -63,7 +63,7 @@ int Perplexity(const PerplexityOptions& options) {
     for (const double m : means) mean += m / static_cast<double>(windows);
     for (const double m : means) variance += std::pow(m - mean, 2) / std::max<double>(1.0, static_cast<double>(windows - 1));
     const double perplexity = std::exp(mean);
-    const double error = perplexity * std::sqrt(variance / static_cast<double>(windows));  // of one stretch nobody knows
+    const double error = perplexity * std::sqrt(variance / static_cast<double>(windows));  // unknown of a single stretch
     const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     rows.push_back({{"attention", attention},
                     {"length", length},

@@ -16,9 +16,9 @@
 #include "extend/options.h"
 #include "extend/plot.h"
 #include "extend/retrieval.h"
-#include "extend/run.h"
 #include "extend/token_text.h"
 #include "extend/variants.h"
+#include "formats/atomic_file.h"
 #include "formats/error.h"
 #include "train/interrupt.h"
 #include "train/options.h"
@@ -175,7 +175,7 @@ class Evaluation {
         if (Has(options_.tasks, "passkey")) passkey(variant);
         if (Has(options_.tasks, "recall")) recall(variant);
       }
-    } catch (...) {  // what was measured is told all the same
+    } catch (...) {  // what was measured is told all the same; a table has shown its rows
       if (options_.json_output && !(rows_.empty() && retrieval_.empty())) print_json();
       throw;
     }
@@ -216,11 +216,14 @@ class Evaluation {
     sources.rope_factor = options_.rope_factor.value_or(std::max(1.0, static_cast<double>(longest) / context));
     kinds_ = KindsOf(options_, merged, sources.rope_factor > 1.0);
     // Whatever is wrong with what is read or written last shows now, not after an hour of measuring.
-    check_adapters(sources);
-    extend::require_folder_of(options_.plot);
+    check_adapters(sources, kinds_);
+    if (!options_.plot.empty()) formats::AtomicFile(options_.plot + ".svg").abandon();
     for (int64_t length : options_.task_lengths) {
-      if (Has(options_.tasks, "passkey")) extend::passkey_case(tokenizer_, length, 0.0, 0);
-      if (Has(options_.tasks, "recall")) extend::recall_case(tokenizer_, length, options_.pairs, 0);
+      for (int64_t trial = 0; trial < options_.trials; ++trial) {
+        const auto seed = static_cast<uint64_t>(trial);
+        if (Has(options_.tasks, "passkey")) extend::passkey_case(tokenizer_, length, 0.0, seed);
+        if (Has(options_.tasks, "recall")) extend::recall_case(tokenizer_, length, options_.pairs, seed);
+      }
     }
     if (!text) return;
     if (options_.text.empty()) throw OptionError("--text is missing");

@@ -73,6 +73,7 @@ void AddFields(CLI::App& command, json& fields) {
           "--floor,!--no-floor", [&fields](int64_t count) { fields["floor"] = count > 0; },
           "A latent must rise above a trained weight, or leaves its share to the window; such latents keep all they read. With "
           "--from in the layers of --match-layers")
+      ->multi_option_policy(CLI::MultiOptionPolicy::TakeLast)
       ->group(kAttention);
   options.choice(
       "--position", "position",
@@ -82,12 +83,16 @@ void AddFields(CLI::App& command, json& fields) {
   command
       .add_flag_function(
           "--forget,!--no-forget", [&fields](int64_t count) { fields["forget"] = count > 0; },
-          "Latents keep all they read. With --from those of --match-layers, the others as there")
+          "Latents forget, each at a rate of its own (the default), or keep all they read. With --from those of --match-layers, "
+          "the "
+          "others as there")
+      ->multi_option_policy(CLI::MultiOptionPolicy::TakeLast)
       ->group(kAttention);
   command
       .add_flag_function(
           "--latents-read-evicted,!--latents-read-all", [&fields](int64_t count) { fields["evicted"] = count > 0; },
-          "Latents read sinks and window too, not only what left the window")
+          "Latents read what left the window alone (the default), or sinks and window too")
+      ->multi_option_policy(CLI::MultiOptionPolicy::TakeLast)
       ->group(kAttention);
 
   constexpr const char* kMatching = "First stage: each layer's attention is matched to the original's";
@@ -213,11 +218,10 @@ void TakeRateOfChanges(json& fields) {
   if (!fields.contains("lr") && fields.contains("train") && fields["train"] == "lora") fields["lr"] = kRate;
 }
 
-// What an adapter's recipe says besides of how far its run came is no option.
-json recipe_in(const std::string& path) {
-  json recipe = formats::read_json_object(path);
-  for (const char* told : {"steps_done", "tokens_done"}) recipe.erase(told);
-  return recipe;
+// The fields of a configuration. An adapter's recipe, which tells how far its run came, has all of them.
+json fields_in(const std::string& path) {
+  const json object = formats::read_json_object(path);
+  return object.contains("steps_done") ? ExtendOptions::from_recipe(object).to_json() : object;
 }
 
 int Extend(Options& options) {
@@ -226,7 +230,8 @@ int Extend(Options& options) {
   try {
     json fields = json::object();
     if (options.resume) fields = extend::options_of_run(options.run.out).to_json();
-    if (!options.config_file.empty()) fields.update(recipe_in(options.config_file));
+    options.run.config = options.config_file;
+    if (!options.config_file.empty()) fields.update(fields_in(options.config_file));
     fields.update(options.fields);
     if (!options.resume) {
       TakeWindowOfStart(fields);
@@ -277,7 +282,8 @@ void AddExtend(CLI::App& app, int& exit_code) {
       ->required()
       ->group("Run");
   command->add_option("--merged", options->run.merged, "Also write the whole model, converted")->type_name("FILE")->group("Run");
-  command->add_flag("--resume", options->resume, "Go on with the run of --out; what isn't named is as it was")->group("Run");
+  command->add_flag("--resume", options->resume, "Go on with the run of --out; what isn't named is as it was, but for --merged")
+      ->group("Run");
   command->add_flag("--overwrite", options->run.overwrite, "Start again where a run is")->group("Run");
   command
       ->add_option("--config", options->config_file,

@@ -10,7 +10,7 @@
 //
 // and for each split S (train, validation, test …) these tensors: "S.tokens" U8 or I32 [total], "S.offsets" I64 [sequences + 1],
 // and "S.labels" I32 [examples], or for kind tokens "S.target_positions" I64 [targets], growing, into the tokens, and "S.targets"
-// I32 [targets]. Version "1" had an S.targets as long as the tokens.
+// I32 [targets]. Version "1", whose S.targets was as long as the tokens, is read where the kind isn't tokens.
 #pragma once
 
 #include <string>

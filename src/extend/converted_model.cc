@@ -19,11 +19,7 @@ void copy_in(const formats::GgufTensor& tensor, const at::Tensor& parameter) {
 // Of latents: a model that has more of them than the file never chooses those that it adds.
 void copy_latents(const formats::GgufTensor& tensor, std::string_view name, const at::Tensor& parameter) {
   std::vector<float> values = tensor.floats();
-  // formats::same_shape: leading dimensions of 1 may be missing.
-  std::vector<int64_t> shape = tensor.shape;
-  const auto dims = static_cast<size_t>(parameter.dim());
-  while (shape.size() > dims) shape.erase(shape.begin());
-  while (shape.size() < dims) shape.insert(shape.begin(), 1);
+  const auto shape = formats::with_dims(tensor.shape, static_cast<size_t>(parameter.dim()));
   const auto from = torch::from_blob(values.data(), shape, torch::kFloat32);
   if (from.sizes() == parameter.sizes()) {
     parameter.copy_(from);

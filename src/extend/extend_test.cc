@@ -9,6 +9,7 @@
 #include "extend/latent_start.h"
 #include "extend/retrieval.h"
 #include "extend/test_extend.h"
+#include "formats/checkpoint.h"
 #include "formats/error.h"
 #include "nn/test_close.h"
 
@@ -368,6 +369,13 @@ TEST_F(ExtendTest, WhatIsReadIsNeverWrittenOver) {
   EXPECT_CONTAINS(error(options_.text[0], ""), "which is text too");
   EXPECT_CONTAINS(error(out, model), "merged is " + model + ", which is model too");
   EXPECT_CONTAINS(error(out, out), "which is out too");
+  EXPECT_CONTAINS(error(out, folder_ / "./out.gguf"), "which is out too");
+  EXPECT_CONTAINS(error("out.gguf", "./out.gguf"), "which is out too");
+  over.config = folder_ / "recipe.json";
+  EXPECT_CONTAINS(error(over.config, ""), "which is config too");
+  over.config.clear();
+  options_.from = folder_ / "start.gguf";
+  EXPECT_CONTAINS(error(options_.from, ""), "which is from too");
   EXPECT_EQ(formats::read_bytes(model), before);
 }
 
@@ -392,24 +400,39 @@ TEST_F(ExtendTest, ARunGoesWhenTheNextOneCanBegin) {
   EXPECT_NE(checkpoint(), before);
 }
 
-TEST_F(ExtendTest, AResumedRunKeepsWhatItIsToWriteAndWhatItBeganFrom) {
+TEST_F(ExtendTest, AResumedRunKeepsWhatItBeganFrom) {
   options_.tokens = 64;
   run_extend(options_, run("start.gguf"));
   options_.seed = 2;
   run_extend(options_, run("other.gguf"));
   options_.from = folder_ / "start.gguf";
-  RunOptions both = run();
-  both.merged = folder_ / "merged.gguf";
-  run_extend(options_, both);
-  const std::string first = formats::read_bytes(both.merged);
+  run_extend(options_, run());
   options_.tokens = 128;
-  resume_extend(options_, run());  // which doesn't name the merged model
-  EXPECT_NE(formats::read_bytes(both.merged), first);
   std::filesystem::rename(folder_ / "start.gguf", folder_ / "moved.gguf");
   options_.from = folder_ / "moved.gguf";
   resume_extend(options_, run());
   options_.from = folder_ / "other.gguf";
-  EXPECT_CONTAINS(error_text<FormatError>([&] { resume_extend(options_, run()); }), "begun from another adapter than");
+  EXPECT_CONTAINS(error_text<OptionError>([&] { resume_extend(options_, run()); }), "but the run began with another");
+  options_.from = folder_ / "moved.gguf";
+  EXPECT_CONTAINS(error_text<OptionError>([&] { resume_extend(options_, run("other.gguf")); }), "but the run began with none");
+}
+
+// A run that today's checks would refuse goes on with an option that they don't.
+TEST_F(ExtendTest, ARunOfBeforeACheckGoesOn) {
+  options_.tokens = 64;
+  run_extend(options_, run());
+  const std::string path = run().out + ".run/checkpoint.safetensors";
+  const formats::CheckpointFile checkpoint(path);
+  nlohmann::json record = nlohmann::json::parse(checkpoint.config());
+  record["extend"]["context"] = 6;
+  record.erase("from_hash");
+  formats::write_checkpoint(path, {.config = record.dump(), .step = checkpoint.step()}, checkpoint.file().tensors());
+  ExtendOptions found = options_of_run(run().out);
+  EXPECT_EQ(found.context, 6);
+  EXPECT_CONTAINS(error_text<OptionError>([&] { resume_extend(found, run()); }), "context is 6, expected more than 6");
+  found.context = 64;
+  found.tokens = 128;
+  EXPECT_EQ(resume_extend(found, run()).step, 2);
 }
 
 // As ggml's writers leave it: without leading dimensions of 1.
@@ -440,18 +463,21 @@ TEST_F(ExtendTest, AdaptersAreCheckedBeforeAnythingIsMeasured) {
   run_extend(options_, run());
   VariantSources sources;
   sources.model = options_.model;
-  check_adapters(sources);
+  const auto all = all_attention_kinds();
+  check_adapters(sources, all);
   sources.adapter = run().out;
-  check_adapters(sources);
+  check_adapters(sources, all);
   sources.full_adapter = run().out;
-  EXPECT_CONTAINS(error_text<OptionError>([&] { check_adapters(sources); }), "full-uptrained: " + run().out + " has latents");
+  EXPECT_CONTAINS(error_text<OptionError>([&] { check_adapters(sources, all); }),
+                  "full-uptrained: " + run().out + " has latents");
+  check_adapters(sources, {AttentionKind::kWindowSinks});  // which takes its window from either
   sources.full_adapter.clear();
   sources.control = folder_ / "none.gguf";
-  EXPECT_THROW(check_adapters(sources), formats::FileError);
+  EXPECT_THROW(check_adapters(sources, all), formats::FileError);
   sources.control.clear();
   write_tiny_model(folder_ / "other.gguf", 9);
   sources.model = folder_ / "other.gguf";
-  EXPECT_CONTAINS(error_text<FormatError>([&] { check_adapters(sources); }), "made for \"Tiny\"");
+  EXPECT_CONTAINS(error_text<FormatError>([&] { check_adapters(sources, all); }), "made for \"Tiny\"");
 }
 
 // Attention whose scores are capped keeps its own kind.
@@ -510,9 +536,19 @@ TEST(ExtendOptions, RefuseWhatWouldTrainNothing) {
   EXPECT_CONTAINS(error_text<OptionError>([&] { options.validate(); }), "context is 68, expected more than 68");
   options.context = 69;
   options.validate();
+  options.context = 138;
+  options.first_context = 69;
+  options.validate();
+  options.context = 128;
+  options.first_context = 64;
+  EXPECT_CONTAINS(error_text<OptionError>([&] { options.validate(); }), "first_context is 64, expected more than 68");
+  options.first_context = 0;
   options.least_window = 512;
   EXPECT_THROW(options.validate(), OptionError);
   options.evicted = false;  // such latents read the window as well
+  options.validate();
+  options.evicted = true;
+  options.tokens = options.match_sequences = 0;  // an adapter for another window
   options.validate();
   options.attention = "full";
   EXPECT_CONTAINS(error_text<OptionError>([&] { options.validate(); }), "loss is kl, expected text, or a text_share");

@@ -112,6 +112,12 @@ std::vector<LayerRange> layers_to_match(const ExtendOptions& options) {
   return parse_layers("match_layers", options.match_layers, false);
 }
 
+ExtendOptions options_in(const json& object) {
+  ExtendOptions options;
+  read_object("extend option", object, [&](const auto& visit) { for_each_field(options, visit); });
+  return options;
+}
+
 }  // namespace
 
 int64_t ExtendOptions::latents_of(int64_t block) const {
@@ -221,10 +227,11 @@ void ExtendOptions::validate() const {
   check_that(first_context == 0 || (first_context >= 2 && first_context <= context && context % first_context == 0 &&
                                     std::has_single_bit(static_cast<uint64_t>(context / first_context))),
              "first_context", first_context, "0, or the context halved any number of times");
-  if (attention == "macchiato" && evicted && context <= training_windows().front() + sinks) {
-    fail("context", std::to_string(context),
-         "more than " + std::to_string(training_windows().front() + sinks) +
-             ", the smallest window and the sinks: latents read what lies beyond");
+  const bool matches_layers = match_sequences > 0 && (from.empty() || !match_layers.empty());
+  const int64_t within = training_windows().front() + sinks, shortest = first_context > 0 ? first_context : context;
+  if (attention == "macchiato" && evicted && (tokens > 0 || matches_layers) && shortest <= within) {
+    fail(first_context > 0 ? "first_context" : "context", std::to_string(shortest),
+         "more than " + std::to_string(within) + ", the smallest window and the sinks: latents read what lies beyond");
   }
   if (attention == "full" && loss == "kl" && text_share == 0 && from.empty()) {
     fail("loss", "kl", "text, or a text_share: full attention is the original itself, from which nothing is to be learnt");
@@ -253,10 +260,17 @@ json ExtendOptions::to_json() const {
 }
 
 ExtendOptions ExtendOptions::from_json(const json& object) {
-  ExtendOptions options;
-  read_object("extend option", object, [&](const auto& visit) { for_each_field(options, visit); });
+  ExtendOptions options = options_in(object);
   options.validate();
   return options;
+}
+
+ExtendOptions ExtendOptions::from_recipe(json object) {
+  if (object.is_object()) {
+    for (const char* told : {"steps_done", "tokens_done"}) object.erase(told);  // how far the run came
+    if (!object.contains("evicted")) object["evicted"] = false;
+  }
+  return options_in(object);
 }
 
 double learning_rate_factor(const ExtendOptions& options, int64_t step) {

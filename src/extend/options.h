@@ -72,7 +72,7 @@ struct ExtendOptions {
   // always `window`.
   int64_t least_window = 64;
   double lr = 3e-4;         // of pretrained weights; `latte extend --train lora` has 1e-3 unless it is named
-  double latent_lr = 1e-3;  // of the latents' matrices; a third of it of the gates'
+  double latent_lr = 1e-3;  // of the latents' matrices; the gates' is a third of it
   double vector_lr = 2e-3;  // of their biases, slopes and decays
   double gate_lr = 0.0;     // of the gates' biases; 0: as other vectors. A gate that is shut by nats takes long to open otherwise
   double final_lr = 0.05;   // of each, at the end of the cosine
@@ -101,6 +101,9 @@ struct ExtendOptions {
 
   nlohmann::json to_json() const;                              // every field
   static ExtendOptions from_json(const nlohmann::json& json);  // throws OptionError
+  // What a checkpoint or an adapter's recipe holds, which may be of before some option was there, or was refused: not validated.
+  // Throws OptionError where it isn't of options.
+  static ExtendOptions from_recipe(nlohmann::json json);
 
   bool operator==(const ExtendOptions&) const = default;
 };

@@ -1,7 +1,5 @@
 #include "extend/run.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <cerrno>
 #include <chrono>
@@ -10,6 +8,7 @@
 #include <nlohmann/json.hpp>
 #include <stdexcept>
 
+#include "formats/atomic_file.h"
 #include "formats/error.h"
 #include "formats/hash.h"
 #include "formats/tokenizer.h"
@@ -42,8 +41,7 @@ std::string checkpoint_of(const std::string& out) {
 struct Record {
   ExtendOptions options;
   std::string base_hash;
-  std::string from_hash;  // of options.from; empty where there is none
-  std::string merged;     // RunOptions
+  std::optional<std::string> from_hash;  // of options.from, "" where there is none; runs of before it was told have none
   bool matched = false;
   int64_t matched_layers = 0;  // the first ones, while matching isn't done
   double seconds = 0.0, match_seconds = 0.0;
@@ -55,8 +53,7 @@ struct Record {
     };
     return json{{"extend", options.to_json()},
                 {"base_hash", base_hash},
-                {"from_hash", from_hash},
-                {"merged", merged},
+                {"from_hash", from_hash ? json(*from_hash) : json(nullptr)},
                 {"matched", matched},
                 {"matched_layers", matched_layers},
                 {"seconds", seconds},
@@ -75,12 +72,9 @@ struct Record {
     try {
       const json object = json::parse(checkpoint.config());
       Record record;
-      json options = object.at("extend");
-      if (options.is_object() && !options.contains("evicted")) options["evicted"] = false;  // runs that began before it was there
-      record.options = ExtendOptions::from_json(options);
+      record.options = ExtendOptions::from_recipe(object.at("extend"));
       record.base_hash = object.at("base_hash").get<std::string>();
-      record.from_hash = object.value("from_hash", "");  // neither was there from the beginning
-      record.merged = object.value("merged", "");
+      if (const auto found = object.find("from_hash"); found != object.end() && found->is_string()) record.from_hash = *found;
       record.matched = object.at("matched").get<bool>();
       record.matched_layers = std::max<int64_t>(0, object.value("matched_layers", int64_t{0}));
       record.seconds = object.at("seconds").get<double>();
@@ -106,20 +100,21 @@ class Run {
         trainer_(options, text_) {
     record_.options = options;
     record_.base_hash = trainer_.spec().base_hash;
-    if (!options.from.empty()) record_.from_hash = formats::hash_of_file(options.from);
-    record_.merged = run.merged;
+    record_.from_hash = options.from.empty() ? "" : formats::hash_of_file(options.from);
   }
 
   void resume(const formats::CheckpointFile& checkpoint, Record record) {
     if (record.base_hash != record_.base_hash) {
       throw formats::FormatError(checkpoint.file().path(), "made from another model than " + options_.model);
     }
-    if (!record.from_hash.empty() && record.from_hash != record_.from_hash) {
-      throw formats::FormatError(checkpoint.file().path(), "begun from another adapter than " + formats::quote(options_.from));
+    const bool same_start = record.from_hash ? record.from_hash == record_.from_hash : record.options.from == options_.from;
+    if (!same_start) {
+      throw OptionError("from is " + formats::quote(options_.from) + ", but the run began with " +
+                        (record.options.from.empty() ? "none" : "another, named " + formats::quote(record.options.from)));
     }
     trainer_.load(checkpoint);
     record.options = options_;
-    record.merged = run_.merged;
+    record.from_hash = record_.from_hash;
     record_ = std::move(record);
   }
 
@@ -286,10 +281,15 @@ class Run {
 // What is written must not take the place of what is read, or of what else is written.
 void require_files_of_their_own(const ExtendOptions& options, const RunOptions& run) {
   const auto same = [](const std::string& a, const std::string& b) {
-    std::error_code one, other;
-    return std::filesystem::weakly_canonical(a, one) == std::filesystem::weakly_canonical(b, other) && !one && !other;
+    // What doesn't exist keeps its dots while it is relative.
+    const auto whole = [](const std::string& path) {
+      std::error_code ignored;
+      return std::filesystem::weakly_canonical(std::filesystem::absolute(path, ignored), ignored);
+    };
+    return whole(a) == whole(b);
   };
-  std::vector<std::pair<std::string, std::string>> taken = {{"model", options.model}, {"from", options.from}};
+  std::vector<std::pair<std::string, std::string>> taken = {
+      {"model", options.model}, {"from", options.from}, {"config", run.config}};
   for (const std::string& text : options.text) taken.emplace_back("text", text);
   for (const auto& [name, path] : {std::pair("out", run.out), std::pair("merged", run.merged)}) {
     if (path.empty()) continue;
@@ -299,6 +299,20 @@ void require_files_of_their_own(const ExtendOptions& options, const RunOptions& 
     }
     taken.emplace_back(name, path);
   }
+}
+
+void refuse_to_overwrite(const RunOptions& run) {
+  if (run.overwrite) return;
+  for (const std::string& path : {run.out, checkpoint_of(run.out), run.merged}) {
+    if (path.empty() || !std::filesystem::exists(path)) continue;
+    throw OptionError(path +
+                      " is there already: --resume goes on with a run, --overwrite starts again, --out names another file");
+  }
+}
+
+// A file that is only written at the end can be: said now, not after hours of training.
+void require_writable(const std::string& path) {
+  if (!path.empty()) formats::AtomicFile(path).abandon();
 }
 
 // Layers that are matched were matched with these.
@@ -327,36 +341,22 @@ void require_same_model(const ExtendOptions& asked, const ExtendOptions& found) 
 
 }  // namespace
 
-void require_folder_of(const std::string& path) {
-  if (path.empty()) return;
-  const auto parent = std::filesystem::path(path).parent_path();
-  const std::string folder = parent.empty() ? "." : parent.string();
-  std::error_code error;
-  if (!std::filesystem::is_directory(folder, error)) throw formats::FileError("write", path, error ? error.value() : ENOENT);
-  if (access(folder.c_str(), W_OK) != 0) throw formats::FileError("write", path, errno);
-}
-
 Report run_extend(const ExtendOptions& options, const RunOptions& run) {
   options.validate();
-  if (!run.overwrite) {
-    for (const std::string& path : {run.out, checkpoint_of(run.out), run.merged}) {
-      if (path.empty() || !std::filesystem::exists(path)) continue;
-      throw OptionError(path +
-                        " is there already: --resume goes on with a run, --overwrite starts again, --out names another file");
-    }
-  }
   require_files_of_their_own(options, run);
-  require_folder_of(run.merged);
+  refuse_to_overwrite(run);
+  require_writable(run.merged);
   Run session(options, run);  // whatever is wrong with the files shows here, before a folder is made or a checkpoint goes
   const train::RunFolder folder(folder_of(run.out));
+  refuse_to_overwrite(run);  // nor what another process made meanwhile
+  require_writable(run.out);
   std::error_code ignored;
   std::filesystem::remove(folder.checkpoint(), ignored);
   return session.go(folder);
 }
 
-Report resume_extend(const ExtendOptions& options, const RunOptions& asked) {
+Report resume_extend(const ExtendOptions& options, const RunOptions& run) {
   options.validate();
-  RunOptions run = asked;
   const std::string path = checkpoint_of(run.out);
   if (!std::filesystem::exists(path)) throw formats::FileError("resume from", path, ENOENT);
   const train::RunFolder folder(folder_of(run.out));
@@ -364,9 +364,8 @@ Report resume_extend(const ExtendOptions& options, const RunOptions& asked) {
   Record record = Record::from(checkpoint);
   require_same_model(options, record.options);
   if (!record.matched && record.matched_layers > 0) require_same_matching(options, record.options);
-  if (run.merged.empty()) run.merged = record.merged;
   require_files_of_their_own(options, run);
-  require_folder_of(run.merged);
+  require_writable(run.merged);
   Run session(options, run);
   session.resume(checkpoint, std::move(record));
   return session.go(folder);

@@ -14,7 +14,8 @@ namespace latte::extend {
 
 struct RunOptions {
   std::string out;         // the adapter, NAME.gguf; checkpoint.safetensors, metrics.jsonl and loss.svg go to NAME.gguf.run
-  std::string merged;      // also write a merged model here
+  std::string merged;      // also write a merged model here; a resumed run has to be told again
+  std::string config;      // the file that options came from, if any: what is read is never written over
   bool overwrite = false;  // run_extend: an adapter or a run that is there goes
   bool quiet = false;      // nothing on standard error
 };
@@ -44,11 +45,8 @@ struct Report {
 // the loss stops being finite or another process trains in the folder. The files are then those of the last checkpoint.
 Report run_extend(const ExtendOptions& options, const RunOptions& run);
 // Goes on from OUT.run's checkpoint. `tokens` may differ; whatever shapes the model can't, nor, in the first stage, what that
-// does, nor the adapter that it began from. Without `merged` the merged model goes where it was to go.
+// does, nor the adapter that it began from.
 Report resume_extend(const ExtendOptions& options, const RunOptions& run);
-
-// Throws formats::FileError where a file can't be made at `path`, "" being no file: said now, not after hours.
-void require_folder_of(const std::string& path);
 
 // What a run's checkpoint was made with. Throws formats::FileError and formats::FormatError.
 ExtendOptions options_of_run(const std::string& out);

@@ -1,5 +1,6 @@
 #include "extend/variants.h"
 
+#include <algorithm>
 #include <array>
 #include <tuple>
 #include <utility>
@@ -110,7 +111,9 @@ std::optional<std::string> missing_source(AttentionKind kind, const VariantSourc
       return needs(sources.full_adapter, "--full-adapter");
     case AttentionKind::kWindow:
     case AttentionKind::kWindowSinks:
-      if (!sources.convertible) return std::string(name_of(kind)) + ": " + sources.model + " caps its attention's scores";
+      if (!sources.convertible) {
+        return std::string(name_of(kind)) + ": " + sources.model + " caps its attention's scores, which a window doesn't";
+      }
       [[fallthrough]];
     default:  // a merged file's weights are no longer the original's
       if (!merged) return std::nullopt;
@@ -118,7 +121,7 @@ std::optional<std::string> missing_source(AttentionKind kind, const VariantSourc
   }
 }
 
-void check_adapters(const VariantSources& sources) {
+void check_adapters(const VariantSources& sources, const std::vector<AttentionKind>& kinds) {
   const std::tuple<const std::string&, AttentionKind> adapters[] = {
       {sources.adapter, AttentionKind::kMacchiato},
       {sources.control, AttentionKind::kWindowSinksUptrained},
@@ -128,7 +131,9 @@ void check_adapters(const VariantSources& sources) {
     if (path.empty()) continue;
     const formats::AdapterFile adapter(path);
     adapter.check_fits(formats::GgufFile(sources.model));
-    require_kind(adapter.spec(), path, kind);
+    // Another may still say which window the original is to be read with.
+    const auto wanted = std::find_if(kinds.begin(), kinds.end(), [&](AttentionKind each) { return adapter_of(each) == kind; });
+    if (wanted != kinds.end()) require_kind(adapter.spec(), path, *wanted);
   }
 }
 

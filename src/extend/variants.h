@@ -55,9 +55,9 @@ std::optional<AttentionKind> merged_kind(const std::string& model);
 // Whether the sources, whose model is `merged`, allow the kind; if not, what is missing: "macchiato needs --adapter".
 std::optional<std::string> missing_source(AttentionKind kind, const VariantSources& sources, std::optional<AttentionKind> merged);
 
-// That each of the sources' adapters is of its kind and fits the model, at the cost of reading their metadata: throws
+// That each of the sources' adapters fits the model, whose file is hashed for it, and is what the kinds want of it. Throws
 // OptionError, formats::FileError and formats::FormatError.
-void check_adapters(const VariantSources& sources);
+void check_adapters(const VariantSources& sources, const std::vector<AttentionKind>& kinds);
 
 // Throws OptionError for what missing_source names, and as load_decoder and load_converted do.
 Variant load_variant(AttentionKind kind, const VariantSources& sources);

@@ -195,6 +195,12 @@ bool same_shape(const std::vector<int64_t>& a, const std::vector<int64_t>& b) {
   return without_leading_ones(a) == without_leading_ones(b);
 }
 
+std::vector<int64_t> with_dims(std::vector<int64_t> shape, size_t dims) {
+  shape = without_leading_ones(std::move(shape));
+  if (shape.size() < dims) shape.insert(shape.begin(), dims - shape.size(), 1);
+  return shape;
+}
+
 bool is_added_tensor(std::string_view name) { return name.find(kAddedMark) != std::string_view::npos; }
 
 std::vector<GgufTensorSpec> base_tensors(const GgufFile& model) {

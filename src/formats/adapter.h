@@ -134,10 +134,13 @@ class AdapterFile {
 bool is_adapter(const GgufMetadata& metadata);
 
 // Whether a tensor of this name belongs to latents: "blk.N.latte_…".
-// Whether the shapes are the same but for leading dimensions of 1, which ggml's own writers don't keep.
-bool same_shape(const std::vector<int64_t>& a, const std::vector<int64_t>& b);
-
 bool is_added_tensor(std::string_view name);
+
+// Whether shapes are the same but for leading dimensions of 1, which ggml's own writers don't keep; and such a shape with `dims`
+// dimensions.
+bool same_shape(const std::vector<int64_t>& a, const std::vector<int64_t>& b);
+std::vector<int64_t> with_dims(std::vector<int64_t> shape, size_t dims);
+
 // The tensors of a model's file without the latents' of a merged one, which whoever converts attention reads on their own.
 std::vector<GgufTensorSpec> base_tensors(const GgufFile& model);
 

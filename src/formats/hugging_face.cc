@@ -150,7 +150,9 @@ class HuggingFacePretrained : public PretrainedFile {
     config_ = decoder_config(metadata_, tensors_);
     require_decoder_tensors(folder, config_, tensors_);
     if (config_.tie_embeddings && !tied) {
-      throw FormatError(folder, "tensor \"lm_head.weight\" is missing, and config.json doesn't say tie_word_embeddings");
+      throw FormatError(folder,
+                        "tensor \"lm_head.weight\" is missing, and tie_word_embeddings is false or missing in config.json, "
+                        "expected true without it");
     }
   }
 

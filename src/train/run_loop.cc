@@ -3,6 +3,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
 #include <cmath>
 #include <ctime>
@@ -55,10 +56,9 @@ class StepTime {
 };
 
 // A run that goes on has no results until its end.
-void forget_results(const RunFolder& folder) {
-  std::error_code error;
-  std::filesystem::remove(folder / kResultsName, error);
-  if (error) throw formats::FileError("remove", folder / kResultsName, error.value());
+void forget_results(const RunFolder& folder, formats::FileOperations& files) {
+  const std::string path = folder / kResultsName;
+  if (files.unlink(path.c_str()) != 0 && errno != ENOENT) throw formats::FileError("remove", path, errno);
 }
 
 bool is_due(int64_t step, int64_t every, int64_t last) { return step == last || (every > 0 && step % every == 0); }
@@ -130,7 +130,7 @@ RunResult run_loop(StepTrainer& trainer, const RunFolder* folder, Progress progr
   result.checkpoint = checkpoint_of(run);
   const InterruptGuard interrupt;
   std::optional<MetricsLog> log;
-  if (folder && trainer.steps_done() < options.steps) forget_results(*folder);
+  if (folder && trainer.steps_done() < options.steps) forget_results(*folder, *run.files);
   if (folder) log.emplace(*folder / "metrics.jsonl", trainer.steps_done(), *run.files);
   trainer.join_ranks();
   ProgressLine line(trainer.steps_done(), options.steps, run.quiet || !folder);
