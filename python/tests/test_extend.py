@@ -134,6 +134,11 @@ def test_convert_and_compare(tmp_path, model, text):
     for row in rows:
         assert row["perplexity"] > 1 and row["seconds"] > 0 and row["stderr"] > 0 and row["windows"] == 2
         assert (row["kl"] is None) == (row["length"] > 128)  # the trained context
+        full = next(other for other in rows if other["length"] == row["length"])
+        if row is full:
+            assert "over_full" not in row
+        else:
+            assert row["over_full"]["loss"] == pytest.approx(row["loss"] - full["loss"]) and row["over_full"]["windows"] == 2
         assert sum(bucket["to"] - bucket["from"] for bucket in row["buckets"]) == row["length"]
     states = {row["length"]: row["state_bytes"] for row in rows if row["attention"] == "macchiato"}
     assert states[64] == states[256] > 0
@@ -146,6 +151,8 @@ def test_convert_and_compare(tmp_path, model, text):
     assert table.returncode == 0, table.stderr
     counts = re.findall(r"^(full|full-ntk|macchiato) +1024 +(\d) ", table.stdout, re.MULTILINE)
     assert counts == [("full", "1"), ("full-ntk", "1"), ("macchiato", "2")]
+    assert re.search(r"^full-ntk +128 +2 +\d+\.\d+ +\d+\.\d+ +[+-]\d+\.\d ± \d+\.\d ", table.stdout, re.MULTILINE)
+    assert re.search(r"^macchiato +1024 +2 +\d+\.\d+ +\d+\.\d+ +[+-]\d+\.\d +- ", table.stdout, re.MULTILINE)
     _, positions = table.stdout.split("perplexity up to position\n")
     assert positions.split("\n")[0].split() == ["attention", "128", "256", "512", "1024"]
     assert re.search(r"^macchiato( +\d+\.\d+){4}\n  standard error( +\d+\.\d+){4}$", positions, re.MULTILINE)

@@ -82,7 +82,15 @@ std::vector<AttentionKind> KindsOf(const Options& options, std::optional<Attenti
 
 json NumberOrNull(const std::optional<double>& value) { return value && std::isfinite(*value) ? json(*value) : json(nullptr); }
 
-json ToJson(const extend::TextRow& row) {
+// Full attention's row of the same stretches.
+const extend::TextRow* FullOf(const extend::TextRow& row, const std::vector<extend::TextRow>& rows) {
+  const auto full = std::find_if(rows.begin(), rows.end(), [&](const extend::TextRow& other) {
+    return other.attention == AttentionKind::kFull && other.length == row.length;
+  });
+  return full == rows.end() || row.attention == AttentionKind::kFull ? nullptr : &*full;
+}
+
+json ToJson(const extend::TextRow& row, const extend::TextRow* full) {
   json buckets = json::array();
   for (const extend::Bucket& bucket : row.buckets) {
     buckets.push_back({{"from", bucket.from},
@@ -103,6 +111,11 @@ json ToJson(const extend::TextRow& row) {
                  {"seconds", row.seconds},
                  {"state_bytes", row.state_bytes},
                  {"buckets", buckets}};
+  if (full != nullptr) {
+    const extend::LossDifference difference = loss_difference(row, *full);
+    object["over_full"] = {
+        {"loss", difference.loss}, {"stderr", NumberOrNull(difference.standard_error)}, {"windows", difference.windows}};
+  }
   if (!row.latent_shares.empty()) object["latent_shares"] = row.latent_shares;
   return object;
 }
@@ -147,11 +160,27 @@ void PrintOptional(const char* name, const std::vector<extend::Bucket>& buckets,
   std::printf("\n");
 }
 
-void Print(const extend::TextRow& row) {
-  std::printf("%-22s %7lld %3lld  %10.3f %9s %9s  %8.2f %9.2f %7s\n", std::string(extend::name_of(row.attention)).c_str(),
+// Of the perplexity, in percent, with its standard error: "+3.1 ± 0.4".
+std::string OverFull(const extend::TextRow& row, const extend::TextRow* full) {
+  if (full == nullptr) return "-";
+  const extend::LossDifference difference = loss_difference(row, *full);
+  const double ratio = std::exp(difference.loss);
+  const std::string percent = Format("%+.1f", 100 * (ratio - 1));
+  return difference.standard_error ? percent + " ± " + Format("%.1f", 100 * ratio * *difference.standard_error) : percent;
+}
+
+// To so many columns; "±" is two bytes and one column.
+std::string RightAligned(const std::string& text, size_t columns) {
+  const auto wide = static_cast<size_t>(std::count_if(text.begin(), text.end(), [](char c) { return (c & 0xC0) != 0x80; }));
+  return std::string(columns > wide ? columns - wide : 0, ' ') + text;
+}
+
+void Print(const extend::TextRow& row, const extend::TextRow* full) {
+  std::printf("%-22s %7lld %3lld  %10.3f %9s %s %9s  %8.2f %9.2f %7s\n", std::string(extend::name_of(row.attention)).c_str(),
               static_cast<long long>(row.length), static_cast<long long>(row.windows), row.perplexity,
               row.standard_error ? Format("%.3f", *row.standard_error).c_str() : "-",
-              row.kl ? Format("%.4f", *row.kl).c_str() : "-", row.seconds, static_cast<double>(row.state_bytes) / 1e6,
+              RightAligned(OverFull(row, full), 14).c_str(), row.kl ? Format("%.4f", *row.kl).c_str() : "-", row.seconds,
+              static_cast<double>(row.state_bytes) / 1e6,
               row.latent_shares.empty() ? "-" : Format("%.1f%%", 100 * MeanShare(row)).c_str());
   std::fflush(stdout);
 }
@@ -164,8 +193,8 @@ class Evaluation {
     prepare();
     const train::InterruptGuard interrupt;
     if (!options_.json_output && evaluator_) {
-      std::printf("%-22s %7s %3s  %10s %9s %9s  %8s %9s %7s\n", "attention", "length", "n", "perplexity", "stderr", "KL",
-                  "seconds", "state MB", "latents");
+      std::printf("%-22s %7s %3s  %10s %9s %14s %9s  %8s %9s %7s\n", "attention", "length", "n", "perplexity", "stderr",
+                  "% over full", "KL", "seconds", "state MB", "latents");
     }
     try {
       for (AttentionKind kind : kinds_) {
@@ -261,7 +290,7 @@ class Evaluation {
       line.finish();
       if (row.windows == 0) return;
       rows_.push_back(row);
-      if (!options_.json_output) Print(row);
+      if (!options_.json_output) Print(row, FullOf(row, rows_));
     }
   }
 
@@ -338,7 +367,7 @@ class Evaluation {
 
   void print_json() const {
     json rows = json::array(), passkey = json::array(), recall = json::array();
-    for (const auto& row : rows_) rows.push_back(ToJson(row));
+    for (const auto& row : rows_) rows.push_back(ToJson(row, FullOf(row, rows_)));
     for (const auto& row : retrieval_) (row.task == "passkey" ? passkey : recall).push_back(ToJson(row));
     json object = {{"model", options_.sources.model},
                    {"adapter", options_.sources.adapter},

@@ -192,4 +192,23 @@ TextRow TextEvaluator::evaluate(Variant& variant, int64_t length, int64_t window
   return row;
 }
 
+LossDifference loss_difference(const TextRow& row, const TextRow& other) {
+  if (row.length != other.length) {
+    throw std::invalid_argument("stretches of " + std::to_string(row.length) + " and of " + std::to_string(other.length) +
+                                " tokens, expected the same");
+  }
+  LossDifference difference;
+  const size_t common = std::min(row.stretch_losses.size(), other.stretch_losses.size());
+  difference.windows = static_cast<int64_t>(common);
+  const auto count = static_cast<double>(common);
+  for (size_t i = 0; i < common; ++i) difference.loss += (row.stretch_losses[i] - other.stretch_losses[i]) / count;
+  if (common < 2) return difference;
+  double squares = 0.0;
+  for (size_t i = 0; i < common; ++i) {
+    squares += std::pow(row.stretch_losses[i] - other.stretch_losses[i] - difference.loss, 2);
+  }
+  difference.standard_error = std::sqrt(squares / (count - 1.0) / count);
+  return difference;
+}
+
 }  // namespace latte::extend

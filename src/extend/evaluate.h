@@ -40,6 +40,15 @@ struct TextRow {
   std::vector<std::vector<double>> latent_shares;
 };
 
+// A row's loss less another's, nats a token, over the stretches that both have read: without the texts' own spread.
+struct LossDifference {
+  double loss = 0.0;
+  std::optional<double> standard_error;  // two stretches or more
+  int64_t windows = 0;
+};
+// Throws std::invalid_argument where the rows aren't of one length.
+LossDifference loss_difference(const TextRow& row, const TextRow& other);
+
 // Reads texts in pieces with a state between them, so that memory beyond the state's doesn't grow, but for the original's hidden
 // states of what is compared with it, which are kept for the next kind of attention.
 class TextEvaluator {

@@ -491,6 +491,23 @@ TEST_F(ExtendTest, WhatCantBeConvertedIsSaidAtOnce) {
   EXPECT_FALSE(missing_source(AttentionKind::kFullYarn, sources, std::nullopt));
 }
 
+TEST(LossDifferences, ArePairedStretchByStretch) {
+  TextRow row, other;
+  row.length = other.length = 64;
+  row.stretch_losses = {2.1, 3.3, 1.2, 9.0};
+  other.stretch_losses = {2.0, 3.0, 1.0};  // one that both have not
+  const LossDifference difference = loss_difference(row, other);
+  EXPECT_EQ(difference.windows, 3);
+  EXPECT_NEAR(difference.loss, 0.2, 1e-12);
+  ASSERT_TRUE(difference.standard_error.has_value());
+  EXPECT_NEAR(*difference.standard_error, 0.1 / std::sqrt(3.0), 1e-12);
+  other.stretch_losses.resize(1);
+  EXPECT_NEAR(loss_difference(row, other).loss, 0.1, 1e-12);
+  EXPECT_FALSE(loss_difference(row, other).standard_error.has_value());
+  other.length = 32;
+  EXPECT_THROW(loss_difference(row, other), std::invalid_argument);
+}
+
 TEST(Retrieval, ACaseIsAsLongAsAskedOrRefused) {
   const formats::Tokenizer tokenizer(tiny_metadata());
   EXPECT_EQ(passkey_case(tokenizer, 400, 0.3, 1).tokens.size(), 400U);
