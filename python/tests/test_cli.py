@@ -295,7 +295,9 @@ def test_bad_config_files(tmp_path, text):
 
 def test_resume_refuses_another_model_or_none(run):
     assert_fails(latte("train", "--out", run, "--resume", "--steps", 9, "--layers", 2), "num_layers", code=2)
-    assert_fails(latte("train", "--out", run, "--resume"), "more steps", code=2)
+    again = latte("train", "--out", run, "--resume")
+    assert again.returncode == 0 and "a larger --steps goes on" in again.stderr, again.stderr
+    assert_fails(latte("train", "--out", run, "--resume", "--lr", 0.5), "more steps", code=2)
     assert_fails(latte("train", "--out", run / "none", "--resume"), "No such file")
     assert_fails(latte("train", "--resume"), "--out", code=2)
 

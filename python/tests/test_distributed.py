@@ -345,6 +345,17 @@ def test_torchrun_restarts_from_the_last_checkpoint(tmp_path: Path, text: Path, 
     assert weights[0] == weights[1]
 
 
+def test_torchruns_restart_takes_no_run_that_was_there_before(tmp_path: Path, text: Path) -> None:
+    run = tmp_path / "run"
+    Job(2, "--text", text, *SHORT, "--out", run, "--quiet").succeed()
+    before = tensors_of(run)
+    command = [sys.executable, "-m", "torch.distributed.run", "--no-python", "--nproc-per-node", "2", "--max-restarts", "1"]
+    command += ["--master-port", str(free_port()), str(LATTE), "train", "--text", str(text), *SHORT, "--out", str(run), "--quiet"]
+    again = subprocess.run(command, capture_output=True, text=True, env=environment())
+    assert again.returncode != 0 and "is there already" in again.stderr, again.stderr
+    assert tensors_of(run) == before
+
+
 def tensors_of(run: Path) -> dict[str, bytes]:
     from safetensors import safe_open
 

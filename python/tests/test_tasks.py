@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import os
 import resource
 import shutil
 import signal
@@ -200,8 +201,43 @@ def test_compare_trains_all_and_goes_on(tmp_path, config):
     assert (left / "checkpoint.safetensors").stat().st_mtime_ns == saved
     values = [entry["values"] for entry in json.loads((out / "compare.json").read_text())["entries"]]
     assert values == [entry["values"] for entry in comparison["entries"]]
+    # The report of one that was lost is told again, from what the run has saved.
+    (left / "report.json").unlink()
+    again = latte(*arguments, "--out", out, "--threads", 1)
+    assert again.stderr.count("finished already") == 5 and "were done before" in again.stderr, again.stderr
+    assert (left / "checkpoint.safetensors").stat().st_mtime_ns == saved
+    assert values == [entry["values"] for entry in json.loads((out / "compare.json").read_text())["entries"]]
+    assert_fails(latte(*arguments, "--out", out, "--threads", 2), "on 1 threads, not 2", "--threads 1")
     other = latte(*arguments, "--out", out, "--steps", 5)
     assert_fails(other, "another configuration")
+
+
+def test_a_comparison_outlives_a_rate_that_diverges(tmp_path, config):
+    arguments = ["compare", config, "--attention", "softmax,latte", "--seeds", 1, "--lr", "1e-3,1e30", "--threads", 1]
+    result = latte(*arguments, "--out", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    for entry in json.loads((tmp_path / "out" / "compare.json").read_text())["entries"]:
+        assert entry["lr"] == 1e-3 and entry["sweep"][1]["value"] is None
+    again = latte(*arguments, "--out", tmp_path / "out")
+    assert again.stderr.count("finished already") == 4
+    alone = latte("train", "--config", config, "--lr", "1e30", "--out", tmp_path / "run")
+    assert_fails(alone, "isn't finite at step", code=3)
+
+
+def test_a_comparison_is_no_job_of_torchruns(tmp_path, config):
+    arguments = ["compare", config, "--attention", "softmax", "--seeds", 1, "--lr", "1e-3", "--threads", 1, "--out", tmp_path / "out"]
+    with_ranks = latte(*arguments, env=os.environ | {"WORLD_SIZE": "2", "RANK": "0"})
+    assert_fails(with_ranks, 'WORLD_SIZE is "2"', "without torchrun", code=2)
+    assert not (tmp_path / "out").exists()
+    one = latte(*arguments, env=os.environ | {"WORLD_SIZE": "1", "RANK": "0"})
+    assert one.returncode == 0, one.stderr
+
+
+def test_an_entry_of_a_configuration_is_located(tmp_path, config):
+    fields = json.loads(config.read_text()) | {"compare": {"attentions": ["softmax", "latte:colour=1"]}}
+    config.write_text(json.dumps(fields, indent=1))
+    line = 1 + config.read_text().splitlines().index('   "latte:colour=1"')
+    assert_fails(latte("compare", config), f"config.json: line {line}: latte:colour=1: model config: unknown field", code=2)
 
 
 def test_compare_sets_fields_of_the_task(tmp_path, config):

@@ -1,4 +1,5 @@
 // latte compare: several attentions trained alike, each run in a process and a folder of its own.
+#include <ATen/Parallel.h>
 #include <fcntl.h>
 #include <spawn.h>
 #include <sys/wait.h>
@@ -9,10 +10,12 @@
 #include <chrono>
 #include <csignal>
 #include <cstdio>
+#include <cstdlib>
 #include <filesystem>
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -23,6 +26,7 @@
 #include "formats/checkpoint.h"
 #include "formats/error.h"
 #include "formats/json_file.h"
+#include "formats/mapped_file.h"
 #include "train/compare.h"
 #include "train/interrupt.h"
 #include "train/metrics.h"
@@ -69,7 +73,7 @@ int RunChild(const std::vector<std::string>& arguments, const std::string& outpu
   const int error = posix_spawn(&child, "/proc/self/exe", &actions, &attributes, argv.data(), environ);
   posix_spawnattr_destroy(&attributes);
   posix_spawn_file_actions_destroy(&actions);
-  if (error != 0) throw formats::FileError("run", "/proc/self/exe", error);
+  if (error != 0) throw formats::FileError("run latte train with its output in", output, error);
   int status = 0;
   for (bool told = false;;) {
     const pid_t ended = waitpid(child, &status, WNOHANG);
@@ -121,6 +125,7 @@ class Runs {
       if (report.value("config", json()) != run.config) {
         throw formats::FormatError(report_path, "comes from another configuration: remove the folder or name another with --out");
       }
+      RequireSameThreads(report, report_path);
       Note(run.name + ": finished already");
       return report;
     }
@@ -141,22 +146,21 @@ class Runs {
     if (options_.threads > 0) arguments.insert(arguments.end(), {"--threads", std::to_string(options_.threads)});
     if (options_.quiet) arguments.emplace_back("--quiet");
     if (const std::string checkpoint = formats::checkpoint_path(folder); std::filesystem::exists(checkpoint)) {
-      // A run that ended before its report was written has nothing left to go on with.
       const auto steps = run.config.at("training").value("steps", train::TrainerOptions().steps);
-      const bool owes = run.config.contains("task") || run.config.at("training").value("test_fraction", 0.0) > 0;
-      const bool done = !owes || std::filesystem::exists(folder + "/" + train::kResultsName);
-      const bool trained = formats::CheckpointFile(checkpoint).step() >= steps;
-      json report = trained && began ? FinishedReport(output) : json();
-      if (!report.is_null() && report.at("step") == steps) {
+      json report = began ? FinishedReport(output) : json();
+      if (!report.is_null() && report.at("step") == steps && formats::CheckpointFile(checkpoint).step() == steps) {
+        RequireSameThreads(report, output);
         Note(run.name + ": finished already");
         return keep(std::move(report));
       }
-      arguments.emplace_back(trained && done ? "--overwrite" : "--resume");
+      arguments.emplace_back("--resume");  // which only tells what a finished run ended with
     }
     if (train::InterruptGuard::interrupted()) return nullptr;
     Note(run.name);
     const int exit_code = RunChild(arguments, output);
-    if (exit_code == train::InterruptGuard::kExitCode) return nullptr;
+    const bool by_signal = exit_code == 128 + SIGTERM || exit_code == 128 + SIGINT;  // it hadn't begun to train
+    if (exit_code == train::InterruptGuard::kExitCode || (by_signal && train::InterruptGuard::interrupted())) return nullptr;
+    if (exit_code == train::DivergedError::kExitCode) return keep({{"diverged", true}});
     if (exit_code != 0) {
       throw std::runtime_error(run.name + " ended with exit code " + std::to_string(exit_code) + ": latte train --config " +
                                config_path + " shows why");
@@ -165,6 +169,15 @@ class Runs {
   }
 
  private:
+  // Times of other numbers of threads don't belong into one table.
+  void RequireSameThreads(const json& report, const std::string& path) const {
+    const json found = report.value("threads", json());
+    const int64_t asked = options_.threads > 0 ? options_.threads : at::get_num_threads();
+    if (!found.is_number_integer() || found == asked) return;  // a run that diverged tells none
+    throw formats::FormatError(path, "was measured on " + found.dump() + " threads, not " + std::to_string(asked) +
+                                         ": give --threads " + found.dump() + ", or name another folder with --out");
+  }
+
   void Note(const std::string& text) const {
     if (!options_.quiet) std::fprintf(stderr, "%s\n", text.c_str());
   }
@@ -173,7 +186,35 @@ class Runs {
   std::string out_;
 };
 
+// torchrun's environment is of one run, and there are many here, which would wait for each other's ranks.
+void LeaveRanks() {
+  const char* ranks = std::getenv("WORLD_SIZE");
+  if (ranks != nullptr && std::string_view(ranks) != "1") {
+    throw CLI::ValidationError("compare",
+                               "WORLD_SIZE is " + formats::quote(ranks) +
+                                   ", expected none: a comparison's runs are processes of their own, without torchrun");
+  }
+  for (const char* name : {"WORLD_SIZE", "RANK", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT"}) ::unsetenv(name);
+}
+
+// A configuration's entry that is refused, in the list of them; empty where the command line named it or the message is of
+// something else.
+std::string EntrysLine(const Options& options, const train::CompareOptions& compare, const std::string& message) {
+  if (!options.attentions.empty()) return {};
+  for (const train::CompareEntry& entry : compare.entries) {
+    if (!message.starts_with(entry.title + ": ")) continue;
+    const formats::MappedFile file(options.config_file);
+    const size_t at = file.text().find(json(entry.title).dump());
+    if (at == std::string_view::npos) continue;
+    return "line " +
+           std::to_string(1 + std::count(file.text().begin(), file.text().begin() + static_cast<std::ptrdiff_t>(at), '\n')) +
+           ": ";
+  }
+  return {};
+}
+
 int Compare(const Options& options) {
+  LeaveRanks();
   json config = ReadTrainConfig(options.config_file, options.paper);
   train::CompareOptions compare;
   std::string out = options.out;
@@ -205,7 +246,8 @@ int Compare(const Options& options) {
     const train::InterruptGuard interrupt;
     result = train::compare(config, compare, Runs(options, out));
   } catch (const std::invalid_argument& error) {  // OptionError, ConfigError
-    const std::string located = LocatedMessage(options.config_file, error.what());
+    std::string located = EntrysLine(options, compare, error.what()) + error.what();
+    if (located == error.what()) located = LocatedMessage(options.config_file, error.what());
     throw CLI::ValidationError("compare", located == error.what() ? located : options.config_file + ": " + located);
   }
   if (result.is_null()) {
@@ -218,6 +260,7 @@ int Compare(const Options& options) {
   formats::write_file(out + "/compare.md", table);
   std::vector<train::Curve> curves;
   for (const json& entry : result.at("entries")) {
+    if (entry.at("runs").empty()) continue;  // it diverged at every rate
     const std::string metrics = out + "/" + entry.at("runs").front().get<std::string>() + "/metrics.jsonl";
     if (std::filesystem::exists(metrics)) curves.push_back({entry.at("title").get<std::string>(), train::read_metrics(metrics)});
   }

@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "cli/fail.h"
 #include "cli/torch_commands.h"
 #include "cli/torch_train.h"
 #include "data/task_options.h"
@@ -78,7 +79,7 @@ void AddModelOptions(CLI::App& command, json& model) {
         ->check(CLI::IsMember(std::move(choices)))
         ->group("Model");
   };
-  name("--attention", "attention", "What reads the past",
+  name("--attention", "attention", "What reads the past; of --task latte, unless it is named",
        {"macchiato", "latte", "window", "softmax", "linear", "gated_linear", "linformer"});
   name("--position", "position", "How it knows where a token stands; by default what suits the attention",
        {"none", "learned", "sinusoidal", "rotary", "vapor", "conv", "rg_lru"}, false);
@@ -101,7 +102,9 @@ void AddModelOptions(CLI::App& command, json& model) {
   command
       .add_flag_function(
           "--forget,!--no-forget", [&model](int64_t count) { model["forget"] = count > 0; },
-          "Latents forget by a learned decay (latte, macchiato), or with --no-forget keep all; by default they forget")
+          "Latents forget by a learned decay (latte, macchiato), or with --no-forget keep all; by default they forget, where "
+          "they "
+          "read the past alone")
       ->group("Model");
   number("--decay-rank", "decay_rank", "Rank of the map to the latents' decays (latte, macchiato); 0: a whole matrix");
 }
@@ -205,8 +208,7 @@ void CheckSameModel(const formats::LanguageModelConfig& asked, const formats::La
 train::RunResult Resume(const json& model, const json& training, const train::RunOptions& run) {
   const auto record = train::read_record(run);
   json all = record.options.to_json();
-  if (training.contains("lr")) all.erase("min_lr");
-  MergeFields(all, training);
+  MergeTraining(all, training);
   json wanted = record.model.to_json();
   MergeFields(wanted, model);
   wanted["vocab_size"] = record.model.vocab_size;
@@ -299,7 +301,6 @@ int Train(const Options& options) {
     request.run.overwrite = options.overwrite;
     request.run.quiet = options.quiet;
     request.run.ranks = ranks.get();
-    request.run.restarted = ranks && ranks->restarts() > 0;
     try {
       if (options.resume ? IsTaskRun(request.run) : !request.task.empty()) {
         result = TrainTask(request);
@@ -315,6 +316,8 @@ int Train(const Options& options) {
   } catch (const std::invalid_argument& error) {  // OptionError, ConfigError
     const std::string located = LocatedMessage(options.config_file, error.what());
     throw CLI::ValidationError("train", located == error.what() ? located : options.config_file + ": " + located);
+  } catch (const train::DivergedError& error) {
+    return Fail(error.what(), train::DivergedError::kExitCode);
   }
   if (ranks && !ranks->leads()) return result.interrupted ? train::InterruptGuard::kExitCode : 0;
   if (options.json_output) {
@@ -350,10 +353,13 @@ void AddTrain(CLI::App& app, int& exit_code) {
   command
       ->add_option("--out", options->out,
                    "The run's folder: checkpoint, metrics.jsonl, config.json, loss.svg, loss.png and, where there is a test, "
-                   "results.json; by default runs/TEXT-ATTENTION")
+                   "results.json; by default runs/TEXT-ATTENTION or runs/TASK-ATTENTION")
       ->type_name("FOLDER")
       ->group("Run");
-  command->add_flag("--resume", options->resume, "Go on with the run in --out; what isn't named is as it was")->group("Run");
+  command
+      ->add_flag("--resume", options->resume,
+                 "Go on with the run in --out; what isn't named is as it was, but for --min-lr, which keeps its share of --lr")
+      ->group("Run");
   command->add_flag("--overwrite", options->overwrite, "Start again in a folder that holds a run")->group("Run");
   command->add_option("--config", options->config_file, "A JSON file as a run's config.json; the command line comes first")
       ->type_name("FILE")
@@ -377,7 +383,9 @@ void AddTrain(CLI::App& app, int& exit_code) {
   command->add_flag("--quiet", options->quiet, "No progress")->group("Run");
   command->get_option("--resume")->excludes("--overwrite");
   command->footer(
-      "Ctrl-C saves and ends with exit code 130; --resume then goes on, with the same number of threads bit for bit.\n\n"
+      "Ctrl-C saves and ends with exit code 130; --resume then goes on, with the same number of threads bit for bit. A loss "
+      "that\n"
+      "isn't finite ends with 3.\n\n"
       "Examples:\n"
       "  latte train --text data/tinyshakespeare.txt --out runs/demo\n"
       "  latte train --out runs/demo --resume --steps 2000\n"

@@ -151,6 +151,14 @@ void MergeFields(json& under, const json& over) {
   for (const auto& [field, value] : over.items()) under[field] = value;
 }
 
+void MergeTraining(json& under, const json& over) {
+  if (over.contains("lr") && over["lr"].is_number() && !over.contains("min_lr")) {
+    const double before = under.at("lr");
+    under["min_lr"] = under.at("min_lr").get<double>() * (over["lr"].get<double>() / before);
+  }
+  MergeFields(under, over);
+}
+
 void FillMinLr(json& training) {
   if (training.contains("lr") && training["lr"].is_number() && !training.contains("min_lr")) {
     training["min_lr"] = training["lr"].get<double>() / 10;
@@ -179,9 +187,9 @@ json ReadTrainConfig(const std::string& path, bool paper) {
       for (const auto& [section, fields] : object["paper"].items()) {
         json& under = object[section];
         if (under.is_null()) under = json::object();
-        // A schedule of its own, not what suits the small size.
         MergeFields(under, fields);
       }
+      if (object.contains("compare")) object["compare"].erase("learning_rates");  // what suits the small size
     }
     object.erase("paper");
   } else if (paper) {
@@ -220,7 +228,9 @@ std::string OtherRun(const train::RunOptions& run) {
 
 bool Restarted(const train::RunOptions& run) {
   if (!run.ranks || run.ranks->restarts() == 0) return false;
-  const bool saved = run.ranks->leads() && std::filesystem::exists(formats::checkpoint_path(run.out));
+  // What lay there before the job began isn't its own.
+  const bool saved =
+      run.ranks->leads() && std::filesystem::exists(formats::checkpoint_path(run.out)) && run.ranks->has_begun(run.out);
   return run.ranks->any(saved);
 }
 
@@ -239,9 +249,7 @@ void CheckSame(const json& asked, const json& found, const std::string& whose) {
 train::RunResult ResumeTask(const TrainRequest& request, const train::RunOptions& run) {
   const auto record = train::read_task_record(run);
   json all = record.options.to_json();
-  if (request.training.contains("lr")) all.erase("min_lr");
-  MergeFields(all, request.training);
-  FillMinLr(all);
+  MergeTraining(all, request.training);
   CheckSame(request.model, record.model.to_json(), "model");
   CheckSame(request.task, record.task.to_json(), "task");
   return train::resume_task_run(train::TrainerOptions::from_json(all), run);

@@ -73,7 +73,9 @@ void read_object(std::string_view what, const nlohmann::json& object, const ForE
   });
   for (const auto& [field, value] : object.items()) {
     if (std::find(known.begin(), known.end(), field) == known.end()) {
-      throw OptionError("unknown " + std::string(what) + " " + quote(field));
+      std::string expected;
+      for (const std::string_view name : known) expected += (expected.empty() ? "" : ", ") + std::string(name);
+      throw OptionError("unknown " + std::string(what) + " " + quote(field) + ", expected one of " + expected);
     }
   }
 }

@@ -46,10 +46,12 @@ std::string file_name(const std::string& title) {
   return name;
 }
 
-// What a run is judged by, the larger the better.
-double validation_of(const json& report, bool task) {
-  const json value = report.value(task ? "val_accuracy" : "val_loss", json());
-  if (!value.is_number()) throw OptionError("a comparison needs a validation: the run has none");
+// What a run is judged by, the larger the better; none of a run that diverged, whose validation needn't be a number.
+std::optional<double> validation_of(const json& report, bool task) {
+  const auto number_of = [&](const char* field) { return report.value(field, json()); };
+  if (report.value("diverged", false) || !number_of("val_loss").is_number()) return {};
+  const json value = number_of(task ? "val_accuracy" : "val_loss");
+  if (!value.is_number()) return {};
   return task ? value.get<double>() : -value.get<double>();
 }
 
@@ -141,7 +143,10 @@ CompareEntry CompareOptions::parse_entry(const std::string& text) {
       if (part.empty() || equals != std::string::npos) fail("attention", formats::quote(text), "NAME or NAME:FIELD=VALUE…");
       entry.model["attention"] = part;
     } else {
-      if (equals == std::string::npos || equals == 0) fail("attention", formats::quote(text), "NAME or NAME:FIELD=VALUE…");
+      const bool again = part.substr(0, equals) == "attention";
+      if (equals == std::string::npos || equals == 0 || again) {
+        fail("attention", formats::quote(text), "NAME or NAME:FIELD=VALUE…");
+      }
       json value = json::parse(part.substr(equals + 1), nullptr, /*allow_exceptions=*/false);
       entry.model[part.substr(0, equals)] = value.is_discarded() ? json(part.substr(equals + 1)) : value;
     }
@@ -189,10 +194,12 @@ int64_t parameters_of(const json& fields, bool task) {
 json match_parameters(json model, bool task, int64_t parameters, const std::string& title) {
   const double before = model.value("mlp_ratio", 4.0);
   const int64_t ours = parameters_of(model, task);
-  json doubled = model;
-  doubled["mlp_ratio"] = before * 2;
+  json other = model;
+  constexpr double kHalf = 32.0;  // of the largest there is
+  const double ratio_there = before > kHalf ? before / 2 : before * 2;
+  other["mlp_ratio"] = ratio_there;
   // Linear in the MLP's size.
-  const double slope = static_cast<double>(parameters_of(doubled, task) - ours) / before;
+  const double slope = static_cast<double>(parameters_of(other, task) - ours) / (ratio_there - before);
   const double ratio = before + static_cast<double>(parameters - ours) / slope;
   if (ours != parameters && ratio > 0) model["mlp_ratio"] = ratio;
   const int64_t found = parameters_of(model, task);
@@ -250,7 +257,8 @@ json model_of(const json& config, const CompareEntry& entry) {
     if (!latents) model.erase(field);
   }
   if (attention != "window" && attention != "macchiato") model.erase("sinks");
-  const auto position_of = [&] {  // what is no name is refused with the rest of the model
+  if (attention == "linformer") model.erase("num_kv_heads");  // its keys and values are mixed for all heads alike
+  const auto position_of = [&] {                              // what is no name is refused with the rest of the model
     const json found = model.value("position", json());
     return found.is_string() ? found.get<std::string>() : std::string();
   };
@@ -278,10 +286,29 @@ json model_of(const json& config, const CompareEntry& entry) {
 void check_training(const json& config) {
   json training = config.value("training", json::object());
   if (!training.contains("min_lr")) training["min_lr"] = 0;
-  (void)TrainerOptions::from_json(training);
-  if (!config.contains("task")) return;
-  (void)TaskOptions::from_json(config.at("task"));
-  refuse_text_fields(training);
+  const TrainerOptions options = TrainerOptions::from_json(training);
+  if (config.contains("task")) {
+    (void)TaskOptions::from_json(config.at("task"));
+    refuse_text_fields(training);
+    return;
+  }
+  if (options.text.empty()) throw OptionError("text is missing: what to train on");
+  check_that(options.validation_fraction > 0, "validation_fraction", options.validation_fraction,
+             "a positive number: a comparison needs a validation");
+}
+
+// What a run of this model would be refused for once it has begun.
+void check_run(const json& config, const json& model) {
+  if (model.value("position", json()) == "learned" || model.at("attention") == "linformer") {
+    const int64_t longest = longest_sequence(config), reach = model.at("max_positions").get<int64_t>();
+    if (reach < longest) {
+      fail("max_positions", std::to_string(reach), "at least " + std::to_string(longest) + ", the longest sequence");
+    }
+  }
+  const int64_t batch = config.value("training", json::object()).value("batch", TrainerOptions().batch);
+  if (model.value("pooled_norm", json()) == "batch" && batch < 2) {
+    fail("batch", std::to_string(batch), "2 or more with pooled_norm batch");
+  }
 }
 
 // The runs of one comparison: the same configuration, but for the model, the rate, the seed and, with seconds, the steps.
@@ -300,27 +327,37 @@ class Comparison {
     if (!steps) return nullptr;
     json sweep = json::array(), names = json::array();
     std::vector<json> reports;
-    double best = 0.0;
+    double best = 0.0, best_value = 0.0;
     for (const double lr : rates_) {
       const CompareRun first = at(title, model, *steps, lr, first_seed_);
       json report = run_(first);
       if (report.is_null()) return nullptr;
-      const double value = validation_of(report, is_task());
-      sweep.push_back({{"lr", lr}, {"value", std::abs(value)}});
-      if (reports.empty() || value > validation_of(reports.front(), is_task())) {
+      const auto value = validation_of(report, is_task());
+      sweep.push_back({{"lr", lr}, {"value", value ? json(std::abs(*value)) : json()}});
+      if (value && (reports.empty() || *value > best_value)) {
         reports = {std::move(report)};
         names = {first.name};
         best = lr;
+        best_value = *value;
       }
     }
+    if (reports.empty()) return {{"title", title}, {"steps", *steps}, {"sweep", sweep}, {"runs", names}};
+    int64_t diverged = 0;
     for (int64_t seed = 1; seed < options_.seeds; ++seed) {
       const CompareRun next = at(title, model, *steps, best, first_seed_ + seed);
       json report = run_(next);
       if (report.is_null()) return nullptr;
-      reports.push_back(std::move(report));
       names.push_back(next.name);
+      if (validation_of(report, is_task())) {
+        reports.push_back(std::move(report));
+      } else {
+        ++diverged;
+      }
     }
     json entry = summary_of(title, reports, is_task());
+    const auto [least, most] = std::minmax_element(rates_.begin(), rates_.end());
+    entry["at_edge"] = rates_.size() > 2 && (best == *least || best == *most);
+    entry["diverged"] = diverged;
     entry["lr"] = best;
     entry["steps"] = *steps;
     entry["sweep"] = sweep;
@@ -384,10 +421,18 @@ json compare(const json& config, const CompareOptions& options, const CompareRun
     try {
       const json model = model_of(config, entry);
       const int64_t ours = parameters_of(model, task);
-      if (!parameters) parameters = ours;
+      check_run(config, model);
+      if (!parameters) {
+        parameters = ours;
+      } else if (options.match_parameters && entry.model.contains("mlp_ratio")) {
+        throw OptionError(
+            "mlp_ratio is what brings an attention to the first's number of parameters: name it in the first, or set "
+            "match_parameters to false in the configuration's compare");
+      }
       models.push_back(options.match_parameters ? match_parameters(model, task, *parameters, entry.title) : model);
-    } catch (const formats::ConfigError& error) {
-      throw OptionError(entry.title + ": " + error.what());
+    } catch (const std::invalid_argument& error) {  // ConfigError, OptionError
+      const std::string what = error.what();
+      throw OptionError(what.starts_with(entry.title) ? what : entry.title + ": " + what);
     }
   }
   const Comparison comparison(config, options, run);
@@ -417,23 +462,34 @@ std::string comparison_table(const json& comparison) {
                : "| attention | parameters | learning rate | steps | loss | its range over seeds | perplexity, its range ";
   table += "| a step, ms | training, s | tokens/s | peak memory, MB |";
   std::string rule = "|---|---|---|---|---|---|---|---|---|---|---|";
-  for (const json& length : comparison.at("entries").at(0).at("accuracy_by_length")) {
-    table += " accuracy at " + length.at(0).dump() + ", % |";
-    rule += "---|";
+  for (const json& entry : comparison.at("entries")) {
+    if (!entry.contains("accuracy_by_length")) continue;  // it diverged
+    for (const json& length : entry.at("accuracy_by_length")) {
+      table += " accuracy at " + length.at(0).dump() + ", % |";
+      rule += "---|";
+    }
+    break;
   }
   table += "\n" + rule + "\n";
   for (const json& entry : comparison.at("entries")) {
+    if (!entry.contains("lr")) {
+      table += "| " + entry.at("title").get<std::string>() + " | | diverged at every rate | " +
+               std::to_string(entry.at("steps").get<int64_t>()) + " |\n";
+      continue;
+    }
     const double scale = accuracy ? 100 : 1;
     const char* pattern = accuracy ? "%.2f" : "%.4f";
     const auto shown = [&](const char* field) { return number(scale * entry.at(field).get<double>(), pattern); };
-    table += "| " + entry.at("title").get<std::string>() + " | " + std::to_string(entry.at("parameters").get<int64_t>()) + " | " +
-             entry.at("lr").dump() + " | " + std::to_string(entry.at("steps").get<int64_t>()) + " | " + shown("mean") +
-             (entry.at("values").size() > 1 ? " ± " + shown("deviation") : "") + " | " + shown("least") + " … " + shown("most") +
-             " | " + (accuracy ? number(entry.at("val_loss").get<double>(), "%.4f") : perplexity_text(entry)) + " | " +
-             number(1e3 * entry.at("step_seconds").get<double>(), "%.4g") + " | " +
-             number(entry.at("seconds").get<double>(), "%.0f") + " | " +
-             number(entry.at("tokens_per_second").get<double>(), "%.0f") + " | " +
-             number(entry.at("peak_memory").get<double>() / 1e6, "%.0f") + " |";
+    table +=
+        "| " + entry.at("title").get<std::string>() + " | " + std::to_string(entry.at("parameters").get<int64_t>()) + " | " +
+        entry.at("lr").dump() + (entry.at("at_edge") ? " (the sweep's edge)" : "") + " | " +
+        std::to_string(entry.at("steps").get<int64_t>()) + " | " + shown("mean") +
+        (entry.at("values").size() > 1 ? " ± " + shown("deviation") : "") +
+        (entry.at("diverged") > 0 ? " (" + entry.at("diverged").dump() + " more diverged)" : "") + " | " + shown("least") +
+        " … " + shown("most") + " | " + (accuracy ? number(entry.at("val_loss").get<double>(), "%.4f") : perplexity_text(entry)) +
+        " | " + number(1e3 * entry.at("step_seconds").get<double>(), "%.4g") + " | " +
+        number(entry.at("seconds").get<double>(), "%.0f") + " | " + number(entry.at("tokens_per_second").get<double>(), "%.0f") +
+        " | " + number(entry.at("peak_memory").get<double>() / 1e6, "%.0f") + " |";
     for (const json& length : entry.at("accuracy_by_length")) {
       table.append(" ").append(number(100 * length.at(1).get<double>(), "%.2f")).append(" |");
     }

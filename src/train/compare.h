@@ -42,7 +42,8 @@ struct CompareRun {
 
 constexpr int64_t kTrialSteps = 12;
 
-// Trains, or returns the report of a run that is finished: latte train --json's, with peak_memory in bytes. null: interrupted.
+// Trains, or returns the report of a run that is finished: latte train --json's, with peak_memory in bytes, or {"diverged":
+// true}. null: interrupted.
 using CompareRunner = std::function<nlohmann::json(const CompareRun&)>;
 
 // The most tokens that a sequence of a configuration's task or text has, by its fields: what learned positions and linformer have
@@ -60,8 +61,10 @@ nlohmann::json match_parameters(nlohmann::json model, bool task, int64_t paramet
 // entry at each learning rate, then the other seeds at the rate with the best validation. Returns
 //   {"metric": "accuracy" or "loss", "seeds":…, "entries": [{"title", "lr", "steps", "parameters", "mean", "least", "most",
 //    "perplexity" (of a text: exp of "mean", "least" and "most"), "deviation", "values": […], "val_loss" (mean), "seconds",
-//    "step_seconds", "tokens_per_second", "peak_memory", "sweep": [{"lr", "value"}], "runs": [names], "accuracy_by_length":
-//    [[length, mean]] of splits test_LENGTH}]}
+//    "step_seconds", "tokens_per_second", "peak_memory", "sweep": [{"lr", "value" (null: it diverged)}], "at_edge" (the best rate
+//    is the sweep's least or greatest, of three or more), "diverged" (further seeds that did, and don't count), "runs": [names],
+//    "accuracy_by_length": [[length, mean]] of splits test_LENGTH}]}; an entry that diverges at every rate has "title", "steps",
+//    "sweep" and "runs" alone.
 // or null where a run was interrupted. A task's metric is the accuracy on its test split, a text's the loss on its test part, or
 // on its validation part where it has no test_fraction.
 nlohmann::json compare(const nlohmann::json& config, const CompareOptions& options, const CompareRunner& run);

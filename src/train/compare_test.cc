@@ -190,6 +190,89 @@ TEST(Compare, EqualTimeIsAsManyStepsAsATrialSaysFit) {
   EXPECT_CONTAINS(formats::error_text<OptionError>([&] { options.validate(); }), "seconds is -1");
 }
 
+TEST(Compare, ARateThatDivergesCountsForNothing) {
+  CompareOptions options;
+  options.entries = {CompareOptions::parse_entry("softmax"), CompareOptions::parse_entry("latte")};
+  options.learning_rates = {0.001, 0.01, 0.1};
+  options.seeds = 3;
+  const json diverged = {{"diverged", true}};
+  std::vector<std::string> names;
+  const json result = compare(task_config(), options, [&](const CompareRun& asked) {
+    names.push_back(asked.name);
+    const double lr = asked.config.at("training").at("lr");
+    if (asked.config.at("model").at("attention") == "latte") return diverged;
+    json run = report(0.5 + lr, 0.6);
+    if (lr == 0.1) run["val_loss"] = nullptr;  // as JSON has what is no number
+    return asked.name.ends_with("seed9") ? diverged : run;
+  });
+  ASSERT_EQ(names.size(), 3 + 2 + 3);
+  const json& softmax = result.at("entries").at(0);
+  EXPECT_EQ(softmax.at("lr"), 0.01);
+  EXPECT_EQ(softmax.at("at_edge"), false);
+  EXPECT_EQ(softmax.at("diverged"), 1);
+  EXPECT_EQ(softmax.at("values"), json({0.6, 0.6}));
+  EXPECT_TRUE(softmax.at("sweep").at(2).at("value").is_null());
+  EXPECT_FALSE(result.at("entries").at(1).contains("lr"));
+  const std::string table = comparison_table(result);
+  EXPECT_CONTAINS(table, "| softmax | 100 | 0.01 | 10 | 60.00 ± 0.00 (1 more diverged) |");
+  EXPECT_CONTAINS(table, "| latte | | diverged at every rate | 10 |");
+}
+
+TEST(Compare, ABestRateAtTheSweepsEdgeIsSaid) {
+  CompareOptions options;
+  options.entries = {CompareOptions::parse_entry("softmax")};
+  options.seeds = 1;
+  const auto at_edge = [&](std::vector<double> rates) {
+    options.learning_rates = std::move(rates);
+    const json result = compare(task_config(), options, [&](const CompareRun& asked) {
+      return report(asked.config.at("training").at("lr").get<double>(), 0.6);
+    });
+    EXPECT_EQ(comparison_table(result).find("(the sweep's edge)") != std::string::npos, result.at("entries").at(0).at("at_edge"));
+    return result.at("entries").at(0).at("at_edge").get<bool>();
+  };
+  EXPECT_TRUE(at_edge({0.001, 0.002, 0.004}));
+  EXPECT_FALSE(at_edge({0.002, 0.004}));
+}
+
+TEST(Compare, WhatItsRunsWouldBeRefusedForIsRefusedFirst) {
+  const auto error = [](const json& config, const std::vector<std::string>& entries) {
+    CompareOptions options;
+    for (const std::string& entry : entries) options.entries.push_back(CompareOptions::parse_entry(entry));
+    return formats::error_text<OptionError>(
+        [&] { compare(config, options, [](const CompareRun&) { return ADD_FAILURE() << "it trained", json(); }); });
+  };
+  json text = {{"training", {{"text", "a.txt"}, {"context", 16}}}, {"model", json::object()}};
+  EXPECT_CONTAINS(error(text, {"softmax", "softmax:position=learned:max_positions=8"}),
+                  "softmax:position=learned:max_positions=8: max_positions is 8, expected at least 16");
+  text["training"]["validation_fraction"] = 0;
+  EXPECT_CONTAINS(error(text, {"softmax"}), "a comparison needs a validation");
+  EXPECT_CONTAINS(error({{"training", json::object()}}, {"softmax"}), "text is missing");
+  json task = task_config();
+  task["model"]["pooled_norm"] = "batch";
+  task["training"]["batch"] = 1;
+  EXPECT_CONTAINS(error(task, {"softmax"}), "batch is 1, expected 2 or more with pooled_norm batch");
+  EXPECT_CONTAINS(error(task_config(), {"softmax", "latte:mlp_ratio=2"}), "latte:mlp_ratio=2: mlp_ratio is what brings");
+  EXPECT_CONTAINS(formats::error_text<OptionError>([] { CompareOptions::parse_entry("latte:attention=5"); }),
+                  "attention is \"latte:attention=5\"");
+}
+
+// Linformer mixes the keys and values of all heads alike.
+TEST(Compare, LinformerHasAsManyKeyValueHeadsAsHeads) {
+  json config = task_config();
+  config["model"].update({{"num_kv_heads", 2}, {"projected", 8}});
+  config["task"].update({{"max_length", 40}, {"min_length", 4}});
+  CompareOptions options;
+  options.entries = {CompareOptions::parse_entry("softmax"), CompareOptions::parse_entry("linformer")};
+  options.seeds = 1;
+  compare(config, options, [](const CompareRun& asked) {
+    EXPECT_EQ(asked.config.at("model").contains("num_kv_heads"), asked.config.at("model").at("attention") == "softmax");
+    return report(0.5, 0.5);
+  });
+  options.entries = {CompareOptions::parse_entry("linformer:num_kv_heads=2")};
+  EXPECT_CONTAINS(formats::error_text<OptionError>([&] { compare(config, options, [](const CompareRun&) { return json(); }); }),
+                  "num_kv_heads is 2, expected num_heads, 4, with attention linformer");
+}
+
 TEST(Compare, AnInterruptedRunEndsIt) {
   CompareOptions options;
   options.entries = {CompareOptions::parse_entry("softmax")};
@@ -216,6 +299,13 @@ TEST(Compare, ParametersAreWithinFivePercent) {
                 0.05 * static_cast<double>(wanted))
         << fields;
   }
+  json wide = base;  // of a ratio whose double there isn't
+  wide.update({{"attention", "latte"}, {"mlp_ratio", 40}});
+  json first = wide;
+  first["attention"] = "softmax";
+  const int64_t many = parameters_of(first, true);
+  EXPECT_NEAR(static_cast<double>(parameters_of(match_parameters(wide, true, many, "wide"), true)), static_cast<double>(many),
+              0.05 * static_cast<double>(many));
   json huge = base;
   huge.update({{"attention", "latte"}, {"num_latents", 2000}});
   EXPECT_CONTAINS(formats::error_text<OptionError>([&] { match_parameters(huge, true, wanted, "huge"); }), "huge has ");
@@ -257,7 +347,7 @@ TEST(Compare, PositionsAreASecondAxis) {
 // What a run's configuration leaves out is what its time took for granted: decays had no rank once.
 TEST(Compare, RunsSayTheRankOfTheirDecays) {
   json config = {{"model", {{"num_layers", 1}, {"embed_dim", 8}, {"num_heads", 2}, {"num_latents", 4}}},
-                 {"training", {{"steps", 10}}}};
+                 {"training", {{"text", "a.txt"}, {"steps", 10}}}};
   const auto rank_of = [&](const std::string& entry, const json& asked_config) {
     CompareOptions options;
     options.entries = {CompareOptions::parse_entry(entry)};

@@ -67,7 +67,8 @@ struct Ranks::Parts : nn::SequencePeers, nn::BatchPeers {
   RanksOptions options;
   int64_t rank_in_job = 0, ranks_in_job = 1, restart_count = 0;
   RanksTraffic traffic;
-  c10::intrusive_ptr<c10d::Store> store;
+  c10::intrusive_ptr<c10d::Store> store;         // of this attempt
+  c10::intrusive_ptr<c10d::Store> agent;         // torchrun's agent's, of all attempts; null where the first rank holds the store
   c10::intrusive_ptr<c10d::ProcessGroup> group;  // all ranks
   c10::intrusive_ptr<c10d::Backend> sequence;    // those that share this rank's sequences
   std::unique_ptr<c10d::Reducer> reducer;
@@ -114,7 +115,9 @@ void Ranks::Parts::connect() {
   try {
     // Apart for each attempt: a restarted job must not read what the one before has left.
     const std::string prefix = "latte/" + std::to_string(restart_count);
-    store = c10::make_intrusive<c10d::PrefixStore>(prefix, c10::make_intrusive<c10d::TCPStore>(host, settings));
+    const auto whole = c10::make_intrusive<c10d::TCPStore>(host, settings);
+    if (environment("TORCHELASTIC_USE_AGENT_STORE") == "True") agent = whole;
+    store = c10::make_intrusive<c10d::PrefixStore>(prefix, whole);
     // A connection of its own: a rank that waits for an answer still has to give signs of life.
     settings.isServer = false;
     const auto own = c10::make_intrusive<c10d::TCPStore>(host, settings);
@@ -196,6 +199,12 @@ int64_t Ranks::restarts() const { return parts_->restart_count; }
 RanksTraffic& Ranks::traffic() { return parts_->traffic; }
 nn::BatchPeers* Ranks::batch_peers() const { return size() > 1 ? parts_.get() : nullptr; }
 nn::SequencePeers* Ranks::sequence_peers() const { return sequence_parallel() > 1 ? parts_.get() : nullptr; }
+
+void Ranks::set_begun(const std::string& run) {
+  if (leads() && parts_->agent) parts_->agent->set("latte/begun/" + run, std::vector<uint8_t>{1});
+}
+
+bool Ranks::has_begun(const std::string& run) const { return !parts_->agent || parts_->agent->check({"latte/begun/" + run}); }
 
 void Ranks::check_divides(int64_t batch, int64_t context) const {
   if (batch % data_parallel() != 0) {

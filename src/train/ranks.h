@@ -62,6 +62,10 @@ class Ranks {
   int64_t sequence_parallel() const;
   int64_t data_parallel() const { return size() / sequence_parallel(); }
   int64_t restarts() const;  // torchrun's, of this job
+  // That this job has a run of its own in that folder, remembered over restarts where torchrun's agent holds the store.
+  void set_begun(const std::string& run);
+  // On rank 0: whether an earlier attempt of this job said so; true where nobody could have remembered.
+  bool has_begun(const std::string& run) const;
 
   // Throws OptionError unless sequences and tokens divide evenly.
   void check_divides(int64_t batch, int64_t context) const;

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <nlohmann/json.hpp>
+#include <stdexcept>
 #include <string>
 
 #include "formats/language_model_config.h"
@@ -16,11 +17,16 @@ struct RunOptions {
   std::string out;         // the folder; made when it isn't there
   bool overwrite = false;  // start_run: a run that is there already goes
   bool quiet = false;      // nothing on standard error
-  // torchrun began anew after a failure: resuming a run that came to its end before that says what it ended with.
-  bool restarted = false;
   // With whom to train; null: alone. The first of them reads the checkpoint and writes everything. All have to read the text.
   Ranks* ranks = nullptr;
   formats::FileOperations* files = &formats::FileOperations::system();  // what it writes with
+};
+
+// The loss or its gradient stopped being finite: what was saved before stays.
+class DivergedError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+  static constexpr int kExitCode = 3;  // of latte train
 };
 
 struct RunResult {
@@ -39,16 +45,16 @@ struct RunResult {
 constexpr const char* kResultsName = "results.json";
 
 // Trains a model from the start; its vocab_size becomes the text's.
-// Throws formats::FileError and formats::FormatError (text, checkpoint, disk), ConfigError, OptionError, and std::runtime_error
-// where the loss stops being finite or another process trains in the folder. The checkpoint is then the one of before.
+// Throws formats::FileError and formats::FormatError (text, checkpoint, disk), ConfigError, OptionError, DivergedError, and
+// std::runtime_error where another process trains in the folder. The checkpoint is then the one of before.
 RunResult start_run(const formats::LanguageModelConfig& model, const TrainerOptions& options, const RunOptions& run);
 
 // What a run's checkpoint says, on all of run.ranks. Throws as resume_run does.
 TrainingRecord read_record(const RunOptions& run);
 
-// Goes on with a run from its checkpoint, or where that has all steps writes the results that it still owes. `options` as those
-// in the checkpoint or changed; what they train on and the vocabulary can't change. Throws as start_run; OptionError where
-// nothing is left to do.
+// Goes on with a run from its checkpoint, or where that has all steps writes the results that it still owes; where nothing is
+// left to do, says what it ended with. `options` as those in the checkpoint or changed; what they train on and the vocabulary
+// can't change. Throws as start_run; OptionError where nothing is left to do with other options.
 RunResult resume_run(const TrainerOptions& options, const RunOptions& run);
 
 }  // namespace latte::train

@@ -97,12 +97,17 @@ std::optional<RunResult> finished_run(const ResumedRun& resumed, const TrainerOp
     throw OptionError("the checkpoint is at step " + std::to_string(step) + " of " + std::to_string(options.steps) +
                       " already and owes its results alone, which are of the options that it was trained with");
   }
-  if (!run.restarted) {
+  if (options != resumed.options) {
     throw OptionError("the checkpoint is at step " + std::to_string(step) + " of " + std::to_string(options.steps) +
                       " already: more steps go on");
   }
+  if (leads(run)) {
+    ProgressLine(0, 0, run.quiet)
+        .note("latte: all " + std::to_string(step) + " steps were done before: a larger --steps goes on");
+  }
   RunResult result;
   result.step = step;
+  result.step_seconds = resumed.progress.seconds / static_cast<double>(std::max<int64_t>(1, step));
   result.parameters = resumed.parameters;
   result.progress = resumed.progress;
   result.checkpoint = checkpoint_of(run);
@@ -132,6 +137,7 @@ RunResult run_loop(StepTrainer& trainer, const RunFolder* folder, Progress progr
   std::optional<MetricsLog> log;
   if (folder && trainer.steps_done() < options.steps) forget_results(*folder, *run.files);
   if (folder) log.emplace(*folder / "metrics.jsonl", trainer.steps_done(), *run.files);
+  if (folder && run.ranks) run.ranks->set_begun(run.out);
   trainer.join_ranks();
   ProgressLine line(trainer.steps_done(), options.steps, run.quiet || !folder);
   if (trainer.dtype() == "bfloat16" && !has_bfloat16_products()) {
@@ -145,8 +151,8 @@ RunResult run_loop(StepTrainer& trainer, const RunFolder* folder, Progress progr
     const double seconds = seconds_since(start);
     step_time.add(std::min(seconds, processor_seconds() - processor_start));
     if (!std::isfinite(step.loss) || !std::isfinite(step.grad_norm)) {
-      throw std::runtime_error("the loss or its gradient isn't finite at step " + std::to_string(trainer.steps_done() + 1) +
-                               ": a lower learning rate, a longer warm-up or float32 may help");
+      throw DivergedError("the loss or its gradient isn't finite at step " + std::to_string(trainer.steps_done() + 1) +
+                          ": a lower learning rate, a longer warm-up or float32 may help");
     }
     progress.seconds += seconds;
 
@@ -178,6 +184,8 @@ RunResult run_loop(StepTrainer& trainer, const RunFolder* folder, Progress progr
     if (result.interrupted) line.note("latte: trained; the test was cut short: --resume tests it");
     if (folder && !result.interrupted) formats::write_file(*folder / kResultsName, dump(result.splits), *run.files);
   }
+  // What came so late that nothing was left to stop is no interruption.
+  if (trainer.steps_done() >= options.steps && !trainer.has_test()) result.interrupted = false;
   line.finish();
   // No rank ends well before the first has saved.
   if (run.ranks) run.ranks->finish();

@@ -30,17 +30,17 @@ struct ResumedRun {
   bool tests = false;  // it has results at its end
 };
 
-// Where no step is left of options.steps: throws OptionError on all ranks or, of a restarted run, returns what it ended with.
-// None where there is something to do, be it only results that are owed; those of other options than the run's are an
-// OptionError. Collective.
+// Where no step is left of options.steps: what the run ended with, or an OptionError on all ranks where the options are others
+// than the run's. None where there is something to do, be it only results that are owed; those of other options are an
+// OptionError too. Collective.
 std::optional<RunResult> finished_run(const ResumedRun& resumed, const TrainerOptions& options, const RunOptions& run);
 
 // What follows from another number of threads, on standard error.
 void note_threads(const Progress& before, const RunOptions& run);
 
 // `folder` is null on ranks that don't write. Trains to options().steps or to an interruption: metrics, progress, checkpoints,
-// and at the end the results and the loss curve. Results of fewer steps go first. Throws formats::FileError, and
-// std::runtime_error where the loss stops being finite; the checkpoint is then the one of before.
+// and at the end the results and the loss curve. Results of fewer steps go first. Throws formats::FileError and DivergedError;
+// the checkpoint is then the one of before.
 RunResult run_loop(StepTrainer& trainer, const RunFolder* folder, Progress progress, const RunOptions& run);
 
 }  // namespace latte::train

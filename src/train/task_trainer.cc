@@ -152,6 +152,8 @@ std::vector<int64_t> TaskTrainer::share(const std::vector<int64_t>& examples) co
   return {examples.begin() + first, examples.begin() + end};
 }
 
+int64_t TaskTrainer::batch_at_once() const { return ranks() ? options().batch / ranks()->data_parallel() : options().batch; }
+
 StepTrainer::Loss TaskTrainer::loss_of_batch(uint64_t index) {
   const auto examples = order_.take(static_cast<int64_t>(index) * options().batch, options().batch);
   const TaskBatch batch =
@@ -176,8 +178,9 @@ TaskTrainer::Answers TaskTrainer::answer_in_stretches(const TaskExamples& split,
   const auto all = static_cast<int64_t>(examples.size());
   auto sums = torch::zeros({all, data_.num_classes}), stretches = torch::zeros({all, 1});
   auto targets = torch::zeros({all}, torch::kInt64);
-  for (size_t first = 0; first < rows.size() && !stopped(); first += static_cast<size_t>(options().batch)) {
-    const size_t count = std::min(rows.size() - first, static_cast<size_t>(options().batch));
+  const auto at_once = static_cast<size_t>(batch_at_once());
+  for (size_t first = 0; first < rows.size() && !stopped(); first += at_once) {
+    const size_t count = std::min(rows.size() - first, at_once);
     const TaskBatch batch =
         data_.batch(split, std::span(rows).subspan(first, count), 0, std::span<const int64_t>(begins).subspan(first, count));
     at::Tensor logits;
@@ -202,9 +205,9 @@ at::Tensor TaskTrainer::pooled_examples() {
   const TaskExamples& train = data_.splits.at("train");
   const int64_t all = data_.examples(train), count = std::min(all, kPooledExamples);
   std::vector<at::Tensor> pooled;
-  for (int64_t begin = 0; begin < count; begin += options().batch) {
+  for (int64_t begin = 0; begin < count; begin += batch_at_once()) {
     std::vector<int64_t> examples;
-    for (int64_t i = begin; i < std::min(count, begin + options().batch); ++i) {
+    for (int64_t i = begin; i < std::min(count, begin + batch_at_once()); ++i) {
       examples.push_back(static_cast<int64_t>(static_cast<__int128>(i) * all / count));
     }
     const TaskBatch batch = data_.batch(train, examples);
@@ -228,8 +231,9 @@ Evaluation TaskTrainer::evaluate(const TaskExamples& split, const std::vector<in
   if (data_.crop > 0) {
     if (!examples.empty()) add(answer_in_stretches(split, examples));
   } else {
-    for (size_t begin = 0; begin < examples.size() && !stopped(); begin += static_cast<size_t>(options().batch)) {
-      const size_t end = std::min(examples.size(), begin + static_cast<size_t>(options().batch));
+    const auto at_once = static_cast<size_t>(batch_at_once());
+    for (size_t begin = 0; begin < examples.size() && !stopped(); begin += at_once) {
+      const size_t end = std::min(examples.size(), begin + at_once);
       add(answer(data_.batch(split, std::span(examples).subspan(begin, end - begin)), /*count_right=*/true));
     }
   }

@@ -66,6 +66,7 @@ class TaskTrainer : public StepTrainer {
     int64_t right = 0;
     double total() const { return loss.item<double>() * static_cast<double>(count); }
   };
+  int64_t batch_at_once() const;  // examples that this rank has in memory together
   // This rank's part of a batch, or of what is evaluated.
   std::vector<int64_t> share(const std::vector<int64_t>& examples) const;
   Answers answer(const TaskBatch& batch, bool count_right);
