@@ -225,7 +225,8 @@ def test_a_comparison_outlives_a_rate_that_diverges(tmp_path, config):
 
 
 def test_a_comparison_is_no_job_of_torchruns(tmp_path, config):
-    arguments = ["compare", config, "--attention", "softmax", "--seeds", 1, "--lr", "1e-3", "--threads", 1, "--out", tmp_path / "out"]
+    arguments = ["compare", config, "--attention", "softmax", "--seeds", 1, "--lr", "1e-3", "--threads", 1]
+    arguments += ["--out", tmp_path / "out"]
     with_ranks = latte(*arguments, env=os.environ | {"WORLD_SIZE": "2", "RANK": "0"})
     assert_fails(with_ranks, 'WORLD_SIZE is "2"', "without torchrun", code=2)
     assert not (tmp_path / "out").exists()
