@@ -345,14 +345,26 @@ def test_torchrun_restarts_from_the_last_checkpoint(tmp_path: Path, text: Path, 
     assert weights[0] == weights[1]
 
 
-def test_torchruns_restart_takes_no_run_that_was_there_before(tmp_path: Path, text: Path) -> None:
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_torchruns_restart_takes_no_run_that_was_there_before(tmp_path: Path, text: Path, ranks: str) -> None:
     run = tmp_path / "run"
     Job(2, "--text", text, *SHORT, "--out", run, "--quiet").succeed()
     before = tensors_of(run)
-    command = [sys.executable, "-m", "torch.distributed.run", "--no-python", "--nproc-per-node", "2", "--max-restarts", "1"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--no-python", "--nproc-per-node", ranks, "--max-restarts", "1"]
     command += ["--master-port", str(free_port()), str(LATTE), "train", "--text", str(text), *SHORT, "--out", str(run), "--quiet"]
     again = subprocess.run(command, capture_output=True, text=True, env=environment())
     assert again.returncode != 0 and "is there already" in again.stderr, again.stderr
+    assert tensors_of(run) == before
+
+
+def test_ranks_end_together_where_the_loss_diverges_or_nothing_is_left(tmp_path: Path, text: Path) -> None:
+    ends = Job(2, "--text", text, *SHORT, "--lr", "1e30", "--min-lr", "1e30", "--warmup", "0", "--out", tmp_path / "far").finish()
+    assert [code for code, _, _ in ends] == [3, 3], ends
+    assert all("isn't finite at step" in err for _, _, err in ends)
+    run = tmp_path / "run"
+    Job(2, "--text", text, *SHORT, "--out", run, "--quiet").succeed()
+    before = tensors_of(run)
+    Job(2, "--out", run, "--resume", "--threads", "1", "--quiet").succeed()
     assert tensors_of(run) == before
 
 

@@ -207,8 +207,12 @@ def test_compare_trains_all_and_goes_on(tmp_path, config):
     assert again.stderr.count("finished already") == 5 and "were done before" in again.stderr, again.stderr
     assert (left / "checkpoint.safetensors").stat().st_mtime_ns == saved
     assert values == [entry["values"] for entry in json.loads((out / "compare.json").read_text())["entries"]]
-    assert_fails(latte(*arguments, "--out", out, "--threads", 2), "on 1 threads, not 2", "--threads 1")
-    other = latte(*arguments, "--out", out, "--steps", 5)
+    assert json.loads((left / "report.json").read_text())["peak_memory"] is None  # nobody knows any more
+    assert_fails(latte(*arguments, "--out", out, "--threads", 2), "a run with --threads 1, not 2")
+    for path in out.glob("*/report.json"):
+        path.unlink()
+    assert_fails(latte(*arguments, "--out", out, "--threads", 2), "checkpoint.safetensors", "a run with --threads 1, not 2")
+    other = latte(*arguments, "--out", out, "--steps", 5, "--threads", 1)
     assert_fails(other, "another configuration")
 
 
@@ -219,7 +223,7 @@ def test_a_comparison_outlives_a_rate_that_diverges(tmp_path, config):
     for entry in json.loads((tmp_path / "out" / "compare.json").read_text())["entries"]:
         assert entry["lr"] == 1e-3 and entry["sweep"][1]["value"] is None
     again = latte(*arguments, "--out", tmp_path / "out")
-    assert again.stderr.count("finished already") == 4
+    assert again.stderr.count("finished already") == 2 and again.stderr.count("it diverged") == 2
     alone = latte("train", "--config", config, "--lr", "1e30", "--out", tmp_path / "run")
     assert_fails(alone, "isn't finite at step", code=3)
 
@@ -239,6 +243,11 @@ def test_an_entry_of_a_configuration_is_located(tmp_path, config):
     config.write_text(json.dumps(fields, indent=1))
     line = 1 + config.read_text().splitlines().index('   "latte:colour=1"')
     assert_fails(latte("compare", config), f"config.json: line {line}: latte:colour=1: model config: unknown field", code=2)
+    # What stands in the model is located there, whichever entry meets it first.
+    fields["model"]["num_heads"] = 3
+    config.write_text(json.dumps(fields, indent=1))
+    line = 1 + config.read_text().splitlines().index('  "num_heads": 3,')
+    assert_fails(latte("compare", config), f"config.json: line {line}: softmax: model config: num_heads is 3", code=2)
 
 
 def test_compare_sets_fields_of_the_task(tmp_path, config):

@@ -126,7 +126,7 @@ class Runs {
         throw formats::FormatError(report_path, "comes from another configuration: remove the folder or name another with --out");
       }
       RequireSameThreads(report, report_path);
-      Note(run.name + ": finished already");
+      Note(run.name + (report.value("diverged", false) ? ": it diverged" : ": finished already"));
       return report;
     }
     std::filesystem::create_directories(folder);
@@ -153,6 +153,8 @@ class Runs {
         Note(run.name + ": finished already");
         return keep(std::move(report));
       }
+      const json record = json::parse(formats::CheckpointFile(checkpoint).config());
+      RequireSameThreads(record.value("progress", json::object()), checkpoint);
       arguments.emplace_back("--resume");  // which only tells what a finished run ended with
     }
     if (train::InterruptGuard::interrupted()) return nullptr;
@@ -174,8 +176,8 @@ class Runs {
     const json found = report.value("threads", json());
     const int64_t asked = options_.threads > 0 ? options_.threads : at::get_num_threads();
     if (!found.is_number_integer() || found == asked) return;  // a run that diverged tells none
-    throw formats::FormatError(path, "was measured on " + found.dump() + " threads, not " + std::to_string(asked) +
-                                         ": give --threads " + found.dump() + ", or name another folder with --out");
+    throw formats::FormatError(path, "is of a run with --threads " + found.dump() + ", not " + std::to_string(asked) +
+                                         ": ask for as many, or name another folder with --out");
   }
 
   void Note(const std::string& text) const {
@@ -189,7 +191,7 @@ class Runs {
 // torchrun's environment is of one run, and there are many here, which would wait for each other's ranks.
 void LeaveRanks() {
   const char* ranks = std::getenv("WORLD_SIZE");
-  if (ranks != nullptr && std::string_view(ranks) != "1") {
+  if (ranks != nullptr && *ranks != '\0' && std::string_view(ranks) != "1") {
     throw CLI::ValidationError("compare",
                                "WORLD_SIZE is " + formats::quote(ranks) +
                                    ", expected none: a comparison's runs are processes of their own, without torchrun");
@@ -203,12 +205,15 @@ std::string EntrysLine(const Options& options, const train::CompareOptions& comp
   if (!options.attentions.empty()) return {};
   for (const train::CompareEntry& entry : compare.entries) {
     if (!message.starts_with(entry.title + ": ")) continue;
-    const formats::MappedFile file(options.config_file);
-    const size_t at = file.text().find(json(entry.title).dump());
-    if (at == std::string_view::npos) continue;
-    return "line " +
-           std::to_string(1 + std::count(file.text().begin(), file.text().begin() + static_cast<std::ptrdiff_t>(at), '\n')) +
-           ": ";
+    try {
+      const formats::MappedFile file(options.config_file);
+      const std::string_view text = file.text();
+      const size_t list = std::min(text.find("\"attentions\""), text.size());
+      const size_t at = text.find(json(entry.title).dump(), list);
+      if (at == std::string_view::npos) return {};
+      return "line " + std::to_string(1 + std::count(text.begin(), text.begin() + static_cast<std::ptrdiff_t>(at), '\n')) + ": ";
+    } catch (const formats::FileError&) {  // gone meanwhile: the message is enough
+    }
   }
   return {};
 }
@@ -246,8 +251,8 @@ int Compare(const Options& options) {
     const train::InterruptGuard interrupt;
     result = train::compare(config, compare, Runs(options, out));
   } catch (const std::invalid_argument& error) {  // OptionError, ConfigError
-    std::string located = EntrysLine(options, compare, error.what()) + error.what();
-    if (located == error.what()) located = LocatedMessage(options.config_file, error.what());
+    std::string located = LocatedMessage(options.config_file, error.what());
+    if (located == error.what()) located = EntrysLine(options, compare, error.what()) + located;
     throw CLI::ValidationError("compare", located == error.what() ? located : options.config_file + ": " + located);
   }
   if (result.is_null()) {

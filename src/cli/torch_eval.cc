@@ -66,6 +66,8 @@ bool IsQuadratic(AttentionKind kind) {
 std::vector<AttentionKind> KindsOf(const Options& options, std::optional<AttentionKind> merged, bool stretched) {
   std::vector<AttentionKind> kinds;
   for (const std::string& name : options.attention) kinds.push_back(extend::attention_kind_named(name));
+  // First, since the others' rows say how far they are from it.
+  std::stable_partition(kinds.begin(), kinds.end(), [](AttentionKind kind) { return kind == AttentionKind::kFull; });
   if (!kinds.empty()) {
     for (AttentionKind kind : kinds) {
       if (const auto missing = missing_source(kind, options.sources, merged)) throw OptionError(*missing);

@@ -79,7 +79,7 @@ void AddModelOptions(CLI::App& command, json& model) {
         ->check(CLI::IsMember(std::move(choices)))
         ->group("Model");
   };
-  name("--attention", "attention", "What reads the past; of --task latte, unless it is named",
+  name("--attention", "attention", "What reads the past; with --task by default latte",
        {"macchiato", "latte", "window", "softmax", "linear", "gated_linear", "linformer"});
   name("--position", "position", "How it knows where a token stands; by default what suits the attention",
        {"none", "learned", "sinusoidal", "rotary", "vapor", "conv", "rg_lru"}, false);
@@ -251,7 +251,7 @@ json ReportOf(const train::RunResult& result) {
           {"tokens", result.progress.tokens},
           {"seconds", result.progress.seconds},
           {"step_seconds", result.step_seconds},
-          {"peak_memory", int64_t{usage.ru_maxrss} * 1024},
+          {"peak_memory", result.told ? json() : json(int64_t{usage.ru_maxrss} * 1024)},
           {"threads", result.progress.threads},
           {"dtype", result.progress.dtype}};
 }

@@ -20,9 +20,10 @@ struct TrainRequest {
 // Lays `over` over `under`, field by field.
 void MergeFields(nlohmann::json& under, const nlohmann::json& over);
 
-// A tenth of whichever learning rate was named is min_lr, unless it was named as well.
 // Lays training fields over all of a run's: a min_lr that isn't named keeps its share of lr.
 void MergeTraining(nlohmann::json& under, const nlohmann::json& over);
+
+// A tenth of whichever learning rate was named is min_lr, unless it was named as well.
 void FillMinLr(nlohmann::json& training);
 
 // Lays texts FIELD=VALUE over the fields of a task. Throws CLI::ValidationError.

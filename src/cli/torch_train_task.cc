@@ -154,7 +154,8 @@ void MergeFields(json& under, const json& over) {
 void MergeTraining(json& under, const json& over) {
   if (over.contains("lr") && over["lr"].is_number() && !over.contains("min_lr")) {
     const double before = under.at("lr");
-    under["min_lr"] = under.at("min_lr").get<double>() * (over["lr"].get<double>() / before);
+    const double lr = over["lr"];
+    under["min_lr"] = std::min(lr, under.at("min_lr").get<double>() * (lr / before));  // whatever rounding does
   }
   MergeFields(under, over);
 }

@@ -189,8 +189,8 @@ void LanguageModelConfig::validate(Role role) const {
     check_divides("num_kv_heads", *num_kv_heads, "num_heads", num_heads);
   }
   check_name("attention", attention, choices(kAttentions, role));
-  if (attention == "linformer" && kv_heads() != num_heads) {
-    fail("num_kv_heads", kv_heads(), "num_heads, " + std::to_string(num_heads) + ", with attention linformer");
+  if (attention == "linformer" && num_kv_heads.value_or(num_heads) != num_heads) {
+    fail("num_kv_heads", *num_kv_heads, "num_heads, " + std::to_string(num_heads) + ", with attention linformer");
   }
   check_name("position", position_name(), positions_of(attention), " with attention " + attention);
   check_name("norm", norm, choices(kNorms, role));

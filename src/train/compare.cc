@@ -48,9 +48,9 @@ std::string file_name(const std::string& title) {
 
 // What a run is judged by, the larger the better; none of a run that diverged, whose validation needn't be a number.
 std::optional<double> validation_of(const json& report, bool task) {
-  const auto number_of = [&](const char* field) { return report.value(field, json()); };
-  if (report.value("diverged", false) || !number_of("val_loss").is_number()) return {};
-  const json value = number_of(task ? "val_accuracy" : "val_loss");
+  const auto found = [&](const char* field) { return report.value(field, json()); };
+  if (report.value("diverged", false) || !found("val_loss").is_number()) return {};
+  const json value = found(task ? "val_accuracy" : "val_loss");
   if (!value.is_number()) return {};
   return task ? value.get<double>() : -value.get<double>();
 }
@@ -91,14 +91,15 @@ json accuracy_by_length(const std::vector<json>& reports) {
 
 json summary_of(const std::string& title, const std::vector<json>& reports, bool task) {
   std::vector<double> values, losses, seconds, step_seconds, rates;
-  double memory = 0.0;
+  std::optional<double> memory;  // who tells of a run that ended before doesn't know it
   for (const json& report : reports) {
     values.push_back(metric_of(report, task));
     losses.push_back(report.at("val_loss").get<double>());
     seconds.push_back(report.at("seconds").get<double>());
     step_seconds.push_back(report.value("step_seconds", 0.0));
     rates.push_back(report.at("tokens").get<double>() / std::max(seconds.back(), 1e-9));
-    memory = std::max(memory, report.value("peak_memory", 0.0));
+    const json peak = report.value("peak_memory", json());
+    if (peak.is_number()) memory = std::max(memory.value_or(0.0), peak.get<double>());
   }
   const double mean = mean_of(values);
   double squares = 0.0;
@@ -119,7 +120,7 @@ json summary_of(const std::string& title, const std::vector<json>& reports, bool
           {"seconds", mean_of(seconds)},
           {"step_seconds", mean_of(step_seconds)},
           {"tokens_per_second", mean_of(rates)},
-          {"peak_memory", memory}};
+          {"peak_memory", memory ? json(*memory) : json()}};
 }
 
 void check_titles(const std::vector<CompareEntry>& entries) {
@@ -143,9 +144,8 @@ CompareEntry CompareOptions::parse_entry(const std::string& text) {
       if (part.empty() || equals != std::string::npos) fail("attention", formats::quote(text), "NAME or NAME:FIELD=VALUE…");
       entry.model["attention"] = part;
     } else {
-      const bool again = part.substr(0, equals) == "attention";
-      if (equals == std::string::npos || equals == 0 || again) {
-        fail("attention", formats::quote(text), "NAME or NAME:FIELD=VALUE…");
+      if (equals == std::string::npos || equals == 0 || part.substr(0, equals) == "attention") {
+        fail("attention", formats::quote(text), "NAME or NAME:FIELD=VALUE…, the attention's name in front alone");
       }
       json value = json::parse(part.substr(equals + 1), nullptr, /*allow_exceptions=*/false);
       entry.model[part.substr(0, equals)] = value.is_discarded() ? json(part.substr(equals + 1)) : value;
@@ -292,21 +292,24 @@ void check_training(const json& config) {
     refuse_text_fields(training);
     return;
   }
-  if (options.text.empty()) throw OptionError("text is missing: what to train on");
+  if (options.text.empty()) throw OptionError("text is missing: the configuration's training or --data names one");
   check_that(options.validation_fraction > 0, "validation_fraction", options.validation_fraction,
              "a positive number: a comparison needs a validation");
 }
 
 // What a run of this model would be refused for once it has begun.
 void check_run(const json& config, const json& model) {
-  if (model.value("position", json()) == "learned" || model.at("attention") == "linformer") {
+  // What a task reads may be shorter than its fields say.
+  const bool known = !config.contains("task") || is_generated(config.at("task").at("name").get<std::string>());
+  if (known && (model.value("position", json()) == "learned" || model.at("attention") == "linformer")) {
     const int64_t longest = longest_sequence(config), reach = model.at("max_positions").get<int64_t>();
     if (reach < longest) {
       fail("max_positions", std::to_string(reach), "at least " + std::to_string(longest) + ", the longest sequence");
     }
   }
   const int64_t batch = config.value("training", json::object()).value("batch", TrainerOptions().batch);
-  if (model.value("pooled_norm", json()) == "batch" && batch < 2) {
+  const bool pairs = config.contains("task") && config.at("task").at("name") == "retrieval";
+  if (model.value("pooled_norm", json()) == "batch" && batch < 2 && !pairs) {
     fail("batch", std::to_string(batch), "2 or more with pooled_norm batch");
   }
 }
@@ -325,7 +328,8 @@ class Comparison {
   json row(const std::string& title, const json& model) const {
     const auto steps = steps_of(title, model);
     if (!steps) return nullptr;
-    json sweep = json::array(), names = json::array();
+    json sweep = json::array(), names = json::array(), diverged = json::array();
+    if (*steps == 0) return {{"title", title}, {"steps", 0}, {"sweep", sweep}, {"runs", names}};
     std::vector<json> reports;
     double best = 0.0, best_value = 0.0;
     for (const double lr : rates_) {
@@ -342,22 +346,21 @@ class Comparison {
       }
     }
     if (reports.empty()) return {{"title", title}, {"steps", *steps}, {"sweep", sweep}, {"runs", names}};
-    int64_t diverged = 0;
     for (int64_t seed = 1; seed < options_.seeds; ++seed) {
       const CompareRun next = at(title, model, *steps, best, first_seed_ + seed);
       json report = run_(next);
       if (report.is_null()) return nullptr;
-      names.push_back(next.name);
       if (validation_of(report, is_task())) {
         reports.push_back(std::move(report));
+        names.push_back(next.name);
       } else {
-        ++diverged;
+        diverged.push_back(next.name);
       }
     }
     json entry = summary_of(title, reports, is_task());
     const auto [least, most] = std::minmax_element(rates_.begin(), rates_.end());
     entry["at_edge"] = rates_.size() > 2 && (best == *least || best == *most);
-    entry["diverged"] = diverged;
+    entry["diverged_runs"] = diverged;
     entry["lr"] = best;
     entry["steps"] = *steps;
     entry["sweep"] = sweep;
@@ -384,15 +387,17 @@ class Comparison {
     return {file_name(title) + "-lr" + json(lr).dump() + "-seed" + std::to_string(seed), config};
   }
 
-  // The configuration's, or with seconds as many as a trial says that fit; none where that was interrupted.
+  // The configuration's, or with seconds as many as a trial at the least rate says that fit, 0 where it diverged; none where it
+  // was interrupted.
   std::optional<int64_t> steps_of(const std::string& title, const json& model) const {
     if (options_.seconds <= 0) return training_.value("steps", TrainerOptions().steps);
-    CompareRun trial = at(title, model, kTrialSteps, configured_rate(), first_seed_);
+    CompareRun trial = at(title, model, kTrialSteps, *std::min_element(rates_.begin(), rates_.end()), first_seed_);
     trial.name = file_name(title) + "-trial";
     for (const char* field : {"eval_every", "save_every"}) trial.config["training"][field] = 0;
     trial.config["training"]["eval_batches"] = 1;
     const json report = run_(trial);
     if (report.is_null()) return {};
+    if (report.value("diverged", false)) return 0;
     const double step_seconds = report.value("step_seconds", 0.0);
     if (!(step_seconds > 0)) throw OptionError(trial.name + " ended without a step: there is no time to go by");
     const double steps = std::round(options_.seconds / step_seconds);
@@ -424,9 +429,10 @@ json compare(const json& config, const CompareOptions& options, const CompareRun
       check_run(config, model);
       if (!parameters) {
         parameters = ours;
-      } else if (options.match_parameters && entry.model.contains("mlp_ratio")) {
+      } else if (options.match_parameters && entry.model.contains("mlp_ratio") &&
+                 entry.model.at("mlp_ratio") != entries.front().model.value("mlp_ratio", json())) {
         throw OptionError(
-            "mlp_ratio is what brings an attention to the first's number of parameters: name it in the first, or set "
+            "mlp_ratio is what brings an attention to the first's number of parameters: name it there, or set "
             "match_parameters to false in the configuration's compare");
       }
       models.push_back(options.match_parameters ? match_parameters(model, task, *parameters, entry.title) : model);
@@ -485,11 +491,12 @@ std::string comparison_table(const json& comparison) {
         entry.at("lr").dump() + (entry.at("at_edge") ? " (the sweep's edge)" : "") + " | " +
         std::to_string(entry.at("steps").get<int64_t>()) + " | " + shown("mean") +
         (entry.at("values").size() > 1 ? " ± " + shown("deviation") : "") +
-        (entry.at("diverged") > 0 ? " (" + entry.at("diverged").dump() + " more diverged)" : "") + " | " + shown("least") +
-        " … " + shown("most") + " | " + (accuracy ? number(entry.at("val_loss").get<double>(), "%.4f") : perplexity_text(entry)) +
-        " | " + number(1e3 * entry.at("step_seconds").get<double>(), "%.4g") + " | " +
-        number(entry.at("seconds").get<double>(), "%.0f") + " | " + number(entry.at("tokens_per_second").get<double>(), "%.0f") +
-        " | " + number(entry.at("peak_memory").get<double>() / 1e6, "%.0f") + " |";
+        (entry.at("diverged_runs").empty() ? "" : " (" + std::to_string(entry.at("diverged_runs").size()) + " more diverged)") +
+        " | " + shown("least") + " … " + shown("most") + " | " +
+        (accuracy ? number(entry.at("val_loss").get<double>(), "%.4f") : perplexity_text(entry)) + " | " +
+        number(1e3 * entry.at("step_seconds").get<double>(), "%.4g") + " | " + number(entry.at("seconds").get<double>(), "%.0f") +
+        " | " + number(entry.at("tokens_per_second").get<double>(), "%.0f") + " | " +
+        (entry.at("peak_memory").is_null() ? "-" : number(entry.at("peak_memory").get<double>() / 1e6, "%.0f")) + " |";
     for (const json& length : entry.at("accuracy_by_length")) {
       table.append(" ").append(number(100 * length.at(1).get<double>(), "%.2f")).append(" |");
     }

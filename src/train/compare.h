@@ -62,7 +62,8 @@ nlohmann::json match_parameters(nlohmann::json model, bool task, int64_t paramet
 //   {"metric": "accuracy" or "loss", "seeds":…, "entries": [{"title", "lr", "steps", "parameters", "mean", "least", "most",
 //    "perplexity" (of a text: exp of "mean", "least" and "most"), "deviation", "values": […], "val_loss" (mean), "seconds",
 //    "step_seconds", "tokens_per_second", "peak_memory", "sweep": [{"lr", "value" (null: it diverged)}], "at_edge" (the best rate
-//    is the sweep's least or greatest, of three or more), "diverged" (further seeds that did, and don't count), "runs": [names],
+//    is the sweep's least or greatest, of three or more), "runs": [names, as "values"],
+//    "diverged_runs": [names of further seeds that did, and don't count],
 //    "accuracy_by_length": [[length, mean]] of splits test_LENGTH}]}; an entry that diverges at every rate has "title", "steps",
 //    "sweep" and "runs" alone.
 // or null where a run was interrupted. A task's metric is the accuracy on its test split, a text's the loss on its test part, or

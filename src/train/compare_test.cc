@@ -209,13 +209,37 @@ TEST(Compare, ARateThatDivergesCountsForNothing) {
   const json& softmax = result.at("entries").at(0);
   EXPECT_EQ(softmax.at("lr"), 0.01);
   EXPECT_EQ(softmax.at("at_edge"), false);
-  EXPECT_EQ(softmax.at("diverged"), 1);
+  EXPECT_EQ(softmax.at("diverged_runs"), json({"softmax-lr0.01-seed9"}));
+  EXPECT_EQ(softmax.at("runs"), json({"softmax-lr0.01-seed7", "softmax-lr0.01-seed8"}));
   EXPECT_EQ(softmax.at("values"), json({0.6, 0.6}));
   EXPECT_TRUE(softmax.at("sweep").at(2).at("value").is_null());
   EXPECT_FALSE(result.at("entries").at(1).contains("lr"));
   const std::string table = comparison_table(result);
   EXPECT_CONTAINS(table, "| softmax | 100 | 0.01 | 10 | 60.00 ± 0.00 (1 more diverged) |");
   EXPECT_CONTAINS(table, "| latte | | diverged at every rate | 10 |");
+  options.seconds = 60;
+  double least = 1.0;
+  const json timed = compare(task_config(), options, [&](const CompareRun& asked) {
+    least = std::min(least, asked.config.at("training").at("lr").get<double>());
+    return diverged;
+  });
+  EXPECT_EQ(least, 0.001);
+  EXPECT_CONTAINS(comparison_table(timed), "| softmax | | diverged at every rate | 0 |");
+}
+
+// Who tells of a run that ended before doesn't know what memory it took.
+TEST(Compare, MemoryThatNobodyKnowsIsNone) {
+  CompareOptions options;
+  options.entries = {CompareOptions::parse_entry("softmax")};
+  options.learning_rates = {0.001};
+  options.seeds = 1;
+  const json result = compare(task_config(), options, [](const CompareRun&) {
+    json run = report(0.5, 0.5);
+    run["peak_memory"] = nullptr;
+    return run;
+  });
+  EXPECT_TRUE(result.at("entries").at(0).at("peak_memory").is_null());
+  EXPECT_CONTAINS(comparison_table(result), "| 2500 | - |");
 }
 
 TEST(Compare, ABestRateAtTheSweepsEdgeIsSaid) {
@@ -251,7 +275,15 @@ TEST(Compare, WhatItsRunsWouldBeRefusedForIsRefusedFirst) {
   task["model"]["pooled_norm"] = "batch";
   task["training"]["batch"] = 1;
   EXPECT_CONTAINS(error(task, {"softmax"}), "batch is 1, expected 2 or more with pooled_norm batch");
+  task["task"] = {{"name", "retrieval"}, {"data", "pairs.tsv"}};  // which has two sequences an example
+  CompareOptions pairs;
+  pairs.entries = {CompareOptions::parse_entry("softmax")};
+  EXPECT_TRUE(compare(task, pairs, [](const CompareRun&) { return json(); }).is_null());
   EXPECT_CONTAINS(error(task_config(), {"softmax", "latte:mlp_ratio=2"}), "latte:mlp_ratio=2: mlp_ratio is what brings");
+  CompareOptions crossed;
+  crossed.entries = {CompareOptions::parse_entry("softmax:mlp_ratio=2"), CompareOptions::parse_entry("latte")};
+  crossed.positions = {"none", "conv"};
+  EXPECT_TRUE(compare(task_config(), crossed, [](const CompareRun&) { return json(); }).is_null());
   EXPECT_CONTAINS(formats::error_text<OptionError>([] { CompareOptions::parse_entry("latte:attention=5"); }),
                   "attention is \"latte:attention=5\"");
 }

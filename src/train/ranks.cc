@@ -28,6 +28,7 @@
 #include "train/heartbeat.h"
 #include "train/memory_error.h"
 #include "train/options.h"
+#include "train/run.h"
 
 namespace latte::train {
 namespace {
@@ -83,6 +84,7 @@ struct Ranks::Parts : nn::SequencePeers, nn::BatchPeers {
   void sum(at::Tensor& values) override;
 
   void connect();
+  void connect_to_agent();
   c10::intrusive_ptr<c10d::Backend> make_backend(const std::string& name, int64_t rank, int64_t size);
 };
 
@@ -137,6 +139,21 @@ void Ranks::Parts::connect() {
   }
 }
 
+void Ranks::Parts::connect_to_agent() {
+  if (environment("TORCHELASTIC_USE_AGENT_STORE") != "True") return;
+  c10d::TCPStoreOptions settings;
+  settings.port = static_cast<uint16_t>(number_from_environment("MASTER_PORT", 1, 65535));
+  settings.timeout = options.timeout;
+  settings.waitWorkers = false;
+  settings.isServer = false;
+  try {
+    agent = c10::make_intrusive<c10d::TCPStore>(environment("MASTER_ADDR"), settings);
+  } catch (const std::exception& error) {
+    throw RanksError("the store of torchrun at " + environment("MASTER_ADDR") + ":" + std::to_string(settings.port) +
+                     " doesn't answer: " + plain(error));
+  }
+}
+
 void Ranks::Parts::exchange(const at::Tensor& out, int64_t to, at::Tensor& in, int64_t from) {
   const auto start = Clock::now();
   c10::intrusive_ptr<c10d::Work> sent, received;
@@ -188,7 +205,11 @@ std::unique_ptr<Ranks> Ranks::from_environment(const RanksOptions& options) {
     throw OptionError("--sequence-parallel is " + std::to_string(options.sequence_parallel) + ", expected a divisor of the " +
                       std::to_string(parts->ranks_in_job) + " ranks");
   }
-  if (parts->ranks_in_job > 1) parts->connect();
+  if (parts->ranks_in_job > 1) {
+    parts->connect();
+  } else {
+    parts->connect_to_agent();
+  }
   return std::unique_ptr<Ranks>(new Ranks(std::move(parts)));
 }
 
@@ -347,6 +368,9 @@ void Ranks::explain_failure() {
     own = true;
     error = plain(caught);
   } catch (const formats::FileError& caught) {
+    own = true;
+    error = plain(caught);
+  } catch (const DivergedError& caught) {  // of all ranks alike
     own = true;
     error = plain(caught);
   } catch (const std::bad_alloc&) {

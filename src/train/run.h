@@ -31,6 +31,7 @@ class DivergedError : public std::runtime_error {
 
 struct RunResult {
   bool interrupted = false;  // by Ctrl-C or SIGTERM; everything is saved
+  bool told = false;         // all of it was done before: this is what the run ended with
   int64_t step = 0;
   int64_t parameters = 0;
   double loss = 0.0;      // of the last step

@@ -99,13 +99,14 @@ std::optional<RunResult> finished_run(const ResumedRun& resumed, const TrainerOp
   }
   if (options != resumed.options) {
     throw OptionError("the checkpoint is at step " + std::to_string(step) + " of " + std::to_string(options.steps) +
-                      " already: more steps go on");
+                      " already, with other options: more steps go on with these");
   }
   if (leads(run)) {
     ProgressLine(0, 0, run.quiet)
         .note("latte: all " + std::to_string(step) + " steps were done before: a larger --steps goes on");
   }
   RunResult result;
+  result.told = true;
   result.step = step;
   result.step_seconds = resumed.progress.seconds / static_cast<double>(std::max<int64_t>(1, step));
   result.parameters = resumed.parameters;
