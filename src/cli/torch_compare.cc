@@ -145,16 +145,16 @@ class Runs {
     std::vector<std::string> arguments = {"latte", "train", "--config", config_path, "--out", folder, "--json"};
     if (options_.threads > 0) arguments.insert(arguments.end(), {"--threads", std::to_string(options_.threads)});
     if (options_.quiet) arguments.emplace_back("--quiet");
-    if (const std::string checkpoint = formats::checkpoint_path(folder); std::filesystem::exists(checkpoint)) {
+    if (const std::string path = formats::checkpoint_path(folder); std::filesystem::exists(path)) {
+      const formats::CheckpointFile checkpoint(path);
       const auto steps = run.config.at("training").value("steps", train::TrainerOptions().steps);
       json report = began ? FinishedReport(output) : json();
-      if (!report.is_null() && report.at("step") == steps && formats::CheckpointFile(checkpoint).step() == steps) {
+      if (!report.is_null() && report.at("step") == steps && checkpoint.step() == steps) {
         RequireSameThreads(report, output);
         Note(run.name + ": finished already");
         return keep(std::move(report));
       }
-      const json record = json::parse(formats::CheckpointFile(checkpoint).config());
-      RequireSameThreads(record.value("progress", json::object()), checkpoint);
+      RequireSameThreads(json::parse(checkpoint.config()).value("progress", json::object()), path);
       arguments.emplace_back("--resume");  // which only tells what a finished run ended with
     }
     if (train::InterruptGuard::interrupted()) return nullptr;
@@ -211,7 +211,7 @@ std::string EntrysLine(const Options& options, const train::CompareOptions& comp
       const size_t list = std::min(text.find("\"attentions\""), text.size());
       const size_t at = text.find(json(entry.title).dump(), list);
       if (at == std::string_view::npos) return {};
-      return "line " + std::to_string(1 + std::count(text.begin(), text.begin() + static_cast<std::ptrdiff_t>(at), '\n')) + ": ";
+      return "line " + std::to_string(LineOf(text, at)) + ": ";
     } catch (const formats::FileError&) {  // gone meanwhile: the message is enough
     }
   }

@@ -20,6 +20,7 @@
 #include "extend/variants.h"
 #include "formats/atomic_file.h"
 #include "formats/error.h"
+#include "formats/utf8.h"
 #include "train/interrupt.h"
 #include "train/options.h"
 #include "train/progress.h"
@@ -173,7 +174,7 @@ std::string OverFull(const extend::TextRow& row, const extend::TextRow* full) {
 
 // To so many columns; "±" is two bytes and one column.
 std::string RightAligned(const std::string& text, size_t columns) {
-  const auto wide = static_cast<size_t>(std::count_if(text.begin(), text.end(), [](char c) { return (c & 0xC0) != 0x80; }));
+  const size_t wide = formats::count_code_points(text);
   return std::string(columns > wide ? columns - wide : 0, ' ') + text;
 }
 

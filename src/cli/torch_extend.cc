@@ -83,9 +83,8 @@ void AddFields(CLI::App& command, json& fields) {
   command
       .add_flag_function(
           "--forget,!--no-forget", [&fields](int64_t count) { fields["forget"] = count > 0; },
-          "Latents forget, each at a rate of its own (the default), or keep all they read. With --from those of --match-layers, "
-          "the "
-          "others as there")
+          "Latents forget, each at a rate of its own (the default), or keep all they read. With --from those of "
+          "--match-layers, the others as there")
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeLast)
       ->group(kAttention);
   command

@@ -102,9 +102,8 @@ void AddModelOptions(CLI::App& command, json& model) {
   command
       .add_flag_function(
           "--forget,!--no-forget", [&model](int64_t count) { model["forget"] = count > 0; },
-          "Latents forget by a learned decay (latte, macchiato), or with --no-forget keep all; by default they forget, where "
-          "they "
-          "read the past alone")
+          "Latents forget by a learned decay (latte, macchiato), or with --no-forget keep all; by default they forget, "
+          "where they read the past alone")
       ->group("Model");
   number("--decay-rank", "decay_rank", "Rank of the map to the latents' decays (latte, macchiato); 0: a whole matrix");
 }
@@ -383,9 +382,8 @@ void AddTrain(CLI::App& app, int& exit_code) {
   command->add_flag("--quiet", options->quiet, "No progress")->group("Run");
   command->get_option("--resume")->excludes("--overwrite");
   command->footer(
-      "Ctrl-C saves and ends with exit code 130; --resume then goes on, with the same number of threads bit for bit. A loss "
-      "that\n"
-      "isn't finite ends with 3.\n\n"
+      "Ctrl-C saves and ends with exit code 130; --resume then goes on, with the same number of threads bit for bit.\n"
+      "A loss that isn't finite ends with 3.\n\n"
       "Examples:\n"
       "  latte train --text data/tinyshakespeare.txt --out runs/demo\n"
       "  latte train --out runs/demo --resume --steps 2000\n"

@@ -3,6 +3,7 @@
 
 #include <nlohmann/json.hpp>
 #include <string>
+#include <string_view>
 
 #include "train/run.h"
 
@@ -32,6 +33,9 @@ void SetTaskFields(const std::vector<std::string>& settings, nlohmann::json& tas
 // A configuration file of latte train and latte compare: model, training, task; `paper` holds the published settings, such an
 // object as well, which are laid over the rest with `paper`. Throws formats::FormatError, with the line.
 nlohmann::json ReadTrainConfig(const std::string& path, bool paper);
+
+// The line, from 1, of a byte of a text.
+int64_t LineOf(std::string_view text, size_t offset);
 
 // `message`, and where `config` names the field that it is about: "configs/x.json: line 7: …". `path` may be empty.
 std::string LocatedMessage(const std::string& path, const std::string& message);

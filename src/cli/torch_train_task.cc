@@ -20,10 +20,6 @@ using nlohmann::json;
 
 const json kDefaultEncoder = {{"attention", "latte"}, {"num_layers", 4}, {"embed_dim", 128}, {"num_heads", 4}};
 
-int64_t LineOf(std::string_view text, size_t offset) {
-  return 1 + std::count(text.begin(), text.begin() + static_cast<std::ptrdiff_t>(std::min(offset, text.size())), '\n');
-}
-
 bool IsNameCharacter(char c) { return std::isalnum(static_cast<unsigned char>(c)) != 0 || c == '_'; }
 
 // Where the key `field` stands in a JSON text, the first at or behind `from`; npos: nowhere.
@@ -197,6 +193,10 @@ json ReadTrainConfig(const std::string& path, bool paper) {
     throw formats::FormatError(path, "has no published settings: the field paper is missing");
   }
   return object;
+}
+
+int64_t LineOf(std::string_view text, size_t offset) {
+  return 1 + std::count(text.begin(), text.begin() + static_cast<std::ptrdiff_t>(std::min(offset, text.size())), '\n');
 }
 
 std::string LocatedMessage(const std::string& path, const std::string& message) {

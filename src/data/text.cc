@@ -11,6 +11,7 @@
 
 #include "formats/error.h"
 #include "formats/mapped_file.h"
+#include "formats/utf8.h"
 
 namespace latte {
 namespace {
@@ -22,7 +23,7 @@ std::string_view name_of(Split split) {
 // At least as many as `text` has tokens; in UTF-8 exactly as many.
 size_t count_tokens(const Vocabulary& vocabulary, std::string_view text) {
   if (vocabulary.kind() == Vocabulary::Kind::kBytes) return text.size();
-  return static_cast<size_t>(std::count_if(text.begin(), text.end(), [](char c) { return (c & 0xC0) != 0x80; }));
+  return formats::count_code_points(text);
 }
 
 template <typename Token>

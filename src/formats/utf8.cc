@@ -1,5 +1,7 @@
 #include "formats/utf8.h"
 
+#include <algorithm>
+
 namespace latte::formats {
 
 CodePoint decode_utf8(std::string_view text, size_t offset) {
@@ -18,6 +20,10 @@ CodePoint decode_utf8(std::string_view text, size_t offset) {
   const bool surrogate = value >= 0xD800 && value < 0xE000;
   if (value < kSmallest[length] || value >= kCodePoints || surrogate) return {};
   return {value, length};
+}
+
+size_t count_code_points(std::string_view text) {
+  return static_cast<size_t>(std::count_if(text.begin(), text.end(), [](char c) { return (c & 0xC0) != 0x80; }));
 }
 
 void append_utf8(std::string& text, char32_t value) {

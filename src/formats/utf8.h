@@ -1,6 +1,7 @@
 // Strict UTF-8 (RFC 3629): no overlong forms, no surrogates, nothing above U+10FFFF.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <string>
 #include <string_view>
@@ -16,6 +17,9 @@ struct CodePoint {
 
 // The code point that starts at text[offset]; offset < text.size().
 CodePoint decode_utf8(std::string_view text, size_t offset);
+
+// Bytes that begin a code point: of valid UTF-8 the number of its code points.
+size_t count_code_points(std::string_view text);
 
 // Appends `value`, a valid code point, to `text`.
 void append_utf8(std::string& text, char32_t value);

@@ -62,6 +62,9 @@ std::string plain(const std::exception& error) {
 
 std::vector<uint8_t> bytes_of(const std::string& text) { return {text.begin(), text.end()}; }
 
+// torchrun's agent then holds the store itself, so that it outlives the ranks.
+bool agent_holds_store() { return environment("TORCHELASTIC_USE_AGENT_STORE") == "True"; }
+
 }  // namespace
 
 struct Ranks::Parts : nn::SequencePeers, nn::BatchPeers {
@@ -83,6 +86,7 @@ struct Ranks::Parts : nn::SequencePeers, nn::BatchPeers {
   void exchange(const at::Tensor& out, int64_t to, at::Tensor& in, int64_t from) override;
   void sum(at::Tensor& values) override;
 
+  c10d::TCPStoreOptions store_settings() const;  // of a client
   void connect();
   void connect_to_agent();
   c10::intrusive_ptr<c10d::Backend> make_backend(const std::string& name, int64_t rank, int64_t size);
@@ -105,20 +109,25 @@ c10::intrusive_ptr<c10d::Backend> Ranks::Parts::make_backend(const std::string&,
 }
 #endif
 
-void Ranks::Parts::connect() {
-  const std::string host = environment("MASTER_ADDR");
-  if (host.empty()) throw OptionError("the environment's MASTER_ADDR is not set: torchrun sets it");
+c10d::TCPStoreOptions Ranks::Parts::store_settings() const {
   c10d::TCPStoreOptions settings;
   settings.port = static_cast<uint16_t>(number_from_environment("MASTER_PORT", 1, 65535));
   settings.timeout = options.timeout;
   settings.waitWorkers = false;
-  // torchrun's agent holds the store itself, so that it outlives the ranks.
-  settings.isServer = rank_in_job == 0 && environment("TORCHELASTIC_USE_AGENT_STORE") != "True";
+  settings.isServer = false;
+  return settings;
+}
+
+void Ranks::Parts::connect() {
+  const std::string host = environment("MASTER_ADDR");
+  if (host.empty()) throw OptionError("the environment's MASTER_ADDR is not set: torchrun sets it");
+  c10d::TCPStoreOptions settings = store_settings();
+  settings.isServer = rank_in_job == 0 && !agent_holds_store();
   try {
     // Apart for each attempt: a restarted job must not read what the one before has left.
     const std::string prefix = "latte/" + std::to_string(restart_count);
     const auto whole = c10::make_intrusive<c10d::TCPStore>(host, settings);
-    if (environment("TORCHELASTIC_USE_AGENT_STORE") == "True") agent = whole;
+    if (agent_holds_store()) agent = whole;
     store = c10::make_intrusive<c10d::PrefixStore>(prefix, whole);
     // A connection of its own: a rank that waits for an answer still has to give signs of life.
     settings.isServer = false;
@@ -140,12 +149,8 @@ void Ranks::Parts::connect() {
 }
 
 void Ranks::Parts::connect_to_agent() {
-  if (environment("TORCHELASTIC_USE_AGENT_STORE") != "True") return;
-  c10d::TCPStoreOptions settings;
-  settings.port = static_cast<uint16_t>(number_from_environment("MASTER_PORT", 1, 65535));
-  settings.timeout = options.timeout;
-  settings.waitWorkers = false;
-  settings.isServer = false;
+  if (!agent_holds_store()) return;
+  const c10d::TCPStoreOptions settings = store_settings();
   try {
     agent = c10::make_intrusive<c10d::TCPStore>(environment("MASTER_ADDR"), settings);
   } catch (const std::exception& error) {

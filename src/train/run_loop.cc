@@ -55,6 +55,11 @@ class StepTime {
   double seconds_ = 0.0;
 };
 
+// Of all sessions.
+double mean_step_seconds(const Progress& progress, int64_t steps) {
+  return progress.seconds / static_cast<double>(std::max<int64_t>(1, steps));
+}
+
 // A run that goes on has no results until its end.
 void forget_results(const RunFolder& folder, formats::FileOperations& files) {
   const std::string path = folder / kResultsName;
@@ -108,7 +113,7 @@ std::optional<RunResult> finished_run(const ResumedRun& resumed, const TrainerOp
   RunResult result;
   result.told = true;
   result.step = step;
-  result.step_seconds = resumed.progress.seconds / static_cast<double>(std::max<int64_t>(1, step));
+  result.step_seconds = mean_step_seconds(resumed.progress, step);
   result.parameters = resumed.parameters;
   result.progress = resumed.progress;
   result.checkpoint = checkpoint_of(run);
@@ -197,9 +202,8 @@ RunResult run_loop(StepTrainer& trainer, const RunFolder* folder, Progress progr
     if (!problem.empty()) line.note("latte: " + problem);
   }
   result.step = trainer.steps_done();
-  // Of earlier sessions, where this one only tested.
-  const double before = progress.seconds / static_cast<double>(std::max<int64_t>(1, result.step));
-  result.step_seconds = step_time.mean() > 0 ? step_time.mean() : before;
+  // Where this session only tested, there are earlier ones'.
+  result.step_seconds = step_time.mean() > 0 ? step_time.mean() : mean_step_seconds(progress, result.step);
   result.progress = progress;
   return result;
 }
